@@ -4,6 +4,7 @@ import (
 	"crypto/sha256"
 	"encoding/base64"
 	"encoding/hex"
+	"errors"
 	"fmt"
 	"strings"
 )
@@ -15,31 +16,43 @@ type NarHash [sha256.Size]byte
 const base32Len = (sha256.Size*8-1)/5 + 1
 
 // ParseNarHash reads any spelling that Nix uses for a SHA-256: hexadecimal,
-// Nix's base-32 or base-64, with "sha256:" before it or "sha256-" (SRI), or
-// bare.
+// Nix's base-32 or base-64, bare or with "sha256:" before it, or SRI
+// ("sha256-" and base-64, whose padding may be missing).
 //
 // See Hash::parseAny in src/libutil/hash.cc.
 func ParseNarHash(s string) (NarHash, error) {
-	var h NarHash
-	text := strings.TrimPrefix(strings.TrimPrefix(s, "sha256:"), "sha256-")
-	var err error
+	h, err := parseNarHash(s)
+	if err != nil {
+		return NarHash{}, fmt.Errorf("parse SHA-256 %q: %w", clip(s), err)
+	}
+	return h, nil
+}
+
+func parseNarHash(s string) (h NarHash, err error) {
+	if text, ok := strings.CutPrefix(s, "sha256-"); ok {
+		return h, decodeBase64(&h, text)
+	}
+	text := strings.TrimPrefix(s, "sha256:")
 	switch len(text) {
 	case hex.EncodedLen(sha256.Size):
 		_, err = hex.Decode(h[:], []byte(text))
 	case base32Len:
 		err = decodeBase32(&h, text)
 	case base64.StdEncoding.EncodedLen(sha256.Size):
-		var b []byte
-		if b, err = base64.StdEncoding.Strict().DecodeString(text); err == nil && copy(h[:], b) != sha256.Size {
-			err = fmt.Errorf("wrong length")
-		}
+		err = decodeBase64(&h, text)
 	default:
-		err = fmt.Errorf("wrong length")
+		err = errors.New("wrong length, or not a SHA-256")
 	}
-	if err != nil {
-		return NarHash{}, fmt.Errorf("parse SHA-256 %q: %w", s, err)
+	return h, err
+}
+
+func decodeBase64(h *NarHash, s string) error {
+	b, err := nixBase64(s)
+	if err == nil && len(b) != len(h) {
+		err = fmt.Errorf("%d bytes instead of %d", len(b), len(h))
 	}
-	return h, nil
+	copy(h[:], b)
+	return err
 }
 
 // decodeBase32 reads Nix's base-32, whose first character holds the highest

@@ -83,8 +83,13 @@ func (p StorePath) Dir() string { return path.Dir(string(p)) }
 // Base is the last component: hash, dash and name.
 func (p StorePath) Base() string { return path.Base(string(p)) }
 
-// Name is what follows the hash, for example "hello-2.12.1".
-func (p StorePath) Name() string { return p.Base()[hashPartLen+1:] }
+// Name is what follows the hash, for example "hello-2.12.1"; "" for the empty path.
+func (p StorePath) Name() string {
+	if base := p.Base(); len(base) > hashPartLen {
+		return base[hashPartLen+1:]
+	}
+	return ""
+}
 
 // IsDerivation tells whether the name ends in ".drv".
 func (p StorePath) IsDerivation() bool { return strings.HasSuffix(string(p), ".drv") }
