@@ -1,0 +1,270 @@
+package sshpool
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"strconv"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/crypto/ssh"
+)
+
+// A conn is one connection to a host, with the goroutines that serve it. They
+// all end with it and are waited for in Host.wg.
+type conn struct {
+	host *Host
+	ssh  ssh.Conn  // nil for a local host
+	net  *liveConn // nil for a local host
+
+	dying    chan struct{} // closed by kill, or when the transport fails
+	killOnce sync.Once
+	cause    error // why; may be read once dying is closed
+
+	// The following fields are protected by host.mu.
+	places    int       // sessions open or being opened
+	accepted  int       // of these, those the peer accepted
+	peak      int       // the most accepted at any time
+	coolUntil time.Time // no new sessions before
+	idleSince time.Time // when places became 0
+	retired   bool      // no new sessions, ever
+	ended     bool
+	endErr    error
+}
+
+// A liveConn counts what it receives, so that silence can be told from slowness.
+type liveConn struct {
+	net.Conn
+	received atomic.Int64
+	onError  func(error) // for read errors, before the reader sees them
+}
+
+func (l *liveConn) Read(p []byte) (int, error) {
+	n, err := l.Conn.Read(p)
+	l.received.Add(int64(n))
+	if err != nil {
+		l.onError(err)
+	}
+	return n, err
+}
+
+// connect makes a connection, without telling anyone of it.
+func (h *Host) connect(ctx context.Context) (*conn, error) {
+	c := &conn{host: h, dying: make(chan struct{})}
+	if h.cfg.Local {
+		h.wg.Go(func() {
+			<-c.dying
+			h.remove(c, c.cause)
+		})
+		return c, nil
+	}
+	port := h.cfg.Port
+	if port == 0 {
+		port = 22
+	}
+	addr := net.JoinHostPort(h.cfg.Host, strconv.Itoa(port))
+	nc, err := h.dialTransport(ctx, addr)
+	if err != nil {
+		return nil, err
+	}
+	c.net = &liveConn{Conn: nc, onError: c.markLost}
+	chans, reqs, err := h.handshake(ctx, c, addr)
+	if err != nil {
+		nc.Close()
+		return nil, err
+	}
+	h.wg.Go(func() { ssh.DiscardRequests(reqs) })
+	h.wg.Go(func() {
+		for ch := range chans {
+			ch.Reject(ssh.Prohibited, "this side offers nothing")
+		}
+	})
+	h.wg.Go(func() {
+		err := c.ssh.Wait()
+		c.kill(fmt.Errorf("peer ended the connection: %w", err))
+		h.remove(c, c.cause)
+	})
+	h.wg.Go(c.keepAlive)
+	return c, nil
+}
+
+func (h *Host) dialTransport(ctx context.Context, addr string) (net.Conn, error) {
+	ctx, cancel := context.WithTimeout(ctx, h.opts.ConnectTimeout)
+	defer cancel()
+	nc, err := h.opts.Dial(ctx, "tcp", addr)
+	if err == nil {
+		return nc, nil
+	}
+	if ctx.Err() == context.DeadlineExceeded {
+		err = fmt.Errorf("no answer within %v: %w", h.opts.ConnectTimeout, err)
+	}
+	if _, ok := errors.AsType[*net.DNSError](err); ok {
+		return nil, &ConnectError{h.cfg.Name, StepResolve, err}
+	}
+	return nil, &ConnectError{h.cfg.Name, StepConnect, err}
+}
+
+// handshake makes an SSH connection of c.net and sets c.ssh.
+func (h *Host) handshake(ctx context.Context, c *conn, addr string) (<-chan ssh.NewChannel, <-chan *ssh.Request, error) {
+	keys, err := loadHostKeys(h.cfg, addr)
+	if err != nil {
+		return nil, nil, &ConnectError{h.cfg.Name, StepHostKey, err}
+	}
+	user, err := h.cfg.user()
+	if err != nil {
+		return nil, nil, &ConnectError{h.cfg.Name, StepAuthenticate, err}
+	}
+	for _, w := range keys.warnings {
+		h.log.Warn("known_hosts line ignored", "err", w)
+	}
+	ids := loadIdentities(h.cfg, time.Now().Add(h.opts.HandshakeTimeout))
+	defer ids.close()
+
+	ctx, cancel := context.WithTimeout(ctx, h.opts.HandshakeTimeout)
+	defer cancel()
+	stop := context.AfterFunc(ctx, func() { c.net.Close() })
+	defer stop()
+
+	var keyErr error
+	verified := false
+	var chans <-chan ssh.NewChannel
+	var reqs <-chan *ssh.Request
+	c.ssh, chans, reqs, err = ssh.NewClientConn(c.net, addr, &ssh.ClientConfig{
+		User:              user,
+		Auth:              []ssh.AuthMethod{ssh.PublicKeys(ids.signers...)},
+		HostKeyAlgorithms: keys.algorithms,
+		HostKeyCallback: func(_ string, remote net.Addr, key ssh.PublicKey) error {
+			keyErr = keys.check(remote, key)
+			verified = keyErr == nil
+			return keyErr
+		},
+	})
+	if err == nil && ctx.Err() == nil {
+		return chans, reqs, nil
+	}
+	switch {
+	case err == nil: // too late: the transport is being closed
+		c.ssh.Wait()
+		err = &ConnectError{h.cfg.Name, StepAuthenticate, ctx.Err()}
+	case keyErr != nil:
+		err = &ConnectError{h.cfg.Name, StepHostKey, keyErr}
+	case ctx.Err() == context.DeadlineExceeded:
+		err = fmt.Errorf("no answer within %v: %w", h.opts.HandshakeTimeout, err)
+		fallthrough
+	default:
+		step := StepHandshake
+		if verified {
+			step = StepAuthenticate
+			err = ids.explain(user, err)
+		}
+		err = &ConnectError{h.cfg.Name, step, err}
+	}
+	return nil, nil, err
+}
+
+// kill ends the connection, and everything that waits for the peer with it. It
+// does not wait. The first cause given is what the sessions and the host get.
+func (c *conn) kill(cause error) {
+	c.markLost(cause)
+	if c.net != nil {
+		c.net.Close()
+	}
+}
+
+// markLost notes the cause before anybody can see the effect: x/crypto gives
+// readers of a channel the same io.EOF when the transport fails as when the
+// command closes its output.
+func (c *conn) markLost(cause error) {
+	c.killOnce.Do(func() {
+		c.cause = cause
+		close(c.dying)
+	})
+}
+
+// lost returns the error for those whose session the connection's end ended. It
+// may be called once dying is closed.
+func (c *conn) lost() error { return &LostError{c.host.cfg.Name, c.cause} }
+
+// retire keeps new sessions off the connection, which ends with its last one.
+func (c *conn) retire() {
+	c.host.mu.Lock()
+	defer c.host.mu.Unlock()
+	c.retired = true
+	signal(c.host.look)
+}
+
+// keepAlive ends the connection when the peer has been silent for too long. Any
+// byte counts as life: the answer to a request of ours may have to wait behind
+// megabytes of data on a slow link.
+func (c *conn) keepAlive() {
+	opts := c.host.opts
+	ticker := time.NewTicker(opts.KeepaliveInterval)
+	defer ticker.Stop()
+	asking := make(chan struct{}, 1) // one request at a time waits for its answer
+	before, silent := c.net.received.Load(), 0
+	for {
+		select {
+		case <-c.dying:
+			return
+		case <-ticker.C:
+		}
+		received := c.net.received.Load()
+		if received != before {
+			before, silent = received, 0
+			continue
+		}
+		if silent++; silent >= opts.KeepaliveCount {
+			c.kill(fmt.Errorf("not a byte received for %v", time.Duration(silent)*opts.KeepaliveInterval))
+			return
+		}
+		select {
+		case asking <- struct{}{}:
+			c.host.wg.Go(func() {
+				// Sending can block as long as the peer takes nothing, and so
+				// can waiting; the end of the connection ends both.
+				c.ssh.SendRequest("keepalive@openssh.com", true, nil)
+				<-asking
+			})
+		default:
+		}
+	}
+}
+
+const (
+	// slowProgress is how much must have been received in one OpenTimeout for
+	// the peer to count as busy and not as stuck: more than keepalives and
+	// window adjustments make, less than 1 Mbit/s.
+	slowProgress = 64 << 10
+	// slowRounds is how many OpenTimeouts a busy peer gets.
+	slowRounds = 4
+)
+
+// watch kills the connection if what is called is not over in time. The caller
+// must call the function it returns when it is.
+func (c *conn) watch(what string) (over func()) {
+	stop := make(chan struct{})
+	c.host.wg.Go(func() {
+		timeout := c.host.opts.OpenTimeout
+		timer := time.NewTimer(timeout)
+		defer timer.Stop()
+		before := c.net.received.Load()
+		for round := 1; ; round++ {
+			select {
+			case <-stop:
+				return
+			case <-timer.C:
+			}
+			received := c.net.received.Load()
+			if received-before < slowProgress || round == slowRounds {
+				c.kill(fmt.Errorf("%s: no answer within %v", what, time.Duration(round)*timeout))
+				return
+			}
+			before = received
+			timer.Reset(timeout)
+		}
+	})
+	return func() { close(stop) }
+}

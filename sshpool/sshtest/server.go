@@ -1,0 +1,377 @@
+// Package sshtest has SSH servers for tests: [Server], in memory and with faults
+// on demand, and [SSHD], OpenSSH's own.
+package sshtest
+
+import (
+	"context"
+	"crypto/ed25519"
+	"crypto/rand"
+	"encoding/pem"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"golang.org/x/crypto/ssh"
+)
+
+// ServerOptions say what a [Server] is like. The zero value is a server with one
+// Ed25519 host key that lets everyone in.
+type ServerOptions struct {
+	HostKeys    []ssh.Signer
+	Authorized  []ssh.PublicKey // empty: everyone with any key
+	MaxSessions int             // on one connection; 0 means 10
+	Linger      time.Duration   // how long a session counts after its command's end
+}
+
+// A Server is an SSH server that is reached through [Server.Dial] only. It may be
+// used inside a testing/synctest bubble. It knows a few commands: true, cat,
+// "exit N", "sleep N", "signal NAME", "echo WORDS" (stdout), "complain WORDS"
+// (stderr) and "zeros N" (that many zero bytes).
+type Server struct {
+	opts ServerOptions
+	wg   sync.WaitGroup
+
+	mu         sync.Mutex // protects following fields
+	hostKeys   []ssh.Signer
+	dialErr    error
+	hangDials  bool
+	muteDials  bool
+	muteOpens  bool
+	refuseExec bool
+	reject     *ssh.OpenChannelError
+	conns      map[*pipeEnd]*serverConn
+	handshakes int
+	dials      []time.Time
+	commands   []string
+	signals    []string
+}
+
+type serverConn struct {
+	mu       sync.Mutex // protects following fields
+	sessions int
+	most     int
+}
+
+// NewServer returns a server. The caller must Close it.
+func NewServer(opts ServerOptions) *Server {
+	if len(opts.HostKeys) == 0 {
+		opts.HostKeys = []ssh.Signer{NewKey()}
+	}
+	if opts.MaxSessions == 0 {
+		opts.MaxSessions = 10
+	}
+	return &Server{opts: opts, hostKeys: opts.HostKeys, conns: make(map[*pipeEnd]*serverConn)}
+}
+
+// NewKey returns a new Ed25519 key.
+func NewKey() ssh.Signer {
+	_, private, err := ed25519.GenerateKey(rand.Reader)
+	if err != nil {
+		panic(err)
+	}
+	signer, err := ssh.NewSignerFromKey(private)
+	if err != nil {
+		panic(err)
+	}
+	return signer
+}
+
+// WriteKey writes a new key to a file and returns the file's name and the key.
+func WriteKey(t testing.TB, dir string) (string, ssh.Signer) {
+	t.Helper()
+	_, private, err := ed25519.GenerateKey(rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	block, err := ssh.MarshalPrivateKey(private, "test")
+	if err != nil {
+		t.Fatal(err)
+	}
+	name := filepath.Join(dir, "id_ed25519")
+	if err := os.WriteFile(name, pem.EncodeToMemory(block), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	signer, err := ssh.NewSignerFromKey(private)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return name, signer
+}
+
+// HostKey returns the line that column 8 of a machines file would have.
+func (s *Server) HostKey() []byte { return ssh.MarshalAuthorizedKey(s.opts.HostKeys[0].PublicKey()) }
+
+// Dial connects to the server, whatever the address.
+func (s *Server) Dial(ctx context.Context, _, _ string) (net.Conn, error) {
+	s.mu.Lock()
+	s.dials = append(s.dials, time.Now())
+	err, hang, mute := s.dialErr, s.hangDials, s.muteDials
+	s.mu.Unlock()
+	if hang {
+		<-ctx.Done()
+		return nil, ctx.Err()
+	}
+	if err != nil {
+		return nil, err
+	}
+	client, server := newPipe()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.conns[server] = new(serverConn)
+	if !mute {
+		sc := s.conns[server]
+		s.wg.Go(func() { s.serve(server, sc) })
+	}
+	return client, nil
+}
+
+// Close ends all connections and waits for what served them.
+func (s *Server) Close() {
+	s.Cut()
+	s.wg.Wait()
+}
+
+// Cut ends all connections without a word.
+func (s *Server) Cut() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for c := range s.conns {
+		c.Close()
+		delete(s.conns, c)
+	}
+}
+
+// Freeze stops all bytes on the connections there are, or lets them go on.
+func (s *Server) Freeze(frozen bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for c := range s.conns {
+		c.freeze(frozen)
+	}
+}
+
+func (s *Server) set(f func()) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	f()
+}
+
+// FailDials makes Dial fail with err until it is called with nil.
+func (s *Server) FailDials(err error) { s.set(func() { s.dialErr = err }) }
+
+// HangDials makes Dial wait for its context's end.
+func (s *Server) HangDials(on bool) { s.set(func() { s.hangDials = on }) }
+
+// MuteDials makes new connections succeed but never say anything.
+func (s *Server) MuteDials(on bool) { s.set(func() { s.muteDials = on }) }
+
+// MuteOpens makes the server ignore requests for sessions.
+func (s *Server) MuteOpens(on bool) { s.set(func() { s.muteOpens = on }) }
+
+// RefuseExec makes the server refuse to run commands.
+func (s *Server) RefuseExec(on bool) { s.set(func() { s.refuseExec = on }) }
+
+// Reject makes the server refuse sessions with err until called with nil.
+func (s *Server) Reject(err *ssh.OpenChannelError) { s.set(func() { s.reject = err }) }
+
+// SetHostKey changes the host key of connections yet to come.
+func (s *Server) SetHostKey(key ssh.Signer) { s.set(func() { s.hostKeys = []ssh.Signer{key} }) }
+
+// Handshakes returns how many connections were authenticated.
+func (s *Server) Handshakes() int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.handshakes
+}
+
+// Dials returns when Dial was called.
+func (s *Server) Dials() []time.Time {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return append([]time.Time(nil), s.dials...)
+}
+
+// Commands returns the commands that were run.
+func (s *Server) Commands() []string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return append([]string(nil), s.commands...)
+}
+
+// Signals returns the signals that clients asked to send.
+func (s *Server) Signals() []string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return append([]string(nil), s.signals...)
+}
+
+// Sessions returns how many sessions are open now.
+func (s *Server) Sessions() int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	n := 0
+	for _, c := range s.conns {
+		c.mu.Lock()
+		n += c.sessions
+		c.mu.Unlock()
+	}
+	return n
+}
+
+func (s *Server) serve(nc *pipeEnd, c *serverConn) {
+	defer func() {
+		nc.Close()
+		s.set(func() { delete(s.conns, nc) })
+	}()
+	config := &ssh.ServerConfig{PublicKeyCallback: s.authorize}
+	s.set(func() {
+		for _, k := range s.hostKeys {
+			config.AddHostKey(k)
+		}
+	})
+	conn, chans, reqs, err := ssh.NewServerConn(nc, config)
+	if err != nil {
+		return
+	}
+	s.set(func() { s.handshakes++ })
+	s.wg.Go(func() { ssh.DiscardRequests(reqs) })
+	for ch := range chans {
+		s.open(c, ch)
+	}
+	conn.Wait()
+}
+
+func (s *Server) authorize(_ ssh.ConnMetadata, key ssh.PublicKey) (*ssh.Permissions, error) {
+	for _, k := range s.opts.Authorized {
+		if string(k.Marshal()) == string(key.Marshal()) {
+			return nil, nil
+		}
+	}
+	if len(s.opts.Authorized) == 0 {
+		return nil, nil
+	}
+	return nil, fmt.Errorf("key not authorized")
+}
+
+// open answers a request for a session as OpenSSH does: one too many is refused
+// with "open failed".
+func (s *Server) open(c *serverConn, ch ssh.NewChannel) {
+	s.mu.Lock()
+	mute, reject, refuse := s.muteOpens, s.reject, s.refuseExec
+	s.mu.Unlock()
+	c.mu.Lock()
+	full := c.sessions >= s.opts.MaxSessions
+	if !mute && reject == nil && !full {
+		c.sessions++
+	}
+	c.mu.Unlock()
+	switch {
+	case mute:
+	case reject != nil:
+		ch.Reject(reject.Reason, reject.Message)
+	case full:
+		ch.Reject(ssh.ConnectionFailed, "open failed")
+	default:
+		channel, reqs, err := ch.Accept()
+		if err != nil {
+			return
+		}
+		s.wg.Go(func() { s.session(c, channel, reqs, refuse) })
+	}
+}
+
+func (s *Server) session(c *serverConn, ch ssh.Channel, reqs <-chan *ssh.Request, refuse bool) {
+	ctx, cancel := context.WithCancel(context.Background())
+	running := false
+	var command sync.WaitGroup
+	for req := range reqs {
+		var arg struct{ Value string }
+		ok := ssh.Unmarshal(req.Payload, &arg) == nil
+		switch {
+		case req.Type == "exec" && ok && !running && !refuse:
+			running = true
+			s.set(func() { s.commands = append(s.commands, arg.Value) })
+			req.Reply(true, nil)
+			command.Go(func() {
+				status, signal := run(ctx, ch, arg.Value)
+				finish(ch, status, signal)
+			})
+		case req.Type == "signal" && ok:
+			s.set(func() { s.signals = append(s.signals, arg.Value) })
+			cancel()
+		default:
+			req.Reply(false, nil)
+		}
+	}
+	cancel()
+	command.Wait()
+	ch.Close()
+	if s.opts.Linger > 0 {
+		time.Sleep(s.opts.Linger)
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.sessions--
+}
+
+// finish tells the client how the command ended, in OpenSSH's order.
+func finish(ch ssh.Channel, status int, signal string) {
+	ch.CloseWrite()
+	if signal != "" {
+		ch.SendRequest("exit-signal", false, ssh.Marshal(struct {
+			Signal     string
+			CoreDumped bool
+			Message    string
+			Language   string
+		}{Signal: signal}))
+	} else {
+		ch.SendRequest("exit-status", false, ssh.Marshal(struct{ Status uint32 }{uint32(status)}))
+	}
+	ch.Close()
+}
+
+func run(ctx context.Context, ch ssh.Channel, command string) (status int, signal string) {
+	name, args, _ := strings.Cut(command, " ")
+	n := 0
+	fmt.Sscan(args, &n)
+	switch name {
+	case "true":
+	case "cat":
+		io.Copy(ch, ch)
+	case "echo":
+		fmt.Fprintln(ch, args)
+	case "complain":
+		fmt.Fprintln(ch.Stderr(), args)
+	case "exit":
+		return n, ""
+	case "signal":
+		return 0, args
+	case "zeros":
+		io.CopyN(ch, zeros{}, int64(n))
+	case "sleep":
+		timer := time.NewTimer(time.Duration(n) * time.Second)
+		defer timer.Stop()
+		select {
+		case <-timer.C:
+		case <-ctx.Done():
+			return 0, "TERM"
+		}
+	default:
+		fmt.Fprintf(ch.Stderr(), "%s: command not found\n", name)
+		return 127, ""
+	}
+	return 0, ""
+}
+
+type zeros struct{}
+
+func (zeros) Read(p []byte) (int, error) {
+	clear(p)
+	return len(p), nil
+}
