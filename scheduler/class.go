@@ -1,0 +1,260 @@
+package scheduler
+
+import (
+	"container/heap"
+	"slices"
+	"strconv"
+)
+
+// A class is all builds with the same requirement: system, features and the
+// machines they failed on. What machines they may go to is worked out once for
+// the class, so no event looks at each queued build.
+type class struct {
+	system   string
+	features []string    // sorted
+	exclude  []MachineID // sorted
+
+	match    []bool     // by machine index: could ever run these builds
+	ok       []bool     // by machine index: match, less the exclusions in force
+	machines []*machine // those that are ok, in list order
+
+	// Counts over machines, kept by Queue.refresh.
+	open    int // eligible machines with a free slot
+	room    int // eligible machines with a free slot or staging place
+	movable int // builds of this class that may be moved away from where they are
+
+	queues  map[*caller]*callerQueue
+	heads   classHeap // the queues, the one whose first build is next on top
+	waiting int       // index in Queue.waiting, -1 when nothing is queued
+	refs    int       // builds of this class, in any phase
+}
+
+// A caller is one whose builds share a turn.
+type caller struct {
+	name   string
+	placed int // placed builds; the fewest go first
+	queues []*callerQueue
+	refs   int // builds of this caller, in any phase
+}
+
+// A callerQueue holds the queued builds of one class and one caller.
+type callerQueue struct {
+	class  *class
+	caller *caller
+	builds buildHeap
+	index  int // in class.heads
+}
+
+// before is the order of the queue.
+func before(a, b *build) bool {
+	switch {
+	case a.req.Priority != b.req.Priority:
+		return a.req.Priority > b.req.Priority
+	case a.caller.placed != b.caller.placed:
+		return a.caller.placed < b.caller.placed
+	default:
+		return a.seq < b.seq
+	}
+}
+
+// A buildHeap has the build that is next on top.
+type buildHeap []*build
+
+func (h buildHeap) Len() int           { return len(h) }
+func (h buildHeap) Less(i, j int) bool { return before(h[i], h[j]) }
+func (h buildHeap) Swap(i, j int) {
+	h[i], h[j] = h[j], h[i]
+	h[i].index, h[j].index = i, j
+}
+
+// Push is for container/heap.
+func (h *buildHeap) Push(x any) {
+	b := x.(*build)
+	b.index = len(*h)
+	*h = append(*h, b)
+}
+
+// Pop is for container/heap.
+func (h *buildHeap) Pop() any {
+	last := len(*h) - 1
+	b := (*h)[last]
+	(*h)[last] = nil
+	*h = (*h)[:last]
+	return b
+}
+
+// A classHeap has the queue whose first build is next on top.
+type classHeap []*callerQueue
+
+func (h classHeap) Len() int           { return len(h) }
+func (h classHeap) Less(i, j int) bool { return before(h[i].builds[0], h[j].builds[0]) }
+func (h classHeap) Swap(i, j int) {
+	h[i], h[j] = h[j], h[i]
+	h[i].index, h[j].index = i, j
+}
+
+// Push is for container/heap.
+func (h *classHeap) Push(x any) {
+	cq := x.(*callerQueue)
+	cq.index = len(*h)
+	*h = append(*h, cq)
+}
+
+// Pop is for container/heap.
+func (h *classHeap) Pop() any {
+	last := len(*h) - 1
+	cq := (*h)[last]
+	(*h)[last] = nil
+	*h = (*h)[:last]
+	return cq
+}
+
+// next returns the build that is next among those queued in c.
+func (c *class) next() *build { return c.heads[0].builds[0] }
+
+// push queues b, which is of class c.
+func (c *class) push(b *build) {
+	cq := c.queues[b.caller]
+	if cq != nil {
+		heap.Push(&cq.builds, b)
+		heap.Fix(&c.heads, cq.index)
+		return
+	}
+	cq = &callerQueue{class: c, caller: b.caller}
+	c.queues[b.caller] = cq
+	b.caller.queues = append(b.caller.queues, cq)
+	heap.Push(&cq.builds, b)
+	heap.Push(&c.heads, cq)
+}
+
+// drop takes b, which is queued in c, out of the queue.
+func (c *class) drop(b *build) {
+	cq := c.queues[b.caller]
+	if len(cq.builds) == 1 {
+		heap.Remove(&c.heads, cq.index)
+		delete(c.queues, b.caller)
+		i := slices.Index(b.caller.queues, cq)
+		b.caller.queues = slices.Delete(b.caller.queues, i, i+1)
+		return
+	}
+	heap.Remove(&cq.builds, b.index)
+	heap.Fix(&c.heads, cq.index)
+}
+
+// addPlaced changes the number of u's placed builds, and so its turn.
+func (u *caller) addPlaced(n int) {
+	u.placed += n
+	for _, cq := range u.queues {
+		heap.Fix(&cq.class.heads, cq.index)
+	}
+}
+
+// fit works out anew which machines c's builds may go to.
+func (c *class) fit(machines []*machine) {
+	c.match = make([]bool, len(machines))
+	for i, m := range machines {
+		c.match[i] = m.mismatch(c.system, c.features) == Eligible
+	}
+	c.applyExclusions(machines)
+}
+
+// applyExclusions takes the machines its builds failed on out of c, as long as
+// another machine that is up or coming can take them.
+func (c *class) applyExclusions(machines []*machine) {
+	others := false
+	for i, m := range machines {
+		others = others || c.match[i] && m.coming() && !c.excludes(m.ID)
+	}
+	c.ok = make([]bool, len(machines))
+	c.machines, c.open, c.room = nil, 0, 0
+	for i, m := range machines {
+		if !c.match[i] || others && c.excludes(m.ID) {
+			continue
+		}
+		c.ok[i] = true
+		c.machines = append(c.machines, m)
+		c.open += count(m.open)
+		c.room += count(m.room)
+	}
+}
+
+func (c *class) excludes(id MachineID) bool {
+	_, found := slices.BinarySearch(c.exclude, id)
+	return found
+}
+
+func count(b bool) int {
+	if b {
+		return 1
+	}
+	return 0
+}
+
+// maxIdleClasses bounds the classes kept though no build is of them. Keeping
+// some saves working out the machines for each of many equal builds.
+const maxIdleClasses = 256
+
+// class returns the class of builds that need system and features (sorted) and
+// failed on exclude (sorted).
+func (q *Queue) class(system string, features []string, exclude []MachineID) *class {
+	key := classKey(system, features, exclude)
+	if c := q.byKey[key]; c != nil {
+		return c
+	}
+	if len(q.classes) >= 2*q.usedClasses+maxIdleClasses {
+		q.dropIdleClasses()
+	}
+	c := &class{
+		system: system, features: features, exclude: exclude,
+		queues: make(map[*caller]*callerQueue), waiting: -1,
+	}
+	c.fit(q.machines)
+	q.byKey[key] = c
+	q.classes = append(q.classes, c)
+	return c
+}
+
+func (q *Queue) dropIdleClasses() {
+	q.classes = slices.DeleteFunc(q.classes, func(c *class) bool {
+		if c.refs == 0 {
+			delete(q.byKey, classKey(c.system, c.features, c.exclude))
+		}
+		return c.refs == 0
+	})
+}
+
+// use makes b a build of class c.
+func (q *Queue) use(b *build, c *class) {
+	if c.refs == 0 {
+		q.usedClasses++
+	}
+	c.refs++
+	b.class = c
+}
+
+// unuse takes b out of its class.
+func (q *Queue) unuse(b *build) {
+	b.class.refs--
+	if b.class.refs == 0 {
+		q.usedClasses--
+	}
+}
+
+// classKey is different for different requirements, whatever bytes are in them.
+func classKey(system string, features []string, exclude []MachineID) string {
+	key := make([]byte, 0, 64)
+	add := func(s string) {
+		key = strconv.AppendInt(key, int64(len(s)), 10)
+		key = append(key, ':')
+		key = append(key, s...)
+	}
+	add(system)
+	for _, f := range features {
+		add(f)
+	}
+	key = append(key, '-')
+	for _, id := range exclude {
+		add(string(id))
+	}
+	return string(key)
+}

@@ -1,0 +1,272 @@
+package scheduler
+
+import (
+	"fmt"
+	"slices"
+	"strconv"
+	"strings"
+	"unicode"
+)
+
+// A Reason is the first thing that keeps a build from a machine.
+type Reason int
+
+// The reasons, in the order they are looked at. The first four are for ever,
+// as long as the machine and the build stay what they are.
+const (
+	Eligible Reason = iota // nothing does
+	SystemUnsupported
+	FeatureMissing
+	MandatoryNotRequired
+	NoSlots // max-jobs is 0
+	StillConnecting
+	OutOfReach
+	BeingDrained
+	FailedBefore
+	SlotsTaken
+)
+
+// A Verdict is what is to be said of one machine for one build.
+type Verdict struct {
+	Machine MachineID
+	Reason  Reason
+	// Text says Reason in words, with what is found and needed.
+	Text string
+	// Place tells that, although all slots are taken, a staging place is free.
+	Place bool
+}
+
+// An Explanation tells where a build can go, and why not elsewhere.
+type Explanation struct {
+	System   string
+	Features []string
+	// Situation is Impossible, SlotFree, Full or NoneUp.
+	Situation Situation
+	// Chosen is the machine it goes to now, "" if none has room.
+	Chosen MachineID
+	// Why says in a line what happens to the build.
+	Why string
+	// Machines has all machines, in the order of their list.
+	Machines []Verdict
+}
+
+// Explain tells where a build such as r would go now. It changes nothing.
+func (q *Queue) Explain(r Request) Explanation {
+	c := q.class(r.System, sortedSet(r.Features), sortedIDs(r.Exclude))
+	e := Explanation{System: r.System, Features: c.features, Machines: make([]Verdict, len(q.machines))}
+	for i, m := range q.machines {
+		e.Machines[i] = q.judge(c, m)
+	}
+	matching, coming, _ := c.tally(q.machines)
+	m, rule := c.choose()
+	switch {
+	case matching == 0:
+		e.Situation = Impossible
+	case m != nil && m.open:
+		e.Situation, e.Chosen = SlotFree, m.ID
+	case m != nil:
+		e.Situation, e.Chosen = Full, m.ID
+	case coming == 0:
+		e.Situation = NoneUp
+	default:
+		e.Situation = Full
+	}
+	e.Why = e.Situation.text()
+	if m != nil {
+		e.Why = "goes to " + printable(string(m.ID)) + ": " + rule.text(m.open)
+	}
+	return e
+}
+
+// ExplainBuild is Explain for a build the Queue knows, with the machines it
+// failed on; false if it knows none such.
+func (q *Queue) ExplainBuild(id BuildID) (Explanation, bool) {
+	b := q.builds[id]
+	if b == nil {
+		return Explanation{}, false
+	}
+	return q.Explain(b.req), true
+}
+
+// judge tells what keeps builds of c from m.
+func (q *Queue) judge(c *class, m *machine) Verdict {
+	v := Verdict{Machine: m.ID, Reason: m.mismatch(c.system, c.features)}
+	switch {
+	case v.Reason != Eligible:
+	case m.state == Connecting:
+		v.Reason = StillConnecting
+	case m.state == Down:
+		v.Reason = OutOfReach
+	case m.state == Draining:
+		v.Reason = BeingDrained
+	case !c.ok[m.index]:
+		v.Reason = FailedBefore
+	case !m.open:
+		v.Reason, v.Place = SlotsTaken, m.room
+	}
+	v.Text = m.words(v.Reason, c)
+	return v
+}
+
+// words says reason in words.
+func (m *machine) words(reason Reason, c *class) string {
+	switch reason {
+	case SystemUnsupported:
+		return "does not support system " + printable(c.system) + ", only " + listed(m.Systems)
+	case FeatureMissing:
+		missing := slices.DeleteFunc(slices.Clone(c.features), func(f string) bool { return m.supported[f] })
+		return "does not support required " + features(missing)
+	case MandatoryNotRequired:
+		extra := slices.DeleteFunc(slices.Clone(m.MandatoryFeatures), func(f string) bool {
+			_, found := slices.BinarySearch(c.features, f)
+			return found
+		})
+		return "takes only builds that require " + features(extra)
+	case NoSlots:
+		return "has max-jobs 0"
+	case StillConnecting:
+		return "is still connecting" + because(m.reason)
+	case OutOfReach:
+		return "is down" + because(m.reason)
+	case BeingDrained:
+		return "is draining" + because(m.reason)
+	case FailedBefore:
+		return "failed this build before, and others can take it"
+	case SlotsTaken:
+		return fmt.Sprintf("all %s taken%s", slots(m.MaxJobs), m.loadWords())
+	default:
+		return fmt.Sprintf("eligible: %d of %s taken, speed factor %s",
+			m.load(), slots(m.MaxJobs), strconv.FormatFloat(m.SpeedFactor, 'g', -1, 64))
+	}
+}
+
+// loadWords tells what takes m's slots.
+func (m *machine) loadWords() string {
+	var parts []string
+	for _, p := range []struct {
+		n    int
+		what string
+	}{
+		{m.running, "running"},
+		{m.placed - m.running, "with inputs on the way or waiting for a slot"},
+		{m.held, "held after a lost connection"},
+	} {
+		if p.n > 0 {
+			parts = append(parts, fmt.Sprintf("%d %s", p.n, p.what))
+		}
+	}
+	return ": " + strings.Join(parts, ", ")
+}
+
+// String is Text without a limit.
+func (e Explanation) String() string { return e.Text(0) }
+
+// Text returns the explanation as lines without a final newline: what is
+// needed, what happens, and a line for each machine; beyond limit machines
+// (0: no limit) only their number.
+func (e Explanation) Text(limit int) string {
+	var b strings.Builder
+	b.WriteString("build for system " + printable(e.System))
+	if len(e.Features) > 0 {
+		b.WriteString(" requiring " + features(e.Features))
+	}
+	b.WriteString(": " + e.Why)
+	for i, v := range e.Machines {
+		if limit > 0 && i == limit {
+			fmt.Fprintf(&b, "\n  and %d more", len(e.Machines)-limit)
+			break
+		}
+		b.WriteString("\n  " + printable(string(v.Machine)) + " " + v.Text)
+	}
+	return b.String()
+}
+
+const (
+	whyGrant    = "its inputs are there and a slot is free"
+	whyMove     = "a slot is free there, and its machine has none for it"
+	whyWithdraw = "the machines changed, and the machine may not build it any more"
+)
+
+// text says why the machine was chosen; open tells whether it has a free slot.
+func (r choiceRule) text(open bool) string {
+	texts := stagingTexts
+	if open {
+		texts = slotTexts
+	}
+	return texts[r]
+}
+
+var slotTexts = [...]string{
+	ruleOnly:         "the only matching machine with a free slot",
+	ruleLoadPerSpeed: "lowest load for its speed among those with a free slot",
+	ruleSpeed:        "fastest of the equally loaded with a free slot",
+	ruleLoad:         "least loaded of the equally fast with a free slot",
+	ruleFirst:        "first in the list among equals with a free slot",
+}
+
+var stagingTexts = [...]string{
+	ruleOnly:         "no slot is free; the only matching machine with room for its inputs",
+	ruleLoadPerSpeed: "no slot is free; lowest load for its speed among those with room for its inputs",
+	ruleSpeed:        "no slot is free; fastest of the equally loaded with room for its inputs",
+	ruleLoad:         "no slot is free; least loaded of the equally fast with room for its inputs",
+	ruleFirst:        "no slot is free; first in the list among equals with room for its inputs",
+}
+
+// text says the situation in words.
+func (s Situation) text() string { return situationTexts[s] }
+
+var situationTexts = [...]string{
+	SlotFree:        "a matching machine has a free slot",
+	Impossible:      "no machine can build it",
+	FullLocalFree:   "all matching machines are full or still connecting, and a local slot is free",
+	FullLocalBusy:   "waits: all matching machines are full or still connecting, and no local slot is free",
+	FullLocalQueued: "all matching machines are full or still connecting, and enough builds wait that could be built locally",
+	Full:            "waits: all matching machines are full or still connecting",
+	FullQueue:       "no matching machine has a free slot, and too many builds wait already",
+	NoneUpLocal:     "no matching machine is up, and it can be built locally",
+	NoneUp:          "waits: no matching machine is up",
+}
+
+func because(reason string) string {
+	if reason == "" {
+		return ""
+	}
+	return ": " + printable(reason)
+}
+
+func slots(n int) string {
+	if n == 1 {
+		return "1 slot"
+	}
+	return fmt.Sprintf("%d slots", n)
+}
+
+func features(list []string) string {
+	if len(list) == 1 {
+		return "feature " + listed(list)
+	}
+	return "features " + listed(list)
+}
+
+func listed(list []string) string {
+	if len(list) == 0 {
+		return "none"
+	}
+	quoted := make([]string, len(list))
+	for i, s := range list {
+		quoted[i] = printable(s)
+	}
+	return strings.Join(quoted, ", ")
+}
+
+// printable quotes s unless it is plain text: what comes from derivations,
+// files and machines must not steer a terminal or forge lines.
+func printable(s string) string {
+	plain := s != "" && !strings.ContainsFunc(s, func(r rune) bool {
+		return !unicode.IsPrint(r) || r == unicode.ReplacementChar
+	})
+	if plain {
+		return s
+	}
+	return strconv.Quote(s)
+}

@@ -1,0 +1,210 @@
+package scheduler
+
+import (
+	"fmt"
+	"math"
+	"slices"
+)
+
+// A MachineID names a machine: its store URI, such as "ssh://mac". Two lines of
+// the machines file with the same URI are one machine, merged by the caller.
+type MachineID string
+
+// A Machine is what the scheduler needs to know of one machine.
+type Machine struct {
+	ID MachineID
+	// Systems it builds for, such as "x86_64-linux". Every machine builds for "builtin".
+	Systems []string
+	// SupportedFeatures and MandatoryFeatures: see the package comment.
+	SupportedFeatures []string
+	MandatoryFeatures []string
+	// MaxJobs is the number of build slots. A machine with 0 (or less) is never used.
+	MaxJobs int
+	// SpeedFactor is relative to the other machines. 0, negative and NaN mean 1.
+	SpeedFactor float64
+	// Staging is the number of builds placed on the machine beyond MaxJobs, so that
+	// their inputs travel while all slots are busy. 0 means half of MaxJobs, at least
+	// one: enough to have the next inputs there when builds take longer than their
+	// uploads, and few enough that little is bound to a machine early. Negative means none.
+	Staging int
+}
+
+// A MachineState tells whether a machine takes builds.
+type MachineState int
+
+// The states of a machine. A new machine is Connecting.
+const (
+	// Connecting is the first attempt: the machine is coming, not down.
+	Connecting MachineState = iota
+	// Up takes builds.
+	Up
+	// Down is out of reach, or parked after failures.
+	Down
+	// Draining takes no new builds; those placed on it still get their slots.
+	Draining
+)
+
+// String returns the state as status shows it.
+func (s MachineState) String() string {
+	switch s {
+	case Connecting:
+		return "connecting"
+	case Up:
+		return "up"
+	case Down:
+		return "down"
+	case Draining:
+		return "draining"
+	default:
+		return fmt.Sprintf("state %d", int(s))
+	}
+}
+
+// A machine is a Machine with what is on it.
+type machine struct {
+	Machine
+	systems   map[string]bool
+	supported map[string]bool // includes the mandatory features
+	state     MachineState
+	reason    string
+	// index is the place in Queue.machines, -1 once removed from the list.
+	index   int
+	running int
+	placed  int
+	held    int
+	// line holds the placed builds without a slot, in the order of their placing.
+	line []*build
+	// Derived by Queue.refresh, which counts them in the classes:
+	open    bool // takes builds and has a free slot
+	room    bool // takes builds and has a free slot or staging place
+	movable bool // the builds in line may go elsewhere
+}
+
+// configure takes over m's settings, normalised, and copies its lists.
+func (m *machine) configure(conf Machine) {
+	conf.Systems = sortedSet(conf.Systems)
+	conf.SupportedFeatures = sortedSet(conf.SupportedFeatures)
+	conf.MandatoryFeatures = sortedSet(conf.MandatoryFeatures)
+	conf.MaxJobs = max(0, conf.MaxJobs)
+	if math.IsNaN(conf.SpeedFactor) || conf.SpeedFactor <= 0 {
+		conf.SpeedFactor = 1
+	}
+	switch {
+	case conf.Staging < 0:
+		conf.Staging = 0
+	case conf.Staging == 0:
+		conf.Staging = max(1, conf.MaxJobs/2)
+	}
+	m.Machine = conf
+	m.systems = make(map[string]bool, len(conf.Systems))
+	for _, s := range conf.Systems {
+		m.systems[s] = true
+	}
+	m.supported = make(map[string]bool, len(conf.SupportedFeatures)+len(conf.MandatoryFeatures))
+	for _, f := range slices.Concat(conf.SupportedFeatures, conf.MandatoryFeatures) {
+		m.supported[f] = true
+	}
+}
+
+// load is the number of slots spoken for.
+func (m *machine) load() int { return m.placed + m.held }
+
+// takes tells whether new builds may be placed on m, room permitting.
+func (m *machine) takes() bool { return m.index >= 0 && m.state == Up }
+
+// grants tells whether builds on m may be given a slot.
+func (m *machine) grants() bool {
+	return (m.state == Up || m.state == Draining) && m.running+m.held < m.MaxJobs
+}
+
+// coming tells whether m is up or on its first connection attempt.
+func (m *machine) coming() bool { return m.state == Up || m.state == Connecting }
+
+// mismatch returns the first reason why m could never run a build that needs
+// system and features (sorted), or Eligible.
+func (m *machine) mismatch(system string, features []string) Reason {
+	if system != "builtin" && !m.systems[system] {
+		return SystemUnsupported
+	}
+	for _, f := range features {
+		if !m.supported[f] {
+			return FeatureMissing
+		}
+	}
+	for _, f := range m.MandatoryFeatures {
+		if _, found := slices.BinarySearch(features, f); !found {
+			return MandatoryNotRequired
+		}
+	}
+	if m.MaxJobs == 0 {
+		return NoSlots
+	}
+	return Eligible
+}
+
+// A choiceRule is the rule that made one machine better than another.
+type choiceRule int
+
+const (
+	ruleOnly choiceRule = iota // no other machine to compare with
+	ruleLoadPerSpeed
+	ruleSpeed
+	ruleLoad
+	ruleFirst
+)
+
+// compare tells which of a and b a build goes to, and by which rule; negative
+// means a. The rules are tried in order. a and b differ.
+func compare(a, b *machine) (int, choiceRule) {
+	la, lb := float64(a.load())/a.SpeedFactor, float64(b.load())/b.SpeedFactor
+	switch {
+	case la != lb:
+		return sign(la < lb), ruleLoadPerSpeed
+	case a.SpeedFactor != b.SpeedFactor:
+		return sign(a.SpeedFactor > b.SpeedFactor), ruleSpeed
+	case a.load() != b.load():
+		return sign(a.load() < b.load()), ruleLoad
+	default:
+		return sign(a.index < b.index), ruleFirst
+	}
+}
+
+func sign(negative bool) int {
+	if negative {
+		return -1
+	}
+	return 1
+}
+
+// choose returns the machine for a build of class c: among those with a free
+// slot, else among those with a free staging place; nil when there is neither.
+// The rule is the last one needed to set it apart from all others.
+func (c *class) choose() (best *machine, rule choiceRule) {
+	if c.room == 0 {
+		return nil, ruleOnly
+	}
+	for _, m := range c.machines {
+		if !m.room || (c.open > 0 && !m.open) {
+			continue
+		}
+		if best == nil {
+			best = m
+			continue
+		}
+		// A rule that separates the new best from the old one also separates it from
+		// all that lost to the old one by a later rule.
+		if cmp, r := compare(m, best); cmp < 0 {
+			best, rule = m, r
+		} else {
+			rule = max(rule, r)
+		}
+	}
+	return best, rule
+}
+
+// sortedSet returns the elements of list sorted, each once, in a new slice.
+func sortedSet(list []string) []string {
+	list = slices.Clone(list)
+	slices.Sort(list)
+	return slices.Compact(list)
+}

@@ -1,0 +1,166 @@
+package scheduler
+
+import (
+	"fmt"
+	"slices"
+)
+
+// A Reply is what the build hook answers to an offered build.
+type Reply int
+
+// The replies.
+const (
+	// Accept takes the build, and names the machine it goes to.
+	Accept Reply = iota
+	// AcceptQueued takes the build under a neutral name: it gets its machine later.
+	AcceptQueued
+	// Decline leaves the build to the caller's own Nix.
+	Decline
+	// Postpone asks the caller to offer the build again later.
+	Postpone
+)
+
+// String returns the reply in the words of the hook protocol.
+func (r Reply) String() string {
+	switch r {
+	case Accept:
+		return "accept"
+	case AcceptQueued:
+		return "accept queued"
+	case Decline:
+		return "decline"
+	case Postpone:
+		return "postpone"
+	default:
+		return fmt.Sprintf("reply %d", int(r))
+	}
+}
+
+// A Situation is a row of the table of replies.
+type Situation int
+
+// The situations. "Full" means that matching machines are up or coming (on
+// their first connection attempt) and none has a free slot.
+const (
+	// SlotFree: a matching machine has a free slot. Accept.
+	SlotFree Situation = iota
+	// Impossible: no machine could ever run it. Decline.
+	Impossible
+	// FullLocalFree: full, and a local slot is free for it. Decline: the local
+	// machine shares the load, as with the stock hook.
+	FullLocalFree
+	// FullLocalBusy: full, and no local slot is free for it, though it could be built
+	// locally. AcceptQueued while fewer such builds than remote slots are queued, so
+	// that no remote slot idles through the seconds a postponed caller waits.
+	FullLocalBusy
+	// FullLocalQueued: as before, and as many are queued. Postpone.
+	FullLocalQueued
+	// Full, and it cannot be built locally. AcceptQueued.
+	Full
+	// FullQueue: as before or as NoneUp, and max(512, 4 times the slots) are queued. Postpone.
+	FullQueue
+	// NoneUpLocal: matching machines exist, none is up or coming, and it can be built
+	// locally. Decline.
+	NoneUpLocal
+	// NoneUp: as before, and it cannot be built locally. AcceptQueued; how long it
+	// waits for a machine is the caller's to bound (see Stranded).
+	NoneUp
+)
+
+// A Decision is the reply to an offered build.
+type Decision struct {
+	Reply     Reply
+	Situation Situation
+	// Machine is the one that Enqueue would place the build on now; set with Accept only.
+	Machine MachineID
+	// Why is for people, one line. Explain has the reason for each machine.
+	Why string
+}
+
+// minQueued is the number of builds for one system that may be queued however
+// few slots there are; queuedPerSlot is how many for each slot otherwise. More
+// would only grow the memory of both daemons: the slots are busy anyway.
+const (
+	minQueued     = 512
+	queuedPerSlot = 4
+)
+
+// Offer tells what to reply to a caller that offers r. amWilling is the
+// caller's word that one of its local slots is free. Offer changes nothing;
+// Enqueue right after an Accept places the build on the machine it named.
+//
+// Queued builds and slots are counted for r's system: builds that could not use
+// the same machines do not keep each other out.
+func (q *Queue) Offer(r Request, amWilling bool) Decision {
+	c := q.class(r.System, sortedSet(r.Features), sortedIDs(r.Exclude))
+	if c.open > 0 {
+		m, rule := c.choose()
+		return Decision{Reply: Accept, Situation: SlotFree, Machine: m.ID, Why: rule.text(true)}
+	}
+	matching, coming, slots := c.tally(q.machines)
+	if matching == 0 {
+		return decide(Decline, Impossible)
+	}
+	if coming == 0 && r.CouldBuildLocally {
+		return decide(Decline, NoneUpLocal)
+	}
+	if r.CouldBuildLocally && amWilling {
+		return decide(Decline, FullLocalFree)
+	}
+	var queued, local int
+	if s := q.systems[r.System]; s != nil {
+		queued, local = s.queued, s.local
+	}
+	switch {
+	case r.CouldBuildLocally && local < slots:
+		return decide(AcceptQueued, FullLocalBusy)
+	case r.CouldBuildLocally:
+		return decide(Postpone, FullLocalQueued)
+	case queued >= max(minQueued, queuedPerSlot*slots):
+		return decide(Postpone, FullQueue)
+	case coming == 0:
+		return decide(AcceptQueued, NoneUp)
+	default:
+		return decide(AcceptQueued, Full)
+	}
+}
+
+func decide(reply Reply, s Situation) Decision {
+	return Decision{Reply: reply, Situation: s, Why: s.text()}
+}
+
+// tally counts the machines that could ever run builds of c, those of them that
+// are up or coming, and the slots of these.
+func (c *class) tally(machines []*machine) (matching, coming, slots int) {
+	for i, m := range machines {
+		if !c.match[i] {
+			continue
+		}
+		matching++
+		if m.coming() {
+			coming++
+			slots += m.MaxJobs
+		}
+	}
+	return matching, coming, slots
+}
+
+// Stranded returns the queued builds that no machine could take even if all
+// were idle: none that matches is up or coming. They are in the order of their
+// IDs. The caller bounds how long they wait. It costs time for each queued
+// build that is stranded, not for the others.
+func (q *Queue) Stranded() []BuildID {
+	var ids []BuildID
+	for _, c := range q.waiting {
+		if _, coming, _ := c.tally(q.machines); coming > 0 {
+			continue
+		}
+		for _, cq := range c.heads {
+			for _, b := range cq.builds {
+				ids = append(ids, b.req.ID)
+			}
+		}
+	}
+	slices.Sort(ids)
+	return ids
+}

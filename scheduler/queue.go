@@ -1,0 +1,397 @@
+package scheduler
+
+import (
+	"fmt"
+	"slices"
+)
+
+// A BuildID names a build for as long as the Queue knows it. The caller chooses it.
+type BuildID uint64
+
+// A Request is what a build asks for.
+type Request struct {
+	ID BuildID
+	// System is the derivation's, such as "x86_64-linux" or "builtin".
+	System string
+	// Features are the required system features, in any order.
+	Features []string
+	// Caller names whose build it is: callers take turns.
+	Caller string
+	// Priority puts the build before all queued builds of lower priority,
+	// whosever they are; 0 is normal. The caller decides who may set it.
+	Priority int
+	// CouldBuildLocally tells that the caller's own Nix could build it too.
+	CouldBuildLocally bool
+	// Exclude names machines it already failed on; see Requeue.
+	Exclude []MachineID
+}
+
+// A Phase is how far a build has come; see the package comment.
+type Phase int
+
+// The phases of a build.
+const (
+	Queued Phase = iota
+	Staging
+	Staged
+	Running
+	Fetching
+	Lost
+)
+
+// String returns the phase as the package comment names it.
+func (p Phase) String() string {
+	if p < 0 || int(p) >= len(phaseNames) {
+		return fmt.Sprintf("phase %d", int(p))
+	}
+	return phaseNames[p]
+}
+
+var phaseNames = [...]string{"queued", "staging", "staged", "running", "fetching", "lost"}
+
+// An OrderKind is what an Order demands.
+type OrderKind int
+
+// The kinds of orders.
+const (
+	// Place: the build goes to Machine; start copying its inputs there.
+	Place OrderKind = iota
+	// Grant: the build has a slot on Machine, where it is; start it.
+	Grant
+	// Move: the build leaves From for Machine; start copying its inputs there.
+	Move
+	// Withdraw: the build leaves From, which may not build it any more since the
+	// machines changed, and is queued again. A Place may follow at once.
+	Withdraw
+)
+
+// String returns the kind as scenarios and logs write it.
+func (k OrderKind) String() string {
+	switch k {
+	case Place:
+		return "place"
+	case Grant:
+		return "grant"
+	case Move:
+		return "move"
+	case Withdraw:
+		return "withdraw"
+	default:
+		return fmt.Sprintf("order %d", int(k))
+	}
+}
+
+// An Order is something the caller must do now.
+type Order struct {
+	Kind  OrderKind
+	Build BuildID
+	// Machine is where the build is from now on, "" after Withdraw.
+	Machine MachineID
+	// From is where it was, for Move and Withdraw.
+	From MachineID
+	// Why is for people.
+	Why string
+}
+
+// A build is a Request with where it is.
+type build struct {
+	req    Request
+	class  *class
+	caller *caller
+	system *systemQueue
+	seq    uint64 // age
+	phase  Phase
+	// machine is where it is, or where it ran; nil when queued.
+	machine *machine
+	index   int // in its buildHeap, while queued
+}
+
+// placed tells whether b counts in its machine's placed.
+func (b *build) placed() bool {
+	return b.phase == Staging || b.phase == Staged || b.phase == Running
+}
+
+// A systemQueue counts the queued builds for one system.
+type systemQueue struct {
+	queued int
+	local  int // those of them that could be built locally
+	refs   int // builds for the system, in any phase
+}
+
+// A Queue decides which machine runs which build. It is not safe for
+// concurrent use. The orders a call returns belong to the caller.
+type Queue struct {
+	machines []*machine // in list order
+	removed  []*machine // no longer listed, but something is on them
+	byID     map[MachineID]*machine
+	builds   map[BuildID]*build
+	callers  map[string]*caller
+	systems  map[string]*systemQueue
+
+	byKey       map[string]*class
+	classes     []*class // in the order of their making
+	usedClasses int      // those with builds
+	waiting     []*class // those with queued builds, in no order that matters
+
+	open    int // machines with a free slot
+	lastSeq uint64
+	orders  []Order // of the event being worked on
+}
+
+// New returns a Queue without machines and builds.
+func New() *Queue {
+	return &Queue{
+		byID:    make(map[MachineID]*machine),
+		builds:  make(map[BuildID]*build),
+		callers: make(map[string]*caller),
+		systems: make(map[string]*systemQueue),
+		byKey:   make(map[string]*class),
+	}
+}
+
+// SetMachines makes ms the machines, in the order of the list. New ones are
+// Connecting; ones known already keep their state and their builds and take
+// over what changed: a build without a slot that its machine may not build any
+// more is withdrawn, one with a slot stays. Ones no longer listed take no new
+// builds and are forgotten when nothing is on them. IDs must differ.
+func (q *Queue) SetMachines(ms []Machine) []Order {
+	q.list(ms)
+	for _, c := range q.classes {
+		c.fit(q.machines)
+	}
+	all := slices.Concat(q.machines, q.removed)
+	for _, m := range all {
+		q.refresh(m)
+	}
+	for _, m := range q.machines {
+		for _, b := range slices.Clone(m.line) {
+			if !b.class.match[m.index] {
+				q.unplace(b)
+				q.enqueue(b)
+				q.order(Order{Kind: Withdraw, Build: b.req.ID, From: m.ID, Why: whyWithdraw})
+			}
+		}
+	}
+	return q.settle(all...)
+}
+
+// list sorts the machines into listed and removed ones, none counted in the
+// classes or in q.open.
+func (q *Queue) list(ms []Machine) {
+	before := slices.Concat(q.machines, q.removed)
+	for _, m := range before {
+		m.index = -1
+	}
+	q.machines = make([]*machine, 0, len(ms))
+	for i, conf := range ms {
+		m := q.byID[conf.ID]
+		if m == nil {
+			m = &machine{index: -1}
+			q.byID[conf.ID] = m
+		}
+		if m.index >= 0 {
+			panic(fmt.Sprintf("scheduler: SetMachines with two machines %s", conf.ID))
+		}
+		m.configure(conf)
+		m.index = i
+		q.machines = append(q.machines, m)
+	}
+	q.removed = nil
+	for _, m := range before {
+		switch {
+		case m.index >= 0:
+		case m.load() > 0:
+			q.removed = append(q.removed, m)
+		default:
+			delete(q.byID, m.ID)
+		}
+	}
+	q.open = 0
+	for _, m := range slices.Concat(q.machines, q.removed) {
+		m.open, m.room = false, false
+	}
+}
+
+// SetState tells that the machine is now in state, for reason (such as the last
+// error; "" if there is none to tell). Builds on it stay until the caller says
+// what became of them, except that those without a slot may be moved. A machine
+// that is not known (any more) is ignored, for its owner may learn of a reload later.
+func (q *Queue) SetState(id MachineID, state MachineState, reason string) []Order {
+	m := q.byID[id]
+	if m == nil {
+		return nil
+	}
+	m.reason = reason
+	if m.state == state {
+		return nil
+	}
+	m.state = state
+	q.refresh(m)
+	for _, c := range q.classes {
+		if len(c.exclude) > 0 && m.index >= 0 && c.match[m.index] {
+			c.applyExclusions(q.machines)
+		}
+	}
+	return q.settle(m)
+}
+
+// Enqueue takes on a build. Its ID must be new.
+func (q *Queue) Enqueue(r Request) []Order {
+	if q.builds[r.ID] != nil {
+		panic(fmt.Sprintf("scheduler: Enqueue of known build %d", r.ID))
+	}
+	r.Features = sortedSet(r.Features)
+	r.Exclude = sortedIDs(r.Exclude)
+	q.lastSeq++
+	b := &build{req: r, seq: q.lastSeq}
+	b.caller = q.callers[r.Caller]
+	if b.caller == nil {
+		b.caller = &caller{name: r.Caller}
+		q.callers[r.Caller] = b.caller
+	}
+	b.caller.refs++
+	b.system = q.systems[r.System]
+	if b.system == nil {
+		b.system = &systemQueue{}
+		q.systems[r.System] = b.system
+	}
+	b.system.refs++
+	q.use(b, q.class(r.System, r.Features, r.Exclude))
+	q.builds[r.ID] = b
+	q.enqueue(b)
+	return q.settle()
+}
+
+// Staged tells that the build's inputs are on machine. It does nothing when the
+// build has left that machine: the order is on its way.
+func (q *Queue) Staged(id BuildID, on MachineID) []Order {
+	b := q.known("Staged", id)
+	if b.machine == nil || b.machine.ID != on {
+		return nil
+	}
+	q.need("Staged", b, Staging)
+	b.phase = Staged
+	return q.settle(b.machine)
+}
+
+// Built tells that the running build's remote build has ended: its slot is
+// free, and its outputs may travel.
+func (q *Queue) Built(id BuildID) []Order {
+	b := q.known("Built", id)
+	q.need("Built", b, Running)
+	m := b.machine
+	q.unplace(b)
+	b.phase, b.machine = Fetching, m
+	return q.settle(m)
+}
+
+// Lost tells that the transport of the running build died, and nobody knows
+// whether it still runs. Its slot is held until Release. Requeue or Remove says
+// what becomes of the build.
+func (q *Queue) Lost(id BuildID) []Order {
+	b := q.known("Lost", id)
+	q.need("Lost", b, Running)
+	m := b.machine
+	m.held++ // first, so that m is never empty in between
+	q.unplace(b)
+	b.phase, b.machine = Lost, m
+	return q.settle(m)
+}
+
+// Release frees one slot that Lost holds on the machine: the leftover is known
+// to be gone, or was waited for long enough.
+func (q *Queue) Release(id MachineID) []Order {
+	m := q.byID[id]
+	if m == nil || m.held == 0 {
+		panic(fmt.Sprintf("scheduler: Release of %s, which holds no slot", id))
+	}
+	m.held--
+	q.refresh(m)
+	return q.settle(m)
+}
+
+// Requeue tells that the build failed on a machine, by the machine's fault. It
+// is queued again, as old as it was, and goes to that machine no more while
+// another that is up or coming can take it. A build that has left that machine
+// stays where it is, and only avoids the machine from now on.
+func (q *Queue) Requeue(id BuildID, failed MachineID) []Order {
+	b := q.known("Requeue", id)
+	old := b.machine
+	leaves := old != nil && old.ID == failed
+	if leaves {
+		if b.placed() {
+			q.unplace(b)
+		}
+		b.phase, b.machine = Queued, nil
+	} else if b.phase == Queued {
+		q.dequeue(b)
+	}
+	q.exclude(b, failed)
+	if b.phase == Queued {
+		q.enqueue(b)
+	}
+	if old == nil {
+		return q.settle()
+	}
+	return q.settle(old)
+}
+
+// exclude makes b, which is not queued, a build that failed on machine id.
+func (q *Queue) exclude(b *build, id MachineID) {
+	b.req.Exclude = sortedIDs(append(slices.Clone(b.req.Exclude), id))
+	old := b.class
+	c := q.class(b.req.System, b.req.Features, b.req.Exclude)
+	if b.inLine() && b.machine.movable {
+		old.movable--
+		c.movable++
+	}
+	q.unuse(b)
+	q.use(b, c)
+}
+
+// Remove tells that the build is done with: finished, failed or cancelled. What
+// it holds is free, except a slot held by Lost.
+func (q *Queue) Remove(id BuildID) []Order {
+	b := q.known("Remove", id)
+	m := b.machine
+	switch {
+	case b.placed():
+		q.unplace(b)
+	case b.phase == Queued:
+		q.dequeue(b)
+	}
+	q.unuse(b)
+	delete(q.builds, id)
+	if b.caller.refs--; b.caller.refs == 0 {
+		delete(q.callers, b.caller.name)
+	}
+	if b.system.refs--; b.system.refs == 0 {
+		delete(q.systems, b.req.System)
+	}
+	if m == nil {
+		return q.settle()
+	}
+	return q.settle(m)
+}
+
+// known returns the build, for the call named.
+func (q *Queue) known(call string, id BuildID) *build {
+	b := q.builds[id]
+	if b == nil {
+		panic(fmt.Sprintf("scheduler: %s of unknown build %d", call, id))
+	}
+	return b
+}
+
+// need panics unless b is in the phase that call demands.
+func (q *Queue) need(call string, b *build, phase Phase) {
+	if b.phase != phase {
+		panic(fmt.Sprintf("scheduler: %s of build %d, which is %s, not %s", call, b.req.ID, b.phase, phase))
+	}
+}
+
+func sortedIDs(list []MachineID) []MachineID {
+	list = slices.Clone(list)
+	slices.Sort(list)
+	return slices.Compact(list)
+}

@@ -1,0 +1,221 @@
+package scheduler
+
+import "slices"
+
+// settle does all that can be done after an event: it grants slots on the
+// machines touched by it, places queued builds, and moves builds to where a
+// slot is free. It returns the event's orders.
+//
+// Grants come first, for a build that has a slot cannot be moved. Placing and
+// moving bring no build whose inputs are there, so no grant can follow from them.
+// Each move leaves fewer builds to be moved and each placement fewer queued, so
+// it ends.
+func (q *Queue) settle(touched ...*machine) []Order {
+	for _, m := range touched {
+		for m.grants() && q.grantNext(m) {
+		}
+	}
+	for q.placeNext() || q.moveNext() {
+	}
+	q.forgetRemoved()
+	orders := q.orders
+	q.orders = nil
+	return orders
+}
+
+func (q *Queue) order(o Order) { q.orders = append(q.orders, o) }
+
+// grantNext gives a slot of m to the staged build of the highest priority that
+// was placed first, and tells whether there was one.
+func (q *Queue) grantNext(m *machine) bool {
+	var next *build
+	for _, b := range m.line {
+		if b.phase == Staged && (next == nil || b.req.Priority > next.req.Priority) {
+			next = b
+		}
+	}
+	if next == nil {
+		return false
+	}
+	m.leaveLine(next)
+	next.phase = Running
+	m.running++
+	q.refresh(m)
+	q.order(Order{Kind: Grant, Build: next.req.ID, Machine: m.ID, Why: whyGrant})
+	return true
+}
+
+// placeNext places the queued build that is next among those some machine has
+// room for, and tells whether there was one.
+func (q *Queue) placeNext() bool {
+	var next *build
+	for _, c := range q.waiting {
+		if c.room > 0 && (next == nil || before(c.next(), next)) {
+			next = c.next()
+		}
+	}
+	if next == nil {
+		return false
+	}
+	m, rule := next.class.choose()
+	why := rule.text(m.open)
+	q.dequeue(next)
+	q.place(next, m)
+	q.order(Order{Kind: Place, Build: next.req.ID, Machine: m.ID, Why: why})
+	return true
+}
+
+// moveNext moves a build to a machine with a free slot, and tells whether there
+// was one to move. It comes from a machine that takes no builds, else from the
+// one with the highest load/speedFactor; there the build that got least far
+// goes, for it has the least to lose.
+func (q *Queue) moveNext() bool {
+	if q.open == 0 || !slices.ContainsFunc(q.classes, (*class).canMove) {
+		return false
+	}
+	var from *machine
+	for _, list := range [][]*machine{q.machines, q.removed} {
+		for _, m := range list {
+			if m.movable && (from == nil || leavesBefore(m, from)) && m.leastFar() != nil {
+				from = m
+			}
+		}
+	}
+	b := from.leastFar()
+	to, _ := b.class.choose()
+	q.unplace(b)
+	q.place(b, to)
+	q.order(Order{Kind: Move, Build: b.req.ID, Machine: to.ID, From: from.ID, Why: whyMove})
+	return true
+}
+
+// canMove tells that some build of c may be moved, and that there is a free slot for it.
+func (c *class) canMove() bool { return c.movable > 0 && c.open > 0 }
+
+// leavesBefore tells whether builds are moved from a rather than from b, which
+// comes before a in the list.
+func leavesBefore(a, b *machine) bool {
+	if a.takes() != b.takes() {
+		return !a.takes()
+	}
+	return float64(a.load())/a.SpeedFactor > float64(b.load())/b.SpeedFactor
+}
+
+// leastFar returns the build to be moved from m: one whose inputs are not there
+// yet, else of the lowest priority, else placed last; nil when there is no free
+// slot for any.
+func (m *machine) leastFar() *build {
+	var least *build
+	for _, b := range m.line {
+		switch {
+		case b.class.open == 0:
+		case least == nil,
+			b.phase < least.phase,
+			b.phase == least.phase && b.req.Priority <= least.req.Priority:
+			least = b
+		}
+	}
+	return least
+}
+
+// enqueue puts b, which is nowhere, into the queue.
+func (q *Queue) enqueue(b *build) {
+	b.phase, b.machine = Queued, nil
+	c := b.class
+	c.push(b)
+	if c.waiting < 0 {
+		c.waiting = len(q.waiting)
+		q.waiting = append(q.waiting, c)
+	}
+	b.system.queued++
+	b.system.local += count(b.req.CouldBuildLocally)
+}
+
+// dequeue takes b out of the queue; then it is nowhere.
+func (q *Queue) dequeue(b *build) {
+	c := b.class
+	c.drop(b)
+	if len(c.heads) == 0 {
+		last := q.waiting[len(q.waiting)-1]
+		q.waiting[c.waiting] = last
+		last.waiting = c.waiting
+		q.waiting = q.waiting[:len(q.waiting)-1]
+		c.waiting = -1
+	}
+	b.system.queued--
+	b.system.local -= count(b.req.CouldBuildLocally)
+}
+
+// place puts b, which is nowhere, on m.
+func (q *Queue) place(b *build, m *machine) {
+	b.phase, b.machine = Staging, m
+	m.placed++
+	m.line = append(m.line, b)
+	if m.movable {
+		b.class.movable++
+	}
+	b.caller.addPlaced(1)
+	q.refresh(m)
+}
+
+// unplace takes b, which is placed, from its machine; then it is nowhere.
+func (q *Queue) unplace(b *build) {
+	m := b.machine
+	if b.phase == Running {
+		m.running--
+	} else {
+		m.leaveLine(b)
+	}
+	m.placed--
+	b.machine = nil
+	b.caller.addPlaced(-1)
+	q.refresh(m)
+}
+
+// inLine tells whether b is on a machine and has no slot.
+func (b *build) inLine() bool { return b.phase == Staging || b.phase == Staged }
+
+func (m *machine) leaveLine(b *build) {
+	i := slices.Index(m.line, b)
+	m.line = slices.Delete(m.line, i, i+1)
+	if m.movable {
+		b.class.movable--
+	}
+}
+
+// refresh works out what m's state and counters mean, and keeps the counts of
+// the classes. It must follow every change of either.
+func (q *Queue) refresh(m *machine) {
+	takes, load := m.takes(), m.load()
+	open := takes && load < m.MaxJobs
+	room := takes && m.MaxJobs > 0 && load < m.MaxJobs+m.Staging
+	if m.open != open || m.room != room {
+		opens, rooms := count(open)-count(m.open), count(room)-count(m.room)
+		m.open, m.room = open, room
+		q.open += opens
+		for _, c := range q.classes {
+			if c.ok[m.index] {
+				c.open += opens
+				c.room += rooms
+			}
+		}
+	}
+	movable := len(m.line) > 0 && (!takes || load > m.MaxJobs)
+	if m.movable != movable {
+		m.movable = movable
+		for _, b := range m.line {
+			b.class.movable += 2*count(movable) - 1
+		}
+	}
+}
+
+// forgetRemoved drops the machines that are no longer listed and have nothing
+// on them any more.
+func (q *Queue) forgetRemoved() {
+	q.removed = slices.DeleteFunc(q.removed, func(m *machine) bool {
+		if m.load() == 0 {
+			delete(q.byID, m.ID)
+		}
+		return m.load() == 0
+	})
+}

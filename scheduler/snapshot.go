@@ -1,0 +1,116 @@
+package scheduler
+
+import (
+	"cmp"
+	"slices"
+)
+
+// A Snapshot is all there is to see of a Queue. It is the caller's own.
+type Snapshot struct {
+	Machines []MachineStatus // in list order, then those removed from the list
+	Builds   []BuildStatus   // by ID
+	Queued   []SystemStatus  // by system, those with queued builds
+}
+
+// A MachineStatus tells what is on a machine.
+type MachineStatus struct {
+	ID     MachineID
+	State  MachineState
+	Reason string // as given to SetState
+	// Removed tells that it is no longer listed and goes when it is empty.
+	Removed bool
+	Slots   int // max-jobs
+	Staging int // staging places beside them
+	Running int // slots with a running build
+	Placed  int // builds staging, staged and running
+	Held    int // slots held after a lost transport
+}
+
+// A BuildStatus tells where a build is.
+type BuildStatus struct {
+	ID    BuildID
+	Phase Phase
+	// Machine is where it is; for a fetching or lost build where it ran; "" when queued.
+	Machine  MachineID
+	System   string
+	Caller   string
+	Priority int
+}
+
+// A SystemStatus counts the queued builds for a system.
+type SystemStatus struct {
+	System string
+	Queued int
+	// Unplaceable counts those of them that no machine in the list can ever build.
+	Unplaceable int
+}
+
+// Snapshot returns all there is to see.
+func (q *Queue) Snapshot() Snapshot {
+	return Snapshot{Machines: q.Machines(), Builds: q.Builds(), Queued: q.QueuedBySystem()}
+}
+
+// Machines returns the machines in list order, then those removed from the list.
+func (q *Queue) Machines() []MachineStatus {
+	list := make([]MachineStatus, 0, len(q.machines)+len(q.removed))
+	for _, m := range slices.Concat(q.machines, q.removed) {
+		list = append(list, MachineStatus{
+			ID: m.ID, State: m.state, Reason: m.reason, Removed: m.index < 0,
+			Slots: m.MaxJobs, Staging: m.Staging,
+			Running: m.running, Placed: m.placed, Held: m.held,
+		})
+	}
+	return list
+}
+
+// Builds returns all builds, by ID.
+func (q *Queue) Builds() []BuildStatus {
+	list := make([]BuildStatus, 0, len(q.builds))
+	for _, b := range q.builds {
+		list = append(list, b.status())
+	}
+	slices.SortFunc(list, func(a, b BuildStatus) int { return cmp.Compare(a.ID, b.ID) })
+	return list
+}
+
+// Build returns where the build is; false if the Queue knows none such.
+func (q *Queue) Build(id BuildID) (BuildStatus, bool) {
+	b := q.builds[id]
+	if b == nil {
+		return BuildStatus{}, false
+	}
+	return b.status(), true
+}
+
+func (b *build) status() BuildStatus {
+	s := BuildStatus{
+		ID: b.req.ID, Phase: b.phase,
+		System: b.req.System, Caller: b.req.Caller, Priority: b.req.Priority,
+	}
+	if b.machine != nil {
+		s.Machine = b.machine.ID
+	}
+	return s
+}
+
+// QueuedBySystem returns the systems that have queued builds, by name. It
+// costs no time for each build.
+func (q *Queue) QueuedBySystem() []SystemStatus {
+	unplaceable := make(map[string]int)
+	for _, c := range q.waiting {
+		if matching, _, _ := c.tally(q.machines); matching > 0 {
+			continue
+		}
+		for _, cq := range c.heads {
+			unplaceable[c.system] += len(cq.builds)
+		}
+	}
+	var list []SystemStatus
+	for name, s := range q.systems {
+		if s.queued > 0 {
+			list = append(list, SystemStatus{System: name, Queued: s.queued, Unplaceable: unplaceable[name]})
+		}
+	}
+	slices.SortFunc(list, func(a, b SystemStatus) int { return cmp.Compare(a.System, b.System) })
+	return list
+}
