@@ -1,0 +1,203 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/types/known/durationpb"
+
+	dispatchv1 "nixdispatch/proto/dispatch/v1"
+	"nixdispatch/proto/nix/hook"
+)
+
+const (
+	// askAgain and askAgainTimeout bound what a daemon that did not answer once
+	// costs a Nix that asks for many builds.
+	askAgain        = 3 * time.Second
+	askAgainTimeout = 250 * time.Millisecond
+)
+
+// helloOf picks the settings that the daemon may know.
+func helloOf(s *hook.Settings) *dispatchv1.Hello {
+	limits := &dispatchv1.Limits{MaxLogSize: s.MaxBuildLogSize}
+	if s.Timeout > 0 {
+		limits.Timeout = durationpb.New(s.Timeout)
+	}
+	if s.MaxSilentTime > 0 {
+		limits.MaxSilentTime = durationpb.New(s.MaxSilentTime)
+	}
+	return &dispatchv1.Hello{
+		Builders:               s.Builders,
+		BuildersUseSubstitutes: s.BuildersUseSubstitutes,
+		Store:                  s.Store,
+		LocalSystems:           s.Systems,
+		LocalFeatures:          s.SystemFeatures,
+		MaxJobs:                s.MaxJobs,
+		Limits:                 limits,
+		KeepFailed:             s.KeepFailed,
+	}
+}
+
+// A daemonLink is the hook's call to the daemon, made again after it broke.
+type daemonLink struct {
+	hello  *dispatchv1.Hello
+	conn   *daemonConn
+	stream grpc.BidiStreamingClient[dispatchv1.HookRequest, dispatchv1.HookResponse]
+	cancel context.CancelFunc
+}
+
+// connect begins to connect and does not wait.
+func (l *daemonLink) connect(socket string) {
+	conn, err := dial(socket)
+	if err != nil { // only of options that do not fit together
+		panic("nix-dispatch: " + err.Error())
+	}
+	conn.cc.Connect()
+	l.conn = conn
+}
+
+// reset ends the call and the connection; a build that the daemon accepted is
+// given up with it.
+func (l *daemonLink) reset() {
+	if l.cancel != nil {
+		l.cancel()
+	}
+	if l.conn != nil {
+		l.conn.Close()
+	}
+	l.conn, l.stream, l.cancel = nil, nil, nil
+}
+
+var errNoAnswer = errors.New("it does not answer")
+
+// ask puts one question and waits for the answer, at most timeout for
+// everything. After an error the link has no call.
+func (l *daemonLink) ask(ctx context.Context, socket string, try *hook.Try, timeout time.Duration) (*dispatchv1.Reply, error) {
+	if l.conn == nil {
+		l.connect(socket)
+	}
+	first := l.stream == nil
+	if first {
+		ctx, l.cancel = context.WithCancel(ctx)
+	}
+	timer := time.AfterFunc(timeout, l.cancel)
+	reply, err := l.exchange(ctx, first, try)
+	if !timer.Stop() && err != nil {
+		return nil, errNoAnswer
+	}
+	return reply, err
+}
+
+func (l *daemonLink) exchange(ctx context.Context, first bool, try *hook.Try) (*dispatchv1.Reply, error) {
+	if first {
+		stream, err := l.conn.Hook(ctx)
+		if err != nil {
+			return nil, err
+		}
+		l.stream = stream
+		// Send's own error is io.EOF; Recv tells why.
+		stream.Send(&dispatchv1.HookRequest{Message: &dispatchv1.HookRequest_Hello{Hello: l.hello}}) //nolint:errcheck // see above
+	}
+	l.stream.Send(&dispatchv1.HookRequest{Message: &dispatchv1.HookRequest_Try{Try: &dispatchv1.Try{ //nolint:errcheck // see above
+		AmWilling:        try.AmWilling,
+		System:           try.System,
+		DrvPath:          string(try.DrvPath),
+		RequiredFeatures: try.RequiredFeatures,
+	}}})
+	response, err := l.stream.Recv()
+	if err != nil {
+		return nil, err
+	}
+	reply := response.GetReply()
+	if reply == nil {
+		return nil, status.Errorf(codes.Internal, "it answered with something else than a reply")
+	}
+	return reply, nil
+}
+
+// An outage is what a hook process remembers of a daemon out of reach.
+type outage struct {
+	began time.Time // zero while there is none
+	asked time.Time // last
+}
+
+// consult turns the daemon's answer, or the lack of one, into a decision.
+func (h *hookProcess) consult(ctx context.Context, try *hook.Try) decision {
+	timeout := h.opts.answerTimeout
+	if out := h.outage; !out.began.IsZero() {
+		if h.settings.CouldBuildLocally(try) || time.Since(out.asked) < askAgain {
+			return h.withoutDaemon(try)
+		}
+		timeout = min(timeout, askAgainTimeout)
+	}
+	reply, err := h.link.ask(ctx, h.opts.socket, try, timeout)
+	if err != nil {
+		return h.failedToAsk(try, err)
+	}
+	h.outage = outage{}
+	d := decision{action: reply.Action, machine: reply.MachineName, reason: reply.Reason, warn: reply.Warn}
+	if reply.Action == dispatchv1.Reply_ACTION_UNSPECIFIED {
+		h.link.reset()
+		d = decision{action: dispatchv1.Reply_ACTION_STOCK, warn: true, reason: "nix-dispatch: the daemon gave no answer that this hook knows"}
+	}
+	return d
+}
+
+func (h *hookProcess) failedToAsk(try *hook.Try, err error) decision {
+	conn := h.link.conn
+	dialErr := conn.dialErr.Load()
+	connected := conn.connected.Load()
+	reason := sanitize(conn.whyNot(err))
+	h.link.reset()
+	code := status.Code(err)
+	switch {
+	case code == codes.PermissionDenied || dialErr != nil && errors.Is(*dialErr, os.ErrPermission):
+		return decision{
+			action: dispatchv1.Reply_ACTION_STOCK, warn: true,
+			reason: fmt.Sprintf("nix-dispatch: the daemon refuses this user: %s; using Nix's own build hook", reason),
+		}
+	case errors.Is(err, errNoAnswer):
+		reason = err.Error()
+	case code == codes.Unavailable && connected:
+		return decision{
+			action: dispatchv1.Reply_ACTION_POSTPONE,
+			reason: fmt.Sprintf("nix-dispatch: the daemon is restarting: %s", reason),
+		}
+	case code != codes.Unavailable:
+		return decision{
+			action: dispatchv1.Reply_ACTION_STOCK, warn: true,
+			reason: fmt.Sprintf("nix-dispatch: the daemon failed: %s; using Nix's own build hook", reason),
+		}
+	}
+	if h.outage.began.IsZero() {
+		h.outage.began = time.Now()
+		h.warn(fmt.Sprintf("nix-dispatch: the daemon at %s is out of reach: %s; building what can be built locally", h.opts.socket, reason))
+	}
+	h.outage.asked = time.Now()
+	return h.withoutDaemon(try)
+}
+
+// withoutDaemon decides during an outage.
+func (h *hookProcess) withoutDaemon(try *hook.Try) decision {
+	switch {
+	case h.settings.CouldBuildLocally(try):
+		return decision{action: dispatchv1.Reply_ACTION_DECLINE}
+	case time.Since(h.outage.began) < h.opts.patience:
+		return decision{
+			action: dispatchv1.Reply_ACTION_POSTPONE,
+			reason: fmt.Sprintf("nix-dispatch: '%s' waits for the daemon", try.DrvPath),
+		}
+	default:
+		return decision{
+			action: dispatchv1.Reply_ACTION_STOCK, warn: true,
+			reason: fmt.Sprintf("nix-dispatch: the daemon has been out of reach for %v; using Nix's own build hook",
+				time.Since(h.outage.began).Round(time.Second)),
+		}
+	}
+}

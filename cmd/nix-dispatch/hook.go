@@ -1,0 +1,223 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"runtime/debug"
+	"strings"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	dispatchv1 "nixdispatch/proto/dispatch/v1"
+	"nixdispatch/proto/nix/hook"
+)
+
+// The descriptors Nix gives a hook besides 0 and 2 (src/libstore/unix/build/hook-instance.cc).
+const (
+	logWriteFD = 4 // write end of the build log's pipe
+	logReadFD  = 5 // its read end, meant for the stock hook's ssh errors
+)
+
+const hookUsage = `Usage: nix-dispatch hook [--socket PATH] VERBOSITY
+
+Nix runs this for its build-hook setting; it is of no use by hand. With Nix 2.13
+and later:
+
+  build-hook = /path/to/nix-dispatch hook
+
+Nix 2.8 takes a program without arguments: /path/to/nix-dispatch-hook.
+NIX_DISPATCH_STOCK_HOOK names the hook that builds what the daemon cannot,
+by default the build-remote of the Nix that runs this.
+`
+
+// hookOptions are what tests change.
+type hookOptions struct {
+	socket string
+	// answerTimeout bounds connecting to the daemon and its answer, for Nix's
+	// whole client waits meanwhile.
+	answerTimeout time.Duration
+	// patience is how long builds that only machines can do are postponed while
+	// the daemon is out of reach, before the stock hook gets them.
+	patience time.Duration
+}
+
+func runHook(ctx context.Context, args []string, std stdio) int {
+	opts := hookOptions{socket: socketPath(), answerTimeout: time.Second, patience: 30 * time.Second}
+	for i, arg := range args {
+		switch {
+		case arg == "--help" || arg == "-h":
+			io.WriteString(std.out, hookUsage)
+			return exitOK
+		case (arg == "--socket" || arg == "-socket") && i+1 < len(args):
+			opts.socket = args[i+1]
+		case strings.HasPrefix(arg, "--socket="):
+			opts.socket = strings.TrimPrefix(arg, "--socket=")
+		}
+	}
+	verbosity := "0"
+	if len(args) > 0 {
+		verbosity = args[len(args)-1]
+	}
+	return runHookProcess(ctx, verbosity, std, opts)
+}
+
+func runHookProcess(ctx context.Context, verbosity string, std stdio, opts hookOptions) int {
+	// A child that inherited them would keep Nix waiting for the end of the log.
+	if _, err := unix.FcntlInt(logWriteFD, unix.F_SETFD, unix.FD_CLOEXEC); err != nil {
+		fmt.Fprintf(std.err, "nix-dispatch hook: descriptor %d: %v: this is for Nix to run\n%s", logWriteFD, err, hookUsage)
+		return exitUsage
+	}
+	syscall.CloseOnExec(logReadFD)
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	h := &hookProcess{
+		opts:      opts,
+		verbosity: verbosity,
+		in:        hook.NewReader(std.in),
+		log:       hook.NewLog(std.err),
+		buildLog:  os.NewFile(logWriteFD, "build log"),
+	}
+	h.link.connect(opts.socket) // while Nix's settings are being read
+	defer h.link.reset()
+	return h.run(ctx)
+}
+
+// A hookProcess is one conversation with one Nix.
+type hookProcess struct {
+	opts      hookOptions
+	verbosity string
+	in        *hook.Reader
+	log       *hook.Log
+	buildLog  *os.File
+	settings  *hook.Settings
+	link      daemonLink
+	outage    outage
+	broken    bool // by a panic; nothing is tried any more
+}
+
+// run answers Nix's questions until one is accepted and built, or Nix has no
+// more. Whatever happens, each question gets exactly one answer.
+func (h *hookProcess) run(ctx context.Context) int {
+	settings, settingsErr := h.in.Settings()
+	if errors.Is(settingsErr, io.EOF) {
+		return 0
+	}
+	h.settings = settings
+	if settingsErr == nil {
+		h.link.hello = helloOf(settings)
+	}
+	for {
+		try, err := h.in.Try()
+		if err == io.EOF {
+			return 0
+		}
+		if err = errors.Join(settingsErr, err); err != nil {
+			h.warn(fmt.Sprintf("nix-dispatch hook: %v", err))
+			h.log.Decline()
+			return 1
+		}
+		d := h.decide(ctx, try)
+		h.explain(d)
+		switch d.action {
+		case dispatchv1.Reply_ACTION_ACCEPT:
+			return h.build(ctx, try, d)
+		case dispatchv1.Reply_ACTION_STOCK:
+			return h.takeStock(d.stock)
+		case dispatchv1.Reply_ACTION_POSTPONE:
+			h.log.Postpone()
+		case dispatchv1.Reply_ACTION_DECLINE_PERMANENTLY:
+			h.log.DeclinePermanently()
+		default:
+			h.log.Decline()
+		}
+	}
+}
+
+// A decision is the answer to one question.
+type decision struct {
+	action dispatchv1.Reply_Action
+	// machine is what Nix shall call the machine, of an accepting one.
+	machine string
+	reason  string
+	warn    bool
+	stock   string       // the hook to pass to
+	locks   *outputLocks // of an accepting one
+}
+
+// decide asks the daemon, or does without it. It never panics.
+func (h *hookProcess) decide(ctx context.Context, try *hook.Try) (d decision) {
+	defer func() {
+		if p := recover(); p != nil {
+			h.broken = true
+			h.link.reset()
+			d = decision{
+				action: dispatchv1.Reply_ACTION_DECLINE, warn: true,
+				reason: fmt.Sprintf("nix-dispatch hook: a bug, please report it: %v\n%s", p, debug.Stack()),
+			}
+		}
+	}()
+	if h.broken {
+		return decision{action: dispatchv1.Reply_ACTION_DECLINE}
+	}
+	if strings.TrimSpace(h.settings.Builders) == "" {
+		return decision{action: dispatchv1.Reply_ACTION_DECLINE_PERMANENTLY}
+	}
+	d = h.consult(ctx, try)
+	if d.action == dispatchv1.Reply_ACTION_ACCEPT {
+		d = h.prepare(try, d)
+	}
+	if d.action == dispatchv1.Reply_ACTION_STOCK {
+		d = h.orWithoutStock(try, d)
+	}
+	return d
+}
+
+// prepare takes hold of the output locks, which the asking Nix has now.
+func (h *hookProcess) prepare(try *hook.Try, d decision) decision {
+	locks, err := openOutputLocks(try.DrvPath)
+	if err != nil {
+		h.link.reset() // gives the build up
+		return decision{
+			action: dispatchv1.Reply_ACTION_STOCK, warn: true,
+			reason: fmt.Sprintf("nix-dispatch cannot build '%s': %v", try.DrvPath, err),
+		}
+	}
+	d.locks = locks
+	return d
+}
+
+// orWithoutStock finds the stock hook for d, or does without.
+func (h *hookProcess) orWithoutStock(try *hook.Try, d decision) decision {
+	h.link.reset()
+	stock, err := findStockHook()
+	if err == nil {
+		d.stock = stock
+		return d
+	}
+	reason := d.reason
+	d = decision{action: dispatchv1.Reply_ACTION_POSTPONE, warn: true}
+	if h.settings.CouldBuildLocally(try) || h.outage.began.IsZero() {
+		// The daemon will not change its mind: asking again would never end.
+		d.action = dispatchv1.Reply_ACTION_DECLINE
+	}
+	d.reason = fmt.Sprintf("%s; and Nix's own build hook cannot take it: %v", reason, err)
+	return d
+}
+
+// explain tells the user why, where that is worth telling.
+func (h *hookProcess) explain(d decision) {
+	switch {
+	case d.reason == "":
+	case d.warn:
+		h.warn(d.reason)
+	default:
+		h.log.Msg(hook.Chatty, sanitize(d.reason))
+	}
+}
+
+func (h *hookProcess) warn(text string) { h.log.Msg(hook.Warn, "warning: "+sanitize(text)) }

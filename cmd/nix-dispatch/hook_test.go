@@ -1,0 +1,441 @@
+package main
+
+import (
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/testing/protocmp"
+	"google.golang.org/protobuf/types/known/durationpb"
+
+	dispatchv1 "nixdispatch/proto/dispatch/v1"
+)
+
+func replyWith(action dispatchv1.Reply_Action, reason string, warn bool) *dispatchv1.HookResponse {
+	return &dispatchv1.HookResponse{Message: &dispatchv1.HookResponse_Reply{Reply: &dispatchv1.Reply{
+		Action: action, Reason: reason, Warn: warn, MachineName: "ssh://mac", BuildId: 1,
+	}}}
+}
+
+func event(ev *dispatchv1.BuildEvent) *dispatchv1.HookResponse {
+	return &dispatchv1.HookResponse{Message: &dispatchv1.HookResponse_Event{Event: ev}}
+}
+
+func finished(s dispatchv1.BuildStatus, machine, text string) *dispatchv1.HookResponse {
+	return event(&dispatchv1.BuildEvent{Event: &dispatchv1.BuildEvent_Finished{
+		Finished: &dispatchv1.Finished{Status: s, Machine: machine, Error: text}}})
+}
+
+func logged(text string) *dispatchv1.HookResponse {
+	return event(&dispatchv1.BuildEvent{Event: &dispatchv1.BuildEvent_Log{Log: &dispatchv1.Log{Data: []byte(text)}}})
+}
+
+// answering makes a daemon that answers every question with the same reply.
+func answering(t testing.TB, reply *dispatchv1.HookResponse) *fakeDaemon {
+	return (&fakeDaemon{hook: func(s hookStream) error {
+		for {
+			req, err := s.Recv()
+			if err != nil {
+				return nil
+			}
+			if req.GetTry() != nil {
+				if err := s.Send(reply); err != nil {
+					return err
+				}
+			}
+		}
+	}}).start(t)
+}
+
+// building makes a daemon that accepts, reads Start, and goes on with then.
+func building(t testing.TB, then func(s hookStream, start *dispatchv1.Start) error) *fakeDaemon {
+	return (&fakeDaemon{hook: func(s hookStream) error {
+		for {
+			req, err := s.Recv()
+			switch {
+			case err != nil:
+				return nil
+			case req.GetTry() != nil:
+				s.Send(replyWith(dispatchv1.Reply_ACTION_ACCEPT, "", false))
+			case req.GetStart() != nil:
+				return then(s, req.GetStart())
+			}
+		}
+	}}).start(t)
+}
+
+func TestHookPassesOnTheDaemonsReply(t *testing.T) {
+	const reason = "because of \x1b[31mred\x1b[0m"
+	for _, tt := range []struct {
+		action dispatchv1.Reply_Action
+		warn   bool
+		want   string
+		said   string // at level warn
+	}{
+		{dispatchv1.Reply_ACTION_DECLINE, false, "decline", ""},
+		{dispatchv1.Reply_ACTION_DECLINE, true, "decline", "warning: because of red"},
+		{dispatchv1.Reply_ACTION_DECLINE_PERMANENTLY, false, "decline-permanently", ""},
+		{dispatchv1.Reply_ACTION_POSTPONE, false, "postpone", ""},
+		{dispatchv1.Reply_ACTION_POSTPONE, true, "postpone", "warning: because of red"},
+	} {
+		t.Run(fmt.Sprintf("%v warn=%v", tt.action, tt.warn), func(t *testing.T) {
+			t.Parallel()
+			d := answering(t, replyWith(tt.action, reason, tt.warn))
+			n := newFakeNix(t, testSettings(), socketEnv+"="+d.socket)
+			for range 3 {
+				n.messages = nil
+				if got, _ := n.try(testSystem, true); got != tt.want {
+					t.Fatalf("reply = %q, want %q", got, tt.want)
+				}
+				if got := n.said(1); got != tt.said {
+					t.Errorf("said %q, want %q", got, tt.said)
+				}
+			}
+			n.stdin.Close()
+			if got := n.wait(); got != 0 {
+				t.Errorf("exit status = %d, want 0", got)
+			}
+		})
+	}
+}
+
+func TestHookForwardsOnlyWhatTheDaemonNeeds(t *testing.T) {
+	var got [2]*dispatchv1.HookRequest
+	d := (&fakeDaemon{hook: func(s hookStream) (err error) {
+		for i := range got {
+			if got[i], err = s.Recv(); err != nil {
+				return err
+			}
+		}
+		return s.Send(replyWith(dispatchv1.Reply_ACTION_DECLINE, "", false))
+	}}).start(t)
+	settings := testSettings()
+	settings["builders-use-substitutes"] = "true"
+	settings["max-build-log-size"] = "99"
+	n := newFakeNix(t, settings, socketEnv+"="+d.socket)
+	n.try("riscv64-linux", true, "big-parallel", "kvm")
+	want := [2]*dispatchv1.HookRequest{
+		{Message: &dispatchv1.HookRequest_Hello{Hello: &dispatchv1.Hello{
+			Builders: "@/etc/nix/machines", BuildersUseSubstitutes: true, Store: "auto",
+			LocalSystems: []string{testSystem, "i686-linux"}, LocalFeatures: []string{"benchmark", "kvm"}, MaxJobs: 4,
+			Limits: &dispatchv1.Limits{
+				Timeout: durationpb.New(time.Minute), MaxSilentTime: durationpb.New(7 * time.Second), MaxLogSize: 99,
+			},
+		}}},
+		{Message: &dispatchv1.HookRequest_Try{Try: &dispatchv1.Try{
+			AmWilling: true, System: "riscv64-linux", DrvPath: string(n.drv), RequiredFeatures: []string{"big-parallel", "kvm"},
+		}}},
+	}
+	if diff := cmp.Diff(want, got, protocmp.Transform()); diff != "" {
+		t.Errorf("requests (-want +got):\n%s", diff)
+	}
+}
+
+func TestHookRefusesForGoodWithoutBuilders(t *testing.T) {
+	settings := testSettings()
+	settings["builders"] = " \n"
+	n := newFakeNix(t, settings, socketEnv+"=/nonexistent/socket")
+	if got, _ := n.try(testSystem, true); got != "decline-permanently" {
+		t.Fatalf("reply = %q", got)
+	}
+	n.stdin.Close()
+	if status := n.wait(); status != 0 || len(n.messages) > 0 {
+		t.Errorf("exit status %d, said %v; want silence", status, n.messages)
+	}
+}
+
+func TestHookBuilds(t *testing.T) {
+	started := make(chan *dispatchv1.Start, 1)
+	log := strings.Repeat("line of the log\n", 20000) // more than pipes hold
+	d := building(t, func(s hookStream, start *dispatchv1.Start) error {
+		started <- start
+		for part := range strings.SplitAfterSeq(log, "999") {
+			s.Send(logged(part))
+		}
+		return s.Send(finished(dispatchv1.BuildStatus_BUILD_STATUS_BUILT, "ssh://mac", ""))
+	})
+	n := newFakeNix(t, testSettings(), socketEnv+"="+d.socket)
+	reply, machine := n.try(testSystem, true)
+	if reply != "accept" || machine != "ssh://mac" {
+		t.Fatalf("reply = %q %q", reply, machine)
+	}
+	input := n.output("2d1qmlv2ixdxvsazmkg3aj2jh4ajx4m7-input")
+	n.begin(input)
+	if status := n.wait(); status != 0 {
+		t.Errorf("exit status = %d; said %q", status, n.said(9))
+	}
+	want := &dispatchv1.Start{Inputs: []string{input}, WantedOutputs: []string{"out", "doc"}}
+	if diff := cmp.Diff(want, <-started, protocmp.Transform()); diff != "" {
+		t.Errorf("start (-want +got):\n%s", diff)
+	}
+	if string(n.log) != log {
+		t.Errorf("log has %d bytes, want %d", len(n.log), len(log))
+	}
+}
+
+func TestHookTellsWhyABuildFailed(t *testing.T) {
+	for _, tt := range []struct {
+		status dispatchv1.BuildStatus
+		text   string
+		exit   int
+		want   string
+	}{
+		{dispatchv1.BuildStatus_BUILD_STATUS_PERMANENT_FAILURE, "builder failed with exit code 1\x1b[2J\n", 100, "builder failed with exit code 1"},
+		{dispatchv1.BuildStatus_BUILD_STATUS_OUTPUT_REJECTED, "hash mismatch", 100, "hash mismatch"},
+		{dispatchv1.BuildStatus_BUILD_STATUS_TIMED_OUT, "timed out after 60 seconds", 101, "timed out after 60 seconds"},
+		{dispatchv1.BuildStatus_BUILD_STATUS_MISC_FAILURE, "two\nlines", 1, "two\nlines"},
+		{dispatchv1.BuildStatus_BUILD_STATUS_TRANSIENT_FAILURE, "", 1, "transient failure"},
+	} {
+		t.Run(tt.status.String(), func(t *testing.T) {
+			t.Parallel()
+			d := building(t, func(s hookStream, _ *dispatchv1.Start) error {
+				s.Send(logged("last words\n"))
+				return s.Send(finished(tt.status, "ssh://other", tt.text))
+			})
+			n := newFakeNix(t, testSettings(), socketEnv+"="+d.socket)
+			n.try(testSystem, true)
+			n.begin()
+			if got := n.wait(); got != tt.exit {
+				t.Errorf("exit status = %d, want %d", got, tt.exit)
+			}
+			want := fmt.Sprintf("error: build of '%s' on 'ssh://other' failed: %s", n.drv, tt.want)
+			if got := n.said(0); got != want {
+				t.Errorf("said %q, want %q", got, want)
+			}
+			if string(n.log) != "last words\n" {
+				t.Errorf("log = %q", n.log)
+			}
+		})
+	}
+}
+
+func TestHookWhenTheDaemonDiesWhileItBuilds(t *testing.T) {
+	d := building(t, func(s hookStream, _ *dispatchv1.Start) error {
+		s.Send(logged("begun\n"))
+		<-s.Context().Done()
+		return nil
+	})
+	n := newFakeNix(t, testSettings(), socketEnv+"="+d.socket)
+	n.try(testSystem, true)
+	n.begin()
+	d.server.Stop()
+	if got := n.wait(); got != 1 {
+		t.Errorf("exit status = %d, want 1", got)
+	}
+	if got := n.said(0); !strings.Contains(got, "nix-dispatchd went away") || !strings.Contains(got, string(n.drv)) {
+		t.Errorf("said %q", got)
+	}
+}
+
+func TestHookEndsTheCallWhenNixKillsIt(t *testing.T) {
+	begun, ended := make(chan struct{}), make(chan struct{})
+	d := building(t, func(s hookStream, _ *dispatchv1.Start) error {
+		close(begun)
+		<-s.Context().Done()
+		close(ended)
+		return nil
+	})
+	n := newFakeNix(t, testSettings(), socketEnv+"="+d.socket)
+	n.try(testSystem, true)
+	n.begin()
+	<-begun
+	n.kill()
+	select {
+	case <-ended:
+	case <-time.After(10 * time.Second):
+		t.Error("the daemon still thinks somebody waits")
+	}
+}
+
+// silent listens and accepts connections without ever saying a word.
+func silent(t testing.TB) (socket string, connections *atomic.Int32) {
+	socket = filepath.Join(socketDir(t), "socket")
+	listener, err := net.Listen("unix", socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	connections = new(atomic.Int32)
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		for {
+			conn, err := listener.Accept()
+			if err != nil {
+				return
+			}
+			connections.Add(1)
+			defer conn.Close()
+		}
+	}()
+	t.Cleanup(func() { listener.Close(); <-done })
+	return socket, connections
+}
+
+func TestHookWithoutADaemonLeavesLocalBuildsToNix(t *testing.T) {
+	hung, connections := silent(t)
+	for name, socket := range map[string]string{"missing": "/nonexistent/socket", "hung": hung} {
+		t.Run(name, func(t *testing.T) {
+			n := newFakeNix(t, testSettings(), socketEnv+"="+socket, hookPatienceEnv+"=1h", hookAnswerEnv+"=300ms")
+			for _, system := range []string{testSystem, "i686-linux", "builtin", testSystem} {
+				if got, _ := n.try(system, false, "kvm"); got != "decline" {
+					t.Errorf("%s: reply = %q, want decline", system, got)
+				}
+			}
+			if said := n.said(1); strings.Count(said, "out of reach") != 1 {
+				t.Errorf("said %q, want one warning", said)
+			}
+			for _, system := range []string{"riscv64-linux", "aarch64-linux"} {
+				if got, _ := n.try(system, false); got != "postpone" {
+					t.Errorf("%s: reply = %q, want postpone", system, got)
+				}
+			}
+			if got, _ := n.try(testSystem, true, "nixos-test"); got != "postpone" {
+				t.Errorf("with a feature missing here: reply = %q, want postpone", got)
+			}
+			n.stdin.Close()
+			if status := n.wait(); status != 0 {
+				t.Errorf("exit status = %d", status)
+			}
+		})
+	}
+	if got := connections.Load(); got != 1 {
+		t.Errorf("the hung daemon was asked %d times, want once", got)
+	}
+}
+
+func TestHookAnswersWithinASecondWithoutADaemon(t *testing.T) {
+	hung, _ := silent(t)
+	n := newFakeNix(t, testSettings(), socketEnv+"="+hung)
+	start := time.Now()
+	if got, _ := n.try(testSystem, false); got != "decline" {
+		t.Errorf("reply = %q, want decline", got)
+	}
+	// Far from the bound: the machine may be busy.
+	if took := time.Since(start); took < 900*time.Millisecond || took > 10*time.Second {
+		t.Errorf("the answer took %v, want about 1s", took)
+	}
+}
+
+func TestHookPostponesWhileTheDaemonRestarts(t *testing.T) {
+	d := (&fakeDaemon{hook: func(s hookStream) error {
+		s.Recv()
+		return status.Error(codes.Unavailable, "shutting down")
+	}}).start(t)
+	n := newFakeNix(t, testSettings(), socketEnv+"="+d.socket)
+	for range 2 {
+		if got, _ := n.try(testSystem, true); got != "postpone" {
+			t.Errorf("reply = %q, want postpone", got)
+		}
+	}
+}
+
+func TestHookDeclinesEverythingAfterAPanic(t *testing.T) {
+	h := &hookProcess{} // without settings
+	d := h.decide(t.Context(), nil)
+	if d.action != dispatchv1.Reply_ACTION_DECLINE || !d.warn || !h.broken {
+		t.Errorf("decision = %+v, broken = %v", d, h.broken)
+	}
+	if d = h.decide(t.Context(), nil); d.action != dispatchv1.Reply_ACTION_DECLINE || d.warn {
+		t.Errorf("second decision = %+v", d)
+	}
+}
+
+func TestHookDeclinesWhatItCannotRead(t *testing.T) {
+	for name, send := range map[string]func(n *fakeNix){
+		"oversize setting": func(n *fakeNix) {
+			n.w.Bool(true)
+			n.w.String("builders")
+			n.w.Uint64(1 << 40)
+		},
+		"path outside a store": func(n *fakeNix) {
+			n.sendSettings()
+			n.w.String("try")
+			n.w.Bool(true)
+			n.w.String(testSystem)
+			n.w.String("../../etc/shadow")
+			n.w.Strings(nil)
+		},
+		"bad setting": func(n *fakeNix) {
+			n.settings["max-jobs"] = "many"
+			n.sendSettings()
+			n.w.String("try")
+			n.w.Bool(true)
+			n.w.String(testSystem)
+			n.w.StorePath(n.drv)
+			n.w.Strings(nil)
+		},
+		"endless features": func(n *fakeNix) {
+			n.sendSettings()
+			n.w.String("try")
+			n.w.Bool(true)
+			n.w.String(testSystem)
+			n.w.StorePath(n.drv)
+			n.w.Uint64(1 << 62)
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			n := newFakeNix(t, testSettings(), socketEnv+"=/nonexistent/socket")
+			send(n)
+			n.w.Flush()
+			if got := n.reply(); got != "decline" {
+				t.Errorf("reply = %q, want decline", got)
+			}
+			n.stdin.Close()
+			if status := n.wait(); status != 1 || !strings.Contains(n.said(1), "nix-dispatch hook: ") {
+				t.Errorf("exit status = %d, said %q", status, n.said(1))
+			}
+		})
+	}
+}
+
+func TestHookLeavesDescriptorsClosed(t *testing.T) {
+	d := building(t, func(s hookStream, _ *dispatchv1.Start) error {
+		s.Send(logged("x"))
+		<-s.Context().Done()
+		return nil
+	})
+	n := newFakeNix(t, testSettings(), socketEnv+"="+d.socket)
+	n.try(testSystem, true)
+	n.begin()
+	for len(n.copyLog()) == 0 {
+		time.Sleep(time.Millisecond)
+	}
+	dir := fmt.Sprintf("/proc/%d/fd/", n.cmd.Process.Pid)
+	log, err := os.Readlink(dir + "4")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if read, err := os.Readlink(dir + "5"); err == nil && read == log {
+		t.Error("descriptor 5 is still the log after acceptance")
+	}
+	info, err := os.ReadFile(fmt.Sprintf("/proc/%d/fdinfo/4", n.cmd.Process.Pid))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !strings.Contains(string(info), "flags:\t02") { // O_CLOEXEC = 02000000
+		t.Errorf("descriptor 4 would be inherited:\n%s", info)
+	}
+}
+
+func (n *fakeNix) copyLog() string {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return string(n.log)
+}
+
+func TestHookExplainsItself(t *testing.T) {
+	var out strings.Builder
+	if status := run(t.Context(), []string{"/x/nix-dispatch-hook", "--help"}, stdio{out: &out, err: io.Discard}); status != 0 || out.String() != hookUsage {
+		t.Errorf("status %d, output %q", status, out.String())
+	}
+}

@@ -1,0 +1,119 @@
+package main
+
+import (
+	"fmt"
+	"io"
+	"os"
+	"slices"
+	"syscall"
+
+	"nixdispatch/proto/nix"
+)
+
+// outputLocks are the lock files that the asking Nix holds while the hook runs.
+// An import through the local nix-daemon would wait for them for ever, so the
+// hook frees them when the daemon is about to import.
+//
+// See PathLocks::lockPaths in src/libstore/unix/pathlocks.cc of Nix 2.34.8.
+type outputLocks struct {
+	locks []outputLock
+}
+
+type outputLock struct {
+	output nix.StorePath
+	file   *os.File
+}
+
+func (l outputLock) path() string { return string(l.output) + ".lock" }
+
+// openOutputLocks opens the lock file of each output of drvPath whose path is
+// known. A lock that does not exist is nobody's. The caller must have been asked
+// by a Nix that still waits for the answer: it holds them.
+func openOutputLocks(drvPath nix.StorePath) (*outputLocks, error) {
+	drv, err := readDerivation(drvPath)
+	if err != nil {
+		return nil, err
+	}
+	l := new(outputLocks)
+	for _, out := range drv.Outputs {
+		if out.Path == "" {
+			continue
+		}
+		lock := outputLock{output: out.Path}
+		lock.file, err = os.OpenFile(lock.path(), os.O_WRONLY|syscall.O_NOFOLLOW|syscall.O_NONBLOCK, 0)
+		if os.IsNotExist(err) {
+			continue
+		}
+		if err != nil {
+			l.close()
+			return nil, fmt.Errorf("open the output's lock: %w", err)
+		}
+		l.locks = append(l.locks, lock)
+	}
+	return l, nil
+}
+
+func readDerivation(path nix.StorePath) (*nix.Derivation, error) {
+	f, err := os.Open(string(path))
+	if err != nil {
+		return nil, fmt.Errorf("read derivation: %w", err)
+	}
+	defer f.Close()
+	text, err := io.ReadAll(io.LimitReader(f, nix.MaxDerivationSize+1))
+	if err != nil {
+		return nil, fmt.Errorf("read derivation: %w", err)
+	}
+	drv, err := nix.ParseDerivation(text)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", path, err)
+	}
+	return drv, nil
+}
+
+// handOver frees the locks of outputs, each at most once: the file is removed
+// and marked as stale, so that whoever waits for it looks anew. A lock file that
+// is not the one opened is somebody else's and is left alone.
+func (l *outputLocks) handOver(outputs []string) error {
+	for i := 0; i < len(l.locks); {
+		lock := l.locks[i]
+		if !slices.Contains(outputs, string(lock.output)) {
+			i++
+			continue
+		}
+		if err := lock.free(); err != nil {
+			return fmt.Errorf("hand over the lock of '%s': %w", lock.output, err)
+		}
+		lock.file.Close()
+		l.locks = slices.Delete(l.locks, i, i+1)
+	}
+	return nil
+}
+
+func (l outputLock) free() error {
+	there, err := os.Lstat(l.path())
+	if os.IsNotExist(err) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	held, err := l.file.Stat()
+	if err != nil {
+		return err
+	}
+	if !os.SameFile(held, there) {
+		return nil
+	}
+	if err := os.Remove(l.path()); err != nil {
+		return err
+	}
+	_, err = l.file.WriteString("d") // Nix's mark, see deleteLockFile
+	return err
+}
+
+func (l *outputLocks) close() {
+	for _, lock := range l.locks {
+		lock.file.Close()
+	}
+	l.locks = nil
+}

@@ -1,0 +1,186 @@
+package main
+
+import (
+	"cmp"
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"os"
+	"os/signal"
+	"strconv"
+	"strings"
+	"text/tabwriter"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	dispatchv1 "nixdispatch/proto/dispatch/v1"
+)
+
+// callTimeout bounds the calls that the daemon answers from memory.
+const callTimeout = 10 * time.Second
+
+// interruptible is a context that ends with SIGINT or SIGTERM.
+func interruptible(ctx context.Context) (context.Context, context.CancelFunc) {
+	return signal.NotifyContext(ctx, os.Interrupt, unix.SIGTERM)
+}
+
+// The JSON form of "status".
+type (
+	statusJSON struct {
+		Machines []machineJSON `json:"machines"`
+		Builds   []buildJSON   `json:"builds"`
+	}
+	machineJSON struct {
+		URI     string `json:"uri"`
+		State   string `json:"state"`
+		Slots   uint32 `json:"slots"`
+		Running uint32 `json:"running"`
+		Reason  string `json:"reason"`
+	}
+	buildJSON struct {
+		ID      uint64  `json:"id"`
+		DrvPath string  `json:"drvPath"`
+		Phase   string  `json:"phase"`
+		Machine string  `json:"machine"`
+		Seconds float64 `json:"seconds"`
+	}
+)
+
+func runStatus(ctx context.Context, args []string, std stdio) int {
+	flags := newFlagSet(std, "status", "[--json]", "Shows the machines and the builds in progress.")
+	socket := socketFlag(flags)
+	asJSON := flags.Bool("json", false, "print JSON")
+	operands, status, ok := parseFlags(flags, args)
+	if !ok {
+		return status
+	}
+	if len(operands) > 0 {
+		return usageError(std, "status", "unexpected argument %q", operands[0])
+	}
+	ctx, stop := interruptible(ctx)
+	defer stop()
+	conn, err := dialReady(ctx, *socket)
+	if err != nil {
+		return reportCallError(std.err, *socket, err)
+	}
+	defer conn.Close()
+	ctx, cancel := context.WithTimeout(ctx, callTimeout)
+	defer cancel()
+	resp, err := conn.Status(ctx, &dispatchv1.StatusRequest{})
+	if err != nil {
+		return reportCallError(std.err, *socket, err)
+	}
+	if *asJSON {
+		return printJSON(std, statusOf(resp, time.Now()))
+	}
+	printStatus(std.out, resp, time.Now())
+	return exitOK
+}
+
+func statusOf(resp *dispatchv1.StatusResponse, now time.Time) statusJSON {
+	s := statusJSON{Machines: []machineJSON{}, Builds: []buildJSON{}}
+	for _, m := range resp.Machines {
+		s.Machines = append(s.Machines, machineJSON{m.Uri, stateName(m.State), m.Slots, m.Running, m.Reason})
+	}
+	for _, b := range resp.Builds {
+		s.Builds = append(s.Builds, buildJSON{b.Id, b.DrvPath, phaseName(b.Phase), b.Machine, age(b, now).Seconds()})
+	}
+	return s
+}
+
+func age(b *dispatchv1.BuildInfo, now time.Time) time.Duration {
+	if b.Since == nil {
+		return 0
+	}
+	return max(0, now.Sub(b.Since.AsTime())).Round(time.Millisecond)
+}
+
+func stateName(s dispatchv1.MachineState) string {
+	return strings.ToLower(strings.TrimPrefix(s.String(), "MACHINE_STATE_"))
+}
+
+func phaseName(p dispatchv1.Phase) string {
+	return strings.ToLower(strings.TrimPrefix(p.String(), "PHASE_"))
+}
+
+// printStatus writes tables for people. Everything foreign in it is sanitized.
+func printStatus(w io.Writer, resp *dispatchv1.StatusResponse, now time.Time) {
+	tw := tabwriter.NewWriter(w, 0, 8, 2, ' ', 0)
+	fmt.Fprintln(tw, "MACHINE\tSTATE\tRUNNING\tREASON")
+	for _, m := range resp.Machines {
+		fmt.Fprintf(tw, "%s\t%s\t%d of %d\t%s\n", cell(m.Uri), stateName(m.State), m.Running, m.Slots, cell(m.Reason))
+	}
+	tw.Flush()
+	if len(resp.Machines) == 0 {
+		fmt.Fprintln(w, "(no machines)")
+	}
+	for _, e := range resp.Errors {
+		fmt.Fprintf(w, "left out: %s:%d: %s\n", cell(e.File), e.Line, cell(e.Message))
+	}
+	fmt.Fprintln(w)
+	if len(resp.Builds) == 0 {
+		fmt.Fprintln(w, "no builds in progress")
+		return
+	}
+	fmt.Fprintln(tw, "BUILD\tPHASE\tTIME\tMACHINE\tDERIVATION\tREASON")
+	for _, b := range resp.Builds {
+		fmt.Fprintf(tw, "%d\t%s\t%v\t%s\t%s\t%s\n", b.Id, phaseName(b.Phase), age(b, now).Round(time.Second),
+			cmp.Or(cell(b.Machine), "-"), cell(b.DrvPath), cell(b.Reason))
+	}
+	tw.Flush()
+}
+
+// cell makes foreign text fit for one cell of a table.
+func cell(s string) string {
+	return strings.Join(strings.Fields(sanitize(s)), " ")
+}
+
+func printJSON(std stdio, v any) int {
+	enc := json.NewEncoder(std.out)
+	enc.SetEscapeHTML(false)
+	enc.SetIndent("", "  ")
+	if err := enc.Encode(v); err != nil {
+		fmt.Fprintf(std.err, "nix-dispatch: %v\n", err)
+		return exitFailed
+	}
+	return exitOK
+}
+
+func runCancel(ctx context.Context, args []string, std stdio) int {
+	flags := newFlagSet(std, "cancel", "BUILD...", "Ends builds, by their numbers in 'nix-dispatch status', for all who wait for them.")
+	socket := socketFlag(flags)
+	operands, status, ok := parseFlags(flags, args)
+	if !ok {
+		return status
+	}
+	if len(operands) == 0 {
+		return usageError(std, "cancel", "which build?")
+	}
+	var ids []uint64
+	for _, operand := range operands {
+		id, err := strconv.ParseUint(operand, 10, 64)
+		if err != nil {
+			return usageError(std, "cancel", "%q is not the number of a build", operand)
+		}
+		ids = append(ids, id)
+	}
+	ctx, stop := interruptible(ctx)
+	defer stop()
+	conn, err := dialReady(ctx, *socket)
+	if err != nil {
+		return reportCallError(std.err, *socket, err)
+	}
+	defer conn.Close()
+	worst := exitOK
+	for _, id := range ids {
+		callCtx, cancel := context.WithTimeout(ctx, callTimeout)
+		_, err := conn.Cancel(callCtx, &dispatchv1.CancelRequest{BuildId: id})
+		cancel()
+		if err != nil {
+			worst = max(worst, reportCallError(std.err, *socket, err))
+		}
+	}
+	return worst
+}

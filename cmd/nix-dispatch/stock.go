@@ -1,0 +1,128 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"syscall"
+
+	"nixdispatch/proto/nix/hook"
+)
+
+const (
+	stockHookEnv = "NIX_DISPATCH_STOCK_HOOK"
+	// libexecHook is the stock hook beside a Nix's bin directory; it is there for
+	// 2.8, which has no other way, and for most later ones.
+	libexecHook  = "../libexec/nix/build-remote"
+	debianHook   = "/usr/libexec/nix/build-remote"
+	nixSubHook   = "__build-remote"
+	stockHookEnd = hookFailed
+)
+
+// findStockHook finds Nix's own build hook: named by the environment, else that
+// of the Nix that runs us, else that of the system.
+func findStockHook() (string, error) {
+	if path := os.Getenv(stockHookEnv); path != "" {
+		if !executable(path) {
+			return "", fmt.Errorf("%s names %q, which cannot be run", stockHookEnv, path)
+		}
+		return path, nil
+	}
+	programs := nixPrograms()
+	var candidates []string
+	for _, program := range programs {
+		candidates = append(candidates, filepath.Join(filepath.Dir(program), libexecHook))
+	}
+	candidates = append(candidates, debianHook)
+	for _, program := range programs {
+		if filepath.Base(program) == "nix" {
+			candidates = append(candidates, program+" "+nixSubHook)
+		}
+	}
+	for _, candidate := range candidates {
+		program, _, _ := strings.Cut(candidate, " ")
+		if executable(program) {
+			return candidate, nil
+		}
+	}
+	return "", fmt.Errorf("it was not found (looked for %s); set %s", strings.Join(candidates, ", "), stockHookEnv)
+}
+
+// nixPrograms are the Nix that started us and the one in PATH, links resolved.
+func nixPrograms() []string {
+	var programs []string
+	if path, err := os.Readlink(fmt.Sprintf("/proc/%d/exe", os.Getppid())); err == nil && strings.HasPrefix(filepath.Base(path), "nix") {
+		programs = append(programs, path)
+	}
+	if path, err := exec.LookPath("nix"); err == nil {
+		if path, err = filepath.EvalSymlinks(path); err == nil {
+			programs = append(programs, path)
+		}
+	}
+	return programs
+}
+
+func executable(path string) bool {
+	info, err := os.Stat(path)
+	return err == nil && info.Mode().IsRegular() && info.Mode().Perm()&0o111 != 0
+}
+
+// takeStock passes the conversation to the stock hook, from the question under
+// way to the end, and returns its exit status. The child stays in our process
+// group, which is what Nix kills.
+func (h *hookProcess) takeStock(stock string) int {
+	h.link.reset()
+	program, sub, _ := strings.Cut(stock, " ")
+	cmd := exec.Command(program)
+	if sub != "" {
+		cmd.Args = append(cmd.Args, sub)
+	}
+	cmd.Args = append(cmd.Args, h.verbosity)
+	cmd.Stdout, cmd.Stderr = os.Stdout, os.Stderr
+	logRead := os.NewFile(logReadFD, "build log, read end")
+	cmd.ExtraFiles = []*os.File{nil, h.buildLog, logRead} // 3 stays closed
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	stdin, err := cmd.StdinPipe()
+	if err == nil {
+		// Pdeathsig is of the thread, not the process.
+		runtime.LockOSThread()
+		err = cmd.Start()
+	}
+	if err != nil {
+		h.warn(fmt.Sprintf("nix-dispatch: Nix's own build hook cannot be started: %v", err))
+		h.log.Decline()
+		return stockHookEnd
+	}
+	// With these open here the log would not end with the child.
+	h.buildLog.Close()
+	logRead.Close()
+	go pump(stdin, h.in)
+	return stockStatus(cmd.Wait())
+}
+
+// pump gives the stock hook what we were given and will be given. It ends with
+// the process: a read of standard input cannot be interrupted.
+func pump(stdin io.WriteCloser, in *hook.Reader) {
+	defer stdin.Close()
+	if _, err := stdin.Write(in.Replay()); err != nil {
+		return
+	}
+	io.Copy(stdin, in.Rest()) //nolint:errcheck // the child's exit tells
+}
+
+func stockStatus(err error) int {
+	exit, ok := errors.AsType[*exec.ExitError](err)
+	switch {
+	case err == nil:
+		return 0
+	case ok && exit.Exited():
+		return exit.ExitCode()
+	default:
+		return stockHookEnd
+	}
+}
