@@ -1,0 +1,120 @@
+// Command nix-dispatchd keeps SSH connections to the machines of Nix's builders
+// setting and builds on them what it is asked to over a unix socket.
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"os/signal"
+	"syscall"
+	"time"
+
+	"nixdispatch/daemon"
+)
+
+// version is set at build time.
+var version = "dev"
+
+const usage = `Usage: nix-dispatchd [OPTION...]
+
+Keeps SSH connections to the machines of Nix's builders setting open and builds
+on them what nix-dispatch and Nix's build hook ask for.
+
+Options:
+  --builders TEXT         the machines, as in Nix's builders setting
+                          (default "@/etc/nix/machines")
+  --socket PATH           where to listen (default /run/nix-dispatch/socket)
+  --metrics-listen ADDR   where Prometheus may scrape /metrics, "" for nowhere
+                          (default 127.0.0.1:9747)
+  --state-dir DIR         what must not be in memory (default /var/lib/nix-dispatch)
+  --machine-wait DURATION how long a build waits while none of its machines is up
+                          (default 5m)
+  --log-level LEVEL       debug, info, warn or error (default info)
+  --version               print the version and exit
+  --help                  print this and exit
+
+Examples:
+  nix-dispatchd
+  nix-dispatchd --builders 'ssh://mac x86_64-darwin ; ssh-ng://nix@big - - 16 2 kvm'
+`
+
+func main() {
+	syscall.Umask(0o077)
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
+	code := run(ctx, os.Args[1:], os.Stdout, os.Stderr)
+	stop()
+	os.Exit(code)
+}
+
+// run is the program without the process around it. It returns the exit status:
+// 0, 1 if the daemon failed, 2 for bad usage.
+func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
+	opts, level, err := parse(args, stdout)
+	if errors.Is(err, flag.ErrHelp) {
+		return 0
+	}
+	if err != nil {
+		fmt.Fprintf(stderr, "nix-dispatchd: %v\nTry 'nix-dispatchd --help'.\n", err)
+		return 2
+	}
+	opts.Logger = newLogger(stderr, level)
+	d, err := daemon.New(opts)
+	if err == nil {
+		err = d.Run(ctx)
+	}
+	if err != nil {
+		opts.Logger.Error("nix-dispatchd failed", "err", err)
+		return 1
+	}
+	return 0
+}
+
+func parse(args []string, stdout io.Writer) (daemon.Options, slog.Level, error) {
+	opts := daemon.Options{Version: version}
+	var level slog.Level
+	flags := flag.NewFlagSet("nix-dispatchd", flag.ContinueOnError)
+	flags.SetOutput(io.Discard)
+	flags.StringVar(&opts.Builders, "builders", "@/etc/nix/machines", "")
+	flags.StringVar(&opts.Socket, "socket", "/run/nix-dispatch/socket", "")
+	flags.StringVar(&opts.MetricsListen, "metrics-listen", "127.0.0.1:9747", "")
+	flags.StringVar(&opts.StateDir, "state-dir", "/var/lib/nix-dispatch", "")
+	flags.DurationVar(&opts.MachineWait, "machine-wait", 5*time.Minute, "")
+	flags.TextVar(&level, "log-level", slog.LevelInfo, "")
+	showVersion := flags.Bool("version", false, "")
+	err := flags.Parse(args)
+	switch {
+	case errors.Is(err, flag.ErrHelp):
+		fmt.Fprint(stdout, usage)
+		return opts, level, err
+	case err != nil:
+		return opts, level, err
+	case *showVersion:
+		fmt.Fprintf(stdout, "nix-dispatchd %s\n", version)
+		return opts, level, flag.ErrHelp
+	case flags.NArg() > 0:
+		return opts, level, fmt.Errorf("unexpected argument %q", flags.Arg(0))
+	case opts.MachineWait <= 0:
+		return opts, level, fmt.Errorf("--machine-wait must be positive")
+	}
+	return opts, level, nil
+}
+
+// newLogger writes to stderr. Under journald, which stamps each line itself, the
+// time is left out.
+func newLogger(w io.Writer, level slog.Level) *slog.Logger {
+	opts := &slog.HandlerOptions{Level: level}
+	if os.Getenv("JOURNAL_STREAM") != "" {
+		opts.ReplaceAttr = func(groups []string, a slog.Attr) slog.Attr {
+			if len(groups) == 0 && a.Key == slog.TimeKey {
+				return slog.Attr{}
+			}
+			return a
+		}
+	}
+	return slog.New(slog.NewTextHandler(w, opts))
+}

@@ -1,0 +1,235 @@
+package daemon
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"sync"
+	"time"
+
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	dispatchv1 "nixdispatch/proto/dispatch/v1"
+	"nixdispatch/proto/nix"
+	"nixdispatch/scheduler"
+)
+
+// A build is one derivation on its way through the daemon, shared by all who
+// asked for it. It ends when it is done or when its last follower has left.
+type build struct {
+	id         scheduler.BuildID
+	drvPath    nix.StorePath
+	drv        *nix.Derivation
+	caller     caller // who asked first
+	substitute bool   // whether the machine may substitute inputs
+	local      bool   // whether the caller's own Nix could build it
+	since      time.Time
+
+	feed   *feed
+	cancel context.CancelCauseFunc
+
+	// inputs is set once, by the first follower that knows them.
+	inputs inputs
+
+	// queued is when the build began to wait for a machine; zero once it has
+	// one. Its goroutine's own.
+	queued time.Time
+
+	// The dispatcher's mutex guards the rest.
+
+	place     placement
+	followers int
+	ended     bool
+	// hooks are the followers whose Nix still holds output locks.
+	hooks           map[*hookFollower]struct{}
+	handOverChanged chan struct{} // closed and replaced when hooks changes
+}
+
+func (b *build) request() scheduler.Request {
+	return scheduler.Request{
+		ID:       b.id,
+		System:   b.drv.Platform,
+		Features: b.drv.RequiredSystemFeatures(),
+		Caller:   b.caller.String(),
+
+		CouldBuildLocally: b.local,
+	}
+}
+
+func (b *build) setPlaceLocked(p placement) {
+	close(b.place.changed)
+	b.place = p
+}
+
+// event wraps news of this build for its followers.
+func (b *build) event() *dispatchv1.BuildEvent {
+	return &dispatchv1.BuildEvent{BuildId: uint64(b.id), DrvPath: string(b.drvPath)}
+}
+
+func (b *build) infoLocked(s scheduler.BuildStatus) *dispatchv1.BuildInfo {
+	return &dispatchv1.BuildInfo{
+		Id:      uint64(b.id),
+		DrvPath: string(b.drvPath),
+		Phase:   phases[s.Phase],
+		Machine: string(s.Machine),
+		Since:   timestamppb.New(b.since),
+		Callers: uint32(b.followers), //nolint:gosec // a count of open streams
+		System:  b.drv.Platform,
+	}
+}
+
+var phases = map[scheduler.Phase]dispatchv1.Phase{
+	scheduler.Queued:   dispatchv1.Phase_PHASE_QUEUED,
+	scheduler.Staging:  dispatchv1.Phase_PHASE_COPYING,
+	scheduler.Staged:   dispatchv1.Phase_PHASE_STAGED,
+	scheduler.Running:  dispatchv1.Phase_PHASE_BUILDING,
+	scheduler.Fetching: dispatchv1.Phase_PHASE_FETCHING,
+	scheduler.Lost:     dispatchv1.Phase_PHASE_QUEUED,
+}
+
+// inputs is a set of store paths that somebody provides later.
+type inputs struct {
+	once  sync.Once
+	ready chan struct{}
+	paths []nix.StorePath
+}
+
+func (i *inputs) provide(paths []nix.StorePath) {
+	i.once.Do(func() {
+		i.paths = paths
+		close(i.ready)
+	})
+}
+
+func (i *inputs) await(ctx context.Context) ([]nix.StorePath, error) {
+	select {
+	case <-i.ready:
+		return i.paths, nil
+	case <-ctx.Done():
+		return nil, context.Cause(ctx)
+	}
+}
+
+// A noMachineError says that no machine that could run a build came up in time.
+type noMachineError struct {
+	waited      time.Duration
+	explanation scheduler.Explanation
+}
+
+func (e *noMachineError) Error() string {
+	return fmt.Sprintf("no machine that could build this has been up for %s: %s", e.waited, e.explanation)
+}
+
+// maxAttempts bounds how many machines a build is tried on.
+const maxAttempts = 3
+
+// run takes the build from the queue to its outcome. It is the build's one
+// goroutine.
+func (d *Daemon) run(ctx context.Context, b *build) {
+	log := d.log.With("build_id", b.id, "drv_path", b.drvPath)
+	log.Info("build accepted", "system", b.drv.Platform)
+	o, err := d.attempts(ctx, b, log)
+	if err != nil {
+		o = outcomeOf(err)
+	}
+	d.dispatcher.leave(b)
+	d.metrics.buildEnded(b, o)
+	log.Info("build ended", "status", o.status, "machine", o.machine, "err", o.err)
+	b.feed.finish(o)
+	d.dispatcher.ended(b)
+}
+
+// attempts tries the build until a machine gives a verdict, or it is nobody's
+// fault that another machine could make up for.
+func (d *Daemon) attempts(ctx context.Context, b *build, log *slog.Logger) (outcome, error) {
+	for failed := 0; ; {
+		o, err := d.attempt(ctx, b)
+		switch {
+		case err == nil:
+			return o, nil
+		case ctx.Err() != nil:
+			return o, context.Cause(ctx)
+		case errors.Is(err, errMoved), errors.Is(err, errDistrusted):
+			log.Debug("attempt broken off", "reason", err)
+			continue
+		}
+		fault, ok := errors.AsType[*machineError](err)
+		if failed++; !ok || failed == maxAttempts {
+			return o, err
+		}
+		log.Warn("machine failed the build, trying again", "attempt", failed+1, "err", err)
+		d.retry(b, fault)
+	}
+}
+
+// retry puts a build back into the queue after a machine failed it.
+func (d *Daemon) retry(b *build, fault *machineError) {
+	e := b.event()
+	e.Event = &dispatchv1.BuildEvent_Queued{Queued: &dispatchv1.Queued{Reason: fault.Error()}}
+	b.feed.post(e)
+	b.queued = time.Now()
+	d.dispatcher.requeue(b, scheduler.MachineID(fault.machine))
+}
+
+// attempt tries the build on the machine the scheduler chooses. It returns the
+// machine's verdict, or why there is none.
+func (d *Daemon) attempt(ctx context.Context, b *build) (outcome, error) {
+	if _, err := b.inputs.await(ctx); err != nil {
+		return outcome{}, err
+	}
+	place, err := d.dispatcher.awaitPlace(ctx, b)
+	if err != nil {
+		return outcome{}, err
+	}
+	if !b.queued.IsZero() { // else it was merely moved
+		d.metrics.placed(b)
+		b.queued = time.Time{}
+	}
+	b.postPlaced(place)
+	m := d.machines.get(place.machine)
+	ctx, stop := d.untilMoved(ctx, b, place.machine)
+	defer stop()
+	r, err := m.open(ctx, b.feed)
+	if err != nil {
+		return outcome{}, contextCause(ctx, err)
+	}
+	defer r.close()
+	a := &attempt{d: d, b: b, m: m, r: r}
+	o, err := a.run(ctx)
+	if err != nil {
+		return outcome{}, contextCause(ctx, err)
+	}
+	return o, nil
+}
+
+func (b *build) postPlaced(p placement) {
+	e := b.event()
+	e.Event = &dispatchv1.BuildEvent_Placed{Placed: &dispatchv1.Placed{Machine: string(p.machine), Reason: p.why}}
+	b.feed.post(e)
+}
+
+// untilMoved returns a context that ends, with errMoved, when the build is given
+// another machine. The caller must call stop, which waits for the watcher.
+func (d *Daemon) untilMoved(ctx context.Context, b *build, at scheduler.MachineID) (_ context.Context, stop func()) {
+	ctx, cancel := context.WithCancelCause(ctx)
+	var watcher sync.WaitGroup
+	watcher.Go(func() {
+		for {
+			p := d.dispatcher.place(b)
+			if p.machine != at {
+				cancel(errMoved)
+				return
+			}
+			select {
+			case <-p.changed:
+			case <-ctx.Done():
+				return
+			}
+		}
+	})
+	return ctx, func() {
+		cancel(nil)
+		watcher.Wait()
+	}
+}

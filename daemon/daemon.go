@@ -1,0 +1,193 @@
+// Package daemon is the running process: it starts, owns and stops the parts,
+// and leads each build from its request to its answer.
+//
+// The dispatcher owns the scheduler's queue; a build is one goroutine that asks
+// it for a machine and a slot; the machines own their SSH connections; callers
+// follow builds at their own pace and never hold them up.
+package daemon
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"sync"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus/promhttp"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/health"
+	healthpb "google.golang.org/grpc/health/grpc_health_v1"
+
+	"nixdispatch/scheduler"
+	"nixdispatch/sshpool"
+)
+
+// Options are the daemon's settings.
+type Options struct {
+	// Builders is the list of machines, in the language of Nix's builders
+	// setting.
+	Builders string
+	// Socket is the path of the gRPC socket.
+	Socket string
+	// MetricsListen is the TCP address for Prometheus; "" for none.
+	MetricsListen string
+	// StateDir holds what must not be in memory: the logs of builds in progress.
+	StateDir string
+	// MachineWait is how long a build waits while no machine that could run it
+	// is up or coming. Zero means five minutes.
+	MachineWait time.Duration
+	// Version is the program's own, for status and metrics.
+	Version string
+	// Logger gets the daemon's log. It must not be nil.
+	Logger *slog.Logger
+}
+
+// A Daemon is one nix-dispatchd. Run it once.
+type Daemon struct {
+	opts    Options
+	log     *slog.Logger
+	started time.Time
+
+	local      localStore
+	machines   *machines
+	dispatcher *dispatcher
+	metrics    *metrics
+
+	// life is the context of all builds; it ends with errShutdown.
+	life   context.Context //nolint:containedctx // a build outlives the call that asked for it
+	end    context.CancelCauseFunc
+	builds sync.WaitGroup
+}
+
+// New reads the machines and makes a daemon. It connects to nothing yet.
+func New(opts Options) (*Daemon, error) {
+	if opts.MachineWait == 0 {
+		opts.MachineWait = 5 * time.Minute
+	}
+	if err := os.MkdirAll(opts.StateDir, 0o700); err != nil {
+		return nil, fmt.Errorf("state directory: %w", err)
+	}
+	d := &Daemon{
+		opts:       opts,
+		log:        opts.Logger,
+		local:      newLocalStore(),
+		machines:   readMachines(opts.Builders, opts.Logger),
+		dispatcher: newDispatcher(opts.Logger),
+	}
+	d.life, d.end = context.WithCancelCause(context.Background())
+	d.metrics = newMetrics(opts.Version, d.machines)
+	d.metrics.registry.MustRegister(newStateCollector(d))
+	d.dispatcher.do(func(q *scheduler.Queue) []scheduler.Order { return q.SetMachines(d.machines.forScheduler()) })
+	return d, nil
+}
+
+// Run serves until ctx ends, then stops everything it started and returns.
+func (d *Daemon) Run(ctx context.Context) error {
+	d.started = time.Now()
+	listener, err := listenUnix(ctx, d.opts.Socket, GroupName)
+	if err != nil {
+		return err
+	}
+	defer os.Remove(d.opts.Socket)
+	metricsListener, err := d.listenMetrics(ctx)
+	if err != nil {
+		return errors.Join(err, listener.Close())
+	}
+	pool := sshpool.New(sshpool.Options{Logger: d.log, OnChange: d.hostChanged})
+	d.machines.connect(pool, d.log)
+	server, healthServer := newGRPCServer(d, gate{own: uint32(os.Geteuid()), group: GroupName}) //nolint:gosec // a uid
+	failed := make(chan error, 2)
+	var serving sync.WaitGroup
+	serving.Go(func() { failed <- server.Serve(listener) })
+	web := d.serveMetrics(metricsListener, &serving, failed)
+	d.log.Info("ready", "socket", d.opts.Socket, "metrics", d.opts.MetricsListen,
+		"machines", len(d.machines.lines), "version", d.opts.Version)
+	select {
+	case <-ctx.Done():
+		err = nil
+	case err = <-failed:
+	}
+	d.shutDown(server, healthServer, web, pool)
+	serving.Wait()
+	return err
+}
+
+func (d *Daemon) listenMetrics(ctx context.Context) (net.Listener, error) {
+	if d.opts.MetricsListen == "" {
+		return nil, nil
+	}
+	var lc net.ListenConfig
+	l, err := lc.Listen(ctx, "tcp", d.opts.MetricsListen)
+	if err != nil {
+		return nil, fmt.Errorf("metrics: %w", err)
+	}
+	return l, nil
+}
+
+// serveMetrics starts the metrics listener; it returns nil if there is none.
+func (d *Daemon) serveMetrics(l net.Listener, serving *sync.WaitGroup, failed chan<- error) *http.Server {
+	if l == nil {
+		return nil
+	}
+	mux := http.NewServeMux()
+	mux.Handle("GET /metrics", promhttp.HandlerFor(d.metrics.registry, promhttp.HandlerOpts{}))
+	web := &http.Server{Handler: mux, ReadHeaderTimeout: 10 * time.Second, IdleTimeout: 2 * time.Minute}
+	serving.Go(func() {
+		if err := web.Serve(l); !errors.Is(err, http.ErrServerClosed) {
+			failed <- fmt.Errorf("metrics: %w", err)
+		}
+	})
+	return web
+}
+
+// stopGrace bounds how long callers are given to hear how their builds ended.
+const stopGrace = 5 * time.Second
+
+// shutDown stops the parts in the order of their dependence: no new builds, the
+// running ones end and their callers are told, then connections go.
+func (d *Daemon) shutDown(server *grpc.Server, h *health.Server, web *http.Server, pool *sshpool.Pool) {
+	d.log.Info("shutting down")
+	h.SetServingStatus("", healthpb.HealthCheckResponse_NOT_SERVING)
+	d.end(errShutdown)
+	d.builds.Wait()
+	told := make(chan struct{})
+	go func() {
+		defer close(told)
+		server.GracefulStop()
+	}()
+	select {
+	case <-told:
+	case <-time.After(stopGrace):
+		server.Stop()
+		<-told
+	}
+	pool.Close()
+	if web != nil {
+		_ = web.Close() // scrapes are repeated
+	}
+}
+
+// stopping tells whether the daemon takes no more builds.
+func (d *Daemon) stopping() bool { return d.life.Err() != nil }
+
+// hostChanged passes a change of a connection's state on to the scheduler.
+func (d *Daemon) hostChanged(s sshpool.Status) {
+	state, reason := scheduler.Connecting, ""
+	switch s.State {
+	case sshpool.Up:
+		state = scheduler.Up
+	case sshpool.Down:
+		state, reason = scheduler.Down, "down"
+		if s.LastError != nil {
+			reason = s.LastError.Error()
+		}
+	case sshpool.Connecting:
+	}
+	d.dispatcher.do(func(q *scheduler.Queue) []scheduler.Order {
+		return q.SetState(scheduler.MachineID(s.Name), state, reason)
+	})
+}

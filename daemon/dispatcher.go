@@ -1,0 +1,210 @@
+package daemon
+
+import (
+	"context"
+	"log/slog"
+	"sync"
+	"time"
+
+	dispatchv1 "nixdispatch/proto/dispatch/v1"
+	"nixdispatch/proto/nix"
+	"nixdispatch/scheduler"
+)
+
+// A dispatcher owns the scheduler's queue and the builds in flight: every event
+// passes through it, and it tells the builds what the queue decided.
+// Safe for concurrent use.
+type dispatcher struct {
+	log *slog.Logger
+
+	mu     sync.Mutex
+	queue  *scheduler.Queue
+	builds map[scheduler.BuildID]*build
+	// byDrv finds the build that callers of the same derivation share.
+	byDrv  map[nix.StorePath]*build
+	lastID scheduler.BuildID
+}
+
+func newDispatcher(log *slog.Logger) *dispatcher {
+	return &dispatcher{
+		log:    log,
+		queue:  scheduler.New(),
+		builds: make(map[scheduler.BuildID]*build),
+		byDrv:  make(map[nix.StorePath]*build),
+	}
+}
+
+// A placement is what the queue has decided for a build.
+type placement struct {
+	machine scheduler.MachineID // "" while it waits
+	granted bool                // whether it has a build slot
+	why     string
+	changed chan struct{} // closed when this is no longer so
+}
+
+// carryOutLocked passes the queue's orders on to the builds concerned.
+func (d *dispatcher) carryOutLocked(orders []scheduler.Order) {
+	for _, o := range orders {
+		b := d.builds[o.Build]
+		b.setPlaceLocked(placement{
+			machine: o.Machine,
+			granted: o.Kind == scheduler.Grant,
+			why:     o.Why,
+			changed: make(chan struct{}),
+		})
+		d.log.Debug("order", "build_id", o.Build, "kind", o.Kind, "machine", o.Machine, "why", o.Why)
+	}
+}
+
+// do runs one event of the queue and carries out what follows from it.
+func (d *dispatcher) do(event func(q *scheduler.Queue) []scheduler.Order) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.carryOutLocked(event(d.queue))
+}
+
+// submitLocked takes a build in and makes it findable by its derivation. The
+// caller starts it.
+func (d *dispatcher) submitLocked(b *build) {
+	d.lastID++
+	b.id = d.lastID
+	b.place.changed = make(chan struct{})
+	d.builds[b.id] = b
+	d.byDrv[b.drvPath] = b
+	d.carryOutLocked(d.queue.Enqueue(b.request()))
+}
+
+// leave takes a build out for good, whatever it held.
+func (d *dispatcher) leave(b *build) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.forgetLocked(b)
+	delete(d.builds, b.id)
+	d.carryOutLocked(d.queue.Remove(b.id))
+}
+
+// forgetLocked lets no further caller join the build.
+func (d *dispatcher) forgetLocked(b *build) {
+	if d.byDrv[b.drvPath] == b {
+		delete(d.byDrv, b.drvPath)
+	}
+}
+
+// requeue gives a build another try elsewhere.
+func (d *dispatcher) requeue(b *build, failed scheduler.MachineID) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if b.place.machine == failed {
+		b.setPlaceLocked(placement{changed: make(chan struct{})})
+	}
+	d.carryOutLocked(d.queue.Requeue(b.id, failed))
+}
+
+// place is what is decided for a build now.
+func (d *dispatcher) place(b *build) placement {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return b.place
+}
+
+// awaitPlace waits for a machine.
+func (d *dispatcher) awaitPlace(ctx context.Context, b *build) (placement, error) {
+	for {
+		p := d.place(b)
+		if p.machine != "" {
+			return p, nil
+		}
+		select {
+		case <-p.changed:
+		case <-ctx.Done():
+			return p, context.Cause(ctx)
+		}
+	}
+}
+
+// awaitSlot waits until the build may start on its machine. It returns errMoved
+// when it has been given another one.
+func (d *dispatcher) awaitSlot(ctx context.Context, b *build, at scheduler.MachineID) error {
+	for {
+		p := d.place(b)
+		switch {
+		case p.machine != at:
+			return errMoved
+		case p.granted:
+			return nil
+		}
+		select {
+		case <-p.changed:
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+	}
+}
+
+// explain says where a build could go, in the scheduler's words.
+func (d *dispatcher) explain(r scheduler.Request) scheduler.Explanation {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.queue.Explain(r)
+}
+
+// strandedPoll is how often builds are looked for that no machine can take.
+const strandedPoll = 2 * time.Second
+
+// watchStranded ends builds for which no machine that could run them has been up
+// or coming for patience. It returns when ctx ends.
+func (d *dispatcher) watchStranded(ctx context.Context, patience time.Duration) {
+	since := make(map[scheduler.BuildID]time.Time)
+	ticker := time.NewTicker(min(strandedPoll, patience))
+	defer ticker.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case now := <-ticker.C:
+			since = d.endStranded(now, since, patience)
+		}
+	}
+}
+
+func (d *dispatcher) endStranded(now time.Time, before map[scheduler.BuildID]time.Time, patience time.Duration) map[scheduler.BuildID]time.Time {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	since := make(map[scheduler.BuildID]time.Time)
+	for _, id := range d.queue.Stranded() {
+		first, known := before[id]
+		if !known {
+			first = now
+		}
+		since[id] = first
+		if now.Sub(first) >= patience {
+			explanation, _ := d.queue.ExplainBuild(id)
+			d.builds[id].cancel(&noMachineError{waited: patience, explanation: explanation})
+		}
+	}
+	return since
+}
+
+// snapshot is the queue's state and the builds', taken at one moment.
+func (d *dispatcher) snapshot() (scheduler.Snapshot, []*dispatchv1.BuildInfo) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	s := d.queue.Snapshot()
+	infos := make([]*dispatchv1.BuildInfo, 0, len(d.builds))
+	for _, sb := range s.Builds {
+		info := d.builds[sb.ID].infoLocked(sb)
+		if sb.Phase == scheduler.Queued {
+			explanation, _ := d.queue.ExplainBuild(sb.ID)
+			info.Reason = explanation.Why
+		}
+		infos = append(infos, info)
+	}
+	return s, infos
+}
+
+// load is what a scrape needs of the queue, which costs no time for each build.
+func (d *dispatcher) load() ([]scheduler.MachineStatus, []scheduler.SystemStatus) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.queue.Machines(), d.queue.QueuedBySystem()
+}

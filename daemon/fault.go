@@ -1,0 +1,84 @@
+package daemon
+
+import (
+	"errors"
+	"fmt"
+	"time"
+
+	dispatchv1 "nixdispatch/proto/dispatch/v1"
+	"nixdispatch/proto/nix"
+)
+
+// A machineError is a failure that is the machine's, or of the way to it: the
+// build may succeed on another one.
+type machineError struct {
+	machine string // store URI
+	doing   string // what was tried, such as "copy inputs"
+	err     error
+}
+
+func (e *machineError) Error() string {
+	return fmt.Sprintf("machine %s: %s: %v", e.machine, e.doing, e.err)
+}
+func (e *machineError) Unwrap() error { return e.err }
+
+// A localError is a failure of this host: its store, its disk, its Nix daemon.
+// Another machine would not help.
+type localError struct {
+	doing string
+	err   error
+}
+
+func (e *localError) Error() string { return fmt.Sprintf("local store: %s: %v", e.doing, e.err) }
+func (e *localError) Unwrap() error { return e.err }
+
+var (
+	// errCancelled ends a build that nobody waits for any longer, or that
+	// somebody cancelled on purpose.
+	errCancelled = errors.New("cancelled")
+	// errShutdown ends what runs when the daemon stops.
+	errShutdown = errors.New("nix-dispatchd is shutting down")
+	// errMoved interrupts an attempt whose build has been given another machine.
+	errMoved = errors.New("moved to another machine")
+)
+
+// An outcome is how a build ended, for everyone who followed it.
+type outcome struct {
+	status   dispatchv1.BuildStatus
+	err      string // "" on success
+	machine  string // store URI; "" if none built it
+	duration time.Duration
+}
+
+func (o outcome) success() bool {
+	switch o.status {
+	case dispatchv1.BuildStatus_BUILD_STATUS_BUILT,
+		dispatchv1.BuildStatus_BUILD_STATUS_SUBSTITUTED,
+		dispatchv1.BuildStatus_BUILD_STATUS_ALREADY_VALID,
+		dispatchv1.BuildStatus_BUILD_STATUS_RESOLVES_TO_ALREADY_VALID:
+		return true
+	default:
+		return false
+	}
+}
+
+// buildStatus is Nix's status in the API's numbering, which keeps 0 free. A
+// status of a newer Nix that the API does not know is a failure of unknown kind.
+func buildStatus(s nix.BuildStatus) dispatchv1.BuildStatus {
+	if s > nix.NoSubstituters {
+		return dispatchv1.BuildStatus_BUILD_STATUS_MISC_FAILURE
+	}
+	return dispatchv1.BuildStatus(s + 1) //nolint:gosec // bounded by the line above
+}
+
+// outcomeOf says how an attempt ended that brought no result of the machine's.
+func outcomeOf(err error) outcome {
+	o := outcome{status: dispatchv1.BuildStatus_BUILD_STATUS_MISC_FAILURE, err: err.Error()}
+	if errors.Is(err, errCancelled) || errors.Is(err, errShutdown) {
+		o.status = dispatchv1.BuildStatus_BUILD_STATUS_CANCELLED
+	}
+	if m, ok := errors.AsType[*machineError](err); ok {
+		o.machine = m.machine
+	}
+	return o
+}

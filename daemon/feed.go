@@ -1,0 +1,132 @@
+package daemon
+
+import (
+	"sync"
+	"time"
+
+	dispatchv1 "nixdispatch/proto/dispatch/v1"
+)
+
+// A feed is what a build tells its followers: events, of which progress is
+// overwritten by newer progress, and the log. The build never waits for a
+// follower; each follower keeps a cursor of its own. Safe for concurrent use.
+type feed struct {
+	log *spool
+
+	mu       sync.Mutex
+	changed  chan struct{} // closed and replaced at each change
+	events   []*dispatchv1.BuildEvent
+	progress *dispatchv1.BuildEvent
+	version  uint64 // counts progress
+	building time.Time
+	handOver []string
+	outcome  *outcome
+}
+
+func newFeed(logDir string) *feed {
+	return &feed{log: newSpool(logDir), changed: make(chan struct{})}
+}
+
+// A cursor is how far a follower has read.
+type cursor struct {
+	events  int
+	version uint64
+	log     int64
+}
+
+// A reading is what a feed holds beyond a cursor.
+type reading struct {
+	events   []*dispatchv1.BuildEvent // shared: not to be changed
+	progress *dispatchv1.BuildEvent
+	hasLog   bool
+	handOver []string
+	outcome  *outcome
+	changed  <-chan struct{}
+}
+
+// read returns what is new since c and moves c past the events. The log is for
+// the caller to read, from c.log on.
+func (f *feed) read(c *cursor) reading {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	r := reading{
+		events:   f.events[c.events:],
+		handOver: f.handOver,
+		outcome:  f.outcome,
+		changed:  f.changed,
+		hasLog:   f.log.length() > c.log,
+	}
+	if f.version > c.version {
+		r.progress = f.progress
+	}
+	c.events, c.version = len(f.events), f.version
+	return r
+}
+
+// post appends an event. Progress of an earlier phase is dropped with it.
+func (f *feed) post(e *dispatchv1.BuildEvent) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.events = append(f.events, e)
+	f.progress = nil
+	f.signalLocked()
+}
+
+// postProgress replaces the progress that followers see.
+func (f *feed) postProgress(e *dispatchv1.BuildEvent) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.progress = e
+	f.version++
+	f.signalLocked()
+}
+
+// Write appends to the log.
+func (f *feed) Write(p []byte) (int, error) {
+	n, err := f.log.Write(p)
+	f.mu.Lock()
+	f.signalLocked()
+	f.mu.Unlock()
+	return n, err
+}
+
+// startBuilding notes that the remote build has begun: the followers' time
+// limits count from here.
+func (f *feed) startBuilding(now time.Time) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.building = now
+	f.signalLocked()
+}
+
+// stopBuilding ends what startBuilding began.
+func (f *feed) stopBuilding() { f.startBuilding(time.Time{}) }
+
+// buildingSince is zero while no remote build runs.
+func (f *feed) buildingSince() (since time.Time, changed <-chan struct{}) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.building, f.changed
+}
+
+// requestHandOver asks all followers, present and to come, to free the locks of
+// the output paths.
+func (f *feed) requestHandOver(paths []string) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.handOver = paths
+	f.signalLocked()
+}
+
+// finish makes the outcome known. It is the last thing said.
+func (f *feed) finish(o outcome) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.outcome = &o
+	f.signalLocked()
+}
+
+func (f *feed) signalLocked() {
+	close(f.changed)
+	f.changed = make(chan struct{})
+}

@@ -1,0 +1,285 @@
+package daemon
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"maps"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"nixdispatch/proto/nix"
+)
+
+const (
+	// handOverWait bounds how long followers are waited for to free their output
+	// locks. A hook that was stopped keeps its locks; the import then waits for
+	// the lock itself.
+	handOverWait = 5 * time.Second
+	// lockPoll is how often a lock that somebody else holds is looked at.
+	lockPoll = 100 * time.Millisecond
+	// importStall is how long an import may make no progress before it is
+	// suspected of waiting for a lock and begun anew.
+	importStall = 20 * time.Second
+	// maxImports bounds how often that happens.
+	maxImports = 5
+)
+
+// fetchOutputs brings the outputs that the local store lacks, references first,
+// and registers them there.
+func (a *attempt) fetchOutputs(ctx context.Context) error {
+	conn, err := a.d.local.open(ctx)
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	lacking, err := conn.invalid(slices.Sorted(maps.Values(a.b.drv.OutputPaths())))
+	if err != nil || len(lacking) == 0 {
+		return err
+	}
+	infos, err := a.outputInfos(lacking)
+	if err != nil {
+		return err
+	}
+	if err := a.takeOverLocks(ctx, lacking); err != nil {
+		return err
+	}
+	f := &fetch{attempt: a, conn: conn, progress: newTransfer(a.b, a.d.metrics.received(a.m.line.StoreURI), downloading, infos)}
+	for _, i := range infos {
+		if err := f.output(ctx, i); err != nil {
+			return err
+		}
+	}
+	f.progress.flush()
+	return nil
+}
+
+// outputInfos asks the machine about outputs it claims to have built and brings
+// them into an order in which they can be registered.
+func (a *attempt) outputInfos(paths []nix.StorePath) ([]nix.PathInfo, error) {
+	infos, err := a.r.store.pathInfos(paths)
+	if err != nil {
+		return nil, a.fault("query outputs", err)
+	}
+	for _, p := range paths {
+		if !slices.ContainsFunc(infos, func(i nix.PathInfo) bool { return i.Path == p }) {
+			return nil, a.fault("query outputs", fmt.Errorf("the build succeeded but its output %s is not valid there", p))
+		}
+	}
+	for n, i := range infos {
+		if !slices.Contains(paths, i.Path) {
+			return nil, a.fault("query outputs", fmt.Errorf("it answered with %s, which it was not asked for", i.Path))
+		}
+		// Built elsewhere: this store can vouch for nothing but what it was told.
+		infos[n].Ultimate = false
+	}
+	sorted, err := nix.TopoSort(infos)
+	if err != nil {
+		return nil, a.fault("query outputs", err)
+	}
+	return sorted, nil
+}
+
+// takeOverLocks has the hooks that follow the build free the locks their Nix
+// holds on the outputs. Hooks that join later do so at once.
+func (a *attempt) takeOverLocks(ctx context.Context, paths []nix.StorePath) error {
+	names := make([]string, len(paths))
+	for n, p := range paths {
+		names[n] = string(p)
+	}
+	a.b.feed.requestHandOver(names)
+	timeout := time.NewTimer(handOverWait)
+	defer timeout.Stop()
+	for {
+		pending, changed := a.d.dispatcher.pendingHandOver(a.b)
+		if !pending {
+			return nil
+		}
+		select {
+		case <-changed:
+		case <-timeout.C:
+			a.m.log.Warn("a hook did not free its output locks in time", "build_id", a.b.id)
+			return nil
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+	}
+}
+
+// A fetch copies the outputs of one build.
+type fetch struct {
+	*attempt
+	conn     *localConn
+	progress *transfer
+}
+
+// output brings one path, unless it turns out to have become valid.
+func (f *fetch) output(ctx context.Context, info nix.PathInfo) error {
+	for range maxImports {
+		valid, err := f.awaitLock(ctx, info.Path)
+		if err != nil {
+			return err
+		}
+		if valid {
+			f.progress.skip(info)
+			return nil
+		}
+		err = f.importOnce(ctx, info)
+		if !errors.Is(err, errStalled) {
+			return err
+		}
+		f.m.log.Warn("import stalled, beginning anew", "path", info.Path)
+	}
+	return &localError{doing: "import output", err: fmt.Errorf("%s: %w %d times", info.Path, errStalled, maxImports)}
+}
+
+// errStalled says that nix-daemon took nothing of an import for importStall.
+var errStalled = errors.New("nix-daemon made no progress")
+
+// awaitLock waits until nobody holds the lock on an output, or the output is
+// valid. Importing while another process holds it would wait for that process
+// inside nix-daemon, where nothing can be seen or asked.
+func (f *fetch) awaitLock(ctx context.Context, p nix.StorePath) (valid bool, err error) {
+	for waited := false; ; waited = true {
+		held, err := lockHeld(filepath.Join(f.d.local.dir, p.Base()+".lock"))
+		if err != nil {
+			return false, &localError{doing: "look at output lock", err: err}
+		}
+		if waited {
+			if valid, err := f.conn.IsValidPath(p); err != nil || valid {
+				return valid, err
+			}
+		}
+		if !held {
+			return false, nil
+		}
+		select {
+		case <-time.After(lockPoll):
+		case <-ctx.Done():
+			return false, context.Cause(ctx)
+		}
+	}
+}
+
+// lockHeld tells whether some process holds Nix's lock on a path. The lock is
+// only looked at: a lock file of non-zero size is stale, whoever holds it
+// (src/libstore/unix/pathlocks.cc).
+func lockHeld(lockFile string) (bool, error) {
+	file, err := os.Open(lockFile)
+	if errors.Is(err, fs.ErrNotExist) {
+		return false, nil
+	}
+	if err != nil {
+		return false, err
+	}
+	defer file.Close()
+	if st, err := file.Stat(); err != nil || st.Size() != 0 {
+		return false, err
+	}
+	// A shared lock is enough to find out and lasts until the file is closed, a
+	// moment in which an exclusive locker would merely have to try again.
+	err = unix.Flock(int(file.Fd()), unix.LOCK_SH|unix.LOCK_NB)
+	if errors.Is(err, unix.EWOULDBLOCK) {
+		return true, nil
+	}
+	return false, err
+}
+
+// importOnce streams one output from the machine into the local store.
+func (f *fetch) importOnce(ctx context.Context, info nix.PathInfo) error {
+	if f.conn == nil {
+		var err error
+		if f.conn, err = f.d.local.open(ctx); err != nil {
+			return err
+		}
+	}
+	watch := watchStart(importStall, f.conn.Close)
+	defer watch.stop()
+	var remoteErr error
+	err := f.conn.AddToStoreNar(&info, true, func(_ *nix.PathInfo, w io.Writer) error {
+		out := f.progress.begin(info, &startWriter{startWatch: watch, w: w})
+		err := f.r.store.dump(info.Path, out)
+		if err != nil && out.err == nil {
+			remoteErr = err // reading failed, not writing
+		}
+		return err
+	})
+	switch {
+	case err == nil:
+		return nil
+	case ctx.Err() != nil:
+		return context.Cause(ctx)
+	case watch.stalled():
+		f.conn = nil
+		return errStalled
+	case remoteErr != nil:
+		return f.fault("copy outputs", remoteErr)
+	default:
+		return f.importFault(info, err)
+	}
+}
+
+// importFault tells whose fault a refused import is: what the machine sent may
+// not be what it announced.
+func (f *fetch) importFault(info nix.PathInfo, err error) error {
+	if strings.Contains(err.Error(), "hash mismatch") || strings.Contains(err.Error(), "size mismatch") {
+		return f.fault("copy outputs", err)
+	}
+	return &localError{doing: "import output " + string(info.Path), err: err}
+}
+
+// pastLock is how many bytes nix-daemon may have been sent, at most, while it
+// still waits for the lock of the path: what fits into the socket's buffers. It
+// takes the lock before it reads the NAR.
+const pastLock = 1 << 20
+
+// A startWatch ends an import that does not get going. Once nix-daemon has begun
+// to read, it has the lock, and may take the time that the link and the disk
+// need. Safe for concurrent use.
+type startWatch struct {
+	timer *time.Timer
+	fired atomic.Bool
+	taken int64
+}
+
+func watchStart(limit time.Duration, abort func()) *startWatch {
+	w := &startWatch{}
+	w.timer = time.AfterFunc(limit, func() {
+		w.fired.Store(true)
+		abort()
+	})
+	return w
+}
+
+func (w *startWatch) stalled() bool { return w.fired.Load() }
+func (w *startWatch) stop()         { w.timer.Stop() }
+
+// A startWriter disarms the watch when enough has passed. After a stall it lets
+// the rest of the NAR pass into nothing, so that the remote process can be used
+// on.
+type startWriter struct {
+	*startWatch
+	w io.Writer
+}
+
+func (s *startWriter) Write(p []byte) (int, error) {
+	if s.stalled() {
+		return len(p), nil
+	}
+	n, err := s.w.Write(p)
+	if s.taken += int64(n); s.taken > pastLock {
+		s.stop()
+	}
+	if err != nil && s.stalled() {
+		return len(p), nil
+	}
+	return n, err
+}

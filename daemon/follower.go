@@ -1,0 +1,177 @@
+package daemon
+
+import (
+	"context"
+	"fmt"
+	"time"
+
+	dispatchv1 "nixdispatch/proto/dispatch/v1"
+)
+
+// limits are what one caller allows a build; zero means no limit.
+type limits struct {
+	timeout   time.Duration
+	maxSilent time.Duration
+	maxLog    int64
+}
+
+func limitsFrom(l *dispatchv1.Limits) limits {
+	return limits{
+		timeout:   max(0, l.GetTimeout().AsDuration()),
+		maxSilent: max(0, l.GetMaxSilentTime().AsDuration()),
+		maxLog:    int64(min(l.GetMaxLogSize(), 1<<62)), //nolint:gosec // bounded here
+	}
+}
+
+// A follower is one caller's interest in a build.
+type follower struct {
+	b      *build
+	limits limits
+
+	// Those below belong to follow.
+
+	cursor  cursor
+	machine string // the store URI that the build was last placed on
+}
+
+// logChunk is how much of the log one message carries at most.
+const logChunk = 64 << 10
+
+// follow passes the build's news to send until the build has ended or one of the
+// caller's limits is passed, and returns how it ended for this caller. A slow
+// send delays this follower alone. handOver is called once, when the outputs are
+// about to be imported; nil if the caller holds no locks.
+func (f *follower) follow(ctx context.Context, send func(*dispatchv1.BuildEvent) error, handOver func(paths []string) error) (outcome, error) {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	watching := make(chan struct{})
+	go func() {
+		defer close(watching)
+		f.enforce(ctx, cancel)
+	}()
+	defer func() { cancel(nil); <-watching }()
+	buf := make([]byte, logChunk)
+	for {
+		r := f.b.feed.read(&f.cursor)
+		if err := f.pass(ctx, r, buf, send); err != nil {
+			return outcome{}, err
+		}
+		if handOver != nil && r.handOver != nil {
+			if err := handOver(r.handOver); err != nil {
+				return outcome{}, err
+			}
+			handOver = nil
+		}
+		if r.outcome != nil {
+			return *r.outcome, nil
+		}
+		select {
+		case <-r.changed:
+		case <-ctx.Done():
+			if over, ok := context.Cause(ctx).(*limitError); ok { //nolint:errorlint // set by enforce, never wrapped
+				return outcome{status: over.status, err: over.text, machine: f.machine}, nil
+			}
+			return outcome{}, context.Cause(ctx)
+		}
+	}
+}
+
+// pass sends what a reading brought: events in order, the log in chunks.
+func (f *follower) pass(ctx context.Context, r reading, buf []byte, send func(*dispatchv1.BuildEvent) error) error {
+	for _, e := range r.events {
+		if p := e.GetPlaced(); p != nil {
+			f.machine = p.GetMachine()
+		}
+		if err := send(e); err != nil {
+			return err
+		}
+	}
+	if r.progress != nil {
+		if err := send(r.progress); err != nil {
+			return err
+		}
+	}
+	for ctx.Err() == nil {
+		n, err := f.b.feed.log.readAt(buf, f.cursor.log)
+		if err != nil {
+			return fmt.Errorf("read the build's log: %w", err)
+		}
+		if n == 0 {
+			return nil
+		}
+		f.cursor.log += int64(n)
+		e := f.b.event()
+		e.Event = &dispatchv1.BuildEvent_Log{Log: &dispatchv1.Log{Data: append([]byte(nil), buf[:n]...)}}
+		if err := send(e); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// A limitError says that a build passed a limit of its caller.
+type limitError struct {
+	status dispatchv1.BuildStatus
+	text   string
+}
+
+func (e *limitError) Error() string { return e.text }
+
+// enforce watches the caller's limits while the remote build runs and ends the
+// following when one is passed. It looks at the build itself, not at what the
+// caller has read of it.
+func (f *follower) enforce(ctx context.Context, cancel context.CancelCauseFunc) {
+	if f.limits == (limits{}) {
+		return
+	}
+	for {
+		since, changed := f.b.feed.buildingSince()
+		wait := time.Duration(1<<63 - 1)
+		if !since.IsZero() {
+			var over *limitError
+			if wait, over = f.limits.check(since, f.b.feed.log, time.Now()); over != nil {
+				cancel(over)
+				return
+			}
+		}
+		timer := time.NewTimer(wait)
+		select {
+		case <-changed:
+		case <-timer.C:
+		case <-ctx.Done():
+			timer.Stop()
+			return
+		}
+		timer.Stop()
+	}
+}
+
+// check returns which limit has been passed, or how long until one can be.
+func (l limits) check(since time.Time, log *spool, now time.Time) (time.Duration, *limitError) {
+	wait := time.Duration(1<<63 - 1)
+	if l.maxLog > 0 && log.length() > l.maxLog {
+		return 0, &limitError{dispatchv1.BuildStatus_BUILD_STATUS_LOG_LIMIT_EXCEEDED,
+			fmt.Sprintf("killed after writing more than %d bytes of log output", l.maxLog)}
+	}
+	if l.timeout > 0 {
+		left := l.timeout - now.Sub(since)
+		if left <= 0 {
+			return 0, &limitError{dispatchv1.BuildStatus_BUILD_STATUS_TIMED_OUT,
+				fmt.Sprintf("timed out after %d seconds", int(l.timeout.Seconds()))}
+		}
+		wait = min(wait, left)
+	}
+	if l.maxSilent > 0 {
+		last := log.lastWrite()
+		if last.Before(since) {
+			last = since
+		}
+		left := l.maxSilent - now.Sub(last)
+		if left <= 0 {
+			return 0, &limitError{dispatchv1.BuildStatus_BUILD_STATUS_TIMED_OUT,
+				fmt.Sprintf("timed out after %d seconds of silence", int(l.maxSilent.Seconds()))}
+		}
+		wait = min(wait, left)
+	}
+	return wait, nil
+}

@@ -1,0 +1,238 @@
+package daemon
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"slices"
+	"strings"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/types/known/durationpb"
+
+	dispatchv1 "nixdispatch/proto/dispatch/v1"
+	"nixdispatch/proto/nix"
+	"nixdispatch/scheduler"
+)
+
+// neutralName is what a machine is called towards Nix while none is chosen.
+const neutralName = "nix-dispatch"
+
+// startWait bounds how long an accepted hook may take to say what to build with.
+// Nix sends it at once.
+const startWait = time.Minute
+
+// A hookConversation is one Hook call: one hook process, from its settings to
+// the end of the one build it may get.
+type hookConversation struct {
+	d        *Daemon
+	stream   grpc.BidiStreamingServer[dispatchv1.HookRequest, dispatchv1.HookResponse]
+	caller   caller
+	settings *dispatchv1.Hello
+}
+
+// Hook serves a hook process. See the method's comment in dispatch.proto.
+func (s *server) Hook(stream grpc.BidiStreamingServer[dispatchv1.HookRequest, dispatchv1.HookResponse]) error {
+	c, _ := callerFrom(stream.Context())
+	h := &hookConversation{d: s.d, stream: stream, caller: c}
+	first, err := stream.Recv()
+	if err != nil {
+		return endOfStream(err)
+	}
+	if h.settings = first.GetHello(); h.settings == nil {
+		return status.Error(codes.InvalidArgument, "the first message of a Hook call must be Hello")
+	}
+	for {
+		msg, err := stream.Recv()
+		if err != nil {
+			return endOfStream(err)
+		}
+		try := msg.GetTry()
+		if try == nil {
+			return status.Error(codes.InvalidArgument, "expected Try")
+		}
+		reply, f := h.decide(try)
+		if err := stream.Send(&dispatchv1.HookResponse{Message: &dispatchv1.HookResponse_Reply{Reply: reply}}); err != nil {
+			if f != nil {
+				h.d.unfollow(f.follower)
+			}
+			return err
+		}
+		if f != nil {
+			return h.follow(f)
+		}
+	}
+}
+
+// A hookFollower is a hook process's interest in a build, and its Nix's locks.
+type hookFollower struct{ *follower }
+
+// follow stays with an accepted hook until its build has ended.
+func (h *hookConversation) follow(f *hookFollower) error {
+	defer h.d.unfollow(f.follower)
+	defer h.d.dispatcher.noLocks(f)
+	ctx, cancel := context.WithCancelCause(h.stream.Context())
+	defer cancel(nil)
+	go h.receive(f, cancel) // ends with the stream, which ends when Hook returns
+	send := func(e *dispatchv1.BuildEvent) error {
+		return h.stream.Send(&dispatchv1.HookResponse{Message: &dispatchv1.HookResponse_Event{Event: e}})
+	}
+	handOver := func(paths []string) error {
+		return h.stream.Send(&dispatchv1.HookResponse{
+			Message: &dispatchv1.HookResponse_HandOver{HandOver: &dispatchv1.HandOver{Paths: paths}}})
+	}
+	o, err := f.follow(ctx, send, handOver)
+	if err != nil {
+		return err
+	}
+	return send(finished(f.b, o))
+}
+
+// receive takes Start and HandedOver. It ends with the stream.
+func (h *hookConversation) receive(f *hookFollower, cancel context.CancelCauseFunc) {
+	late := time.AfterFunc(startWait, func() {
+		cancel(status.Errorf(codes.InvalidArgument, "no Start within %s of acceptance", startWait))
+	})
+	defer late.Stop()
+	for {
+		msg, err := h.stream.Recv()
+		if err != nil {
+			return
+		}
+		switch m := msg.GetMessage().(type) {
+		case *dispatchv1.HookRequest_Start:
+			late.Stop()
+			paths, err := storePaths(m.Start.GetInputs())
+			if err != nil {
+				cancel(status.Error(codes.InvalidArgument, err.Error()))
+				return
+			}
+			f.b.inputs.provide(paths)
+		case *dispatchv1.HookRequest_HandedOver:
+			h.d.dispatcher.noLocks(f)
+		default:
+			cancel(status.Error(codes.InvalidArgument, "expected Start or HandedOver"))
+			return
+		}
+	}
+}
+
+func finished(b *build, o outcome) *dispatchv1.BuildEvent {
+	e := b.event()
+	e.Event = &dispatchv1.BuildEvent_Finished{Finished: &dispatchv1.Finished{
+		Status: o.status, Error: o.err, Machine: o.machine, BuildDuration: durationpb.New(o.duration),
+	}}
+	return e
+}
+
+// decide answers Try: the rows of the reply table that the hook does not decide
+// by itself. An accepted try comes with a follower.
+func (h *hookConversation) decide(try *dispatchv1.Try) (*dispatchv1.Reply, *hookFollower) {
+	if h.d.stopping() {
+		return reply(dispatchv1.Reply_ACTION_POSTPONE, "nix-dispatchd is shutting down"), nil
+	}
+	if strings.TrimSpace(h.settings.GetBuilders()) == "" {
+		return reply(dispatchv1.Reply_ACTION_DECLINE_PERMANENTLY, "no machines are set"), nil
+	}
+	if why := h.foreign(); why != "" {
+		return reply(dispatchv1.Reply_ACTION_STOCK, why), nil
+	}
+	drvPath, err := nix.ParseStorePath(try.GetDrvPath())
+	if err != nil {
+		return reply(dispatchv1.Reply_ACTION_STOCK, err.Error()), nil
+	}
+	drv, err := h.d.local.derivation(drvPath)
+	if err != nil {
+		return reply(dispatchv1.Reply_ACTION_STOCK, err.Error()), nil
+	}
+	if !drv.AllOutputsKnown() {
+		return reply(dispatchv1.Reply_ACTION_STOCK, "its output paths are not known beforehand"), nil
+	}
+	return h.offer(try, drvPath, drv)
+}
+
+// foreign says why the request is not one for this daemon, "" if it is.
+func (h *hookConversation) foreign() string {
+	switch store := h.settings.GetStore(); store {
+	case "", "auto", "daemon", "local", "unix://", "unix://" + h.d.local.socket:
+	default:
+		return fmt.Sprintf("the store %q is not the one this daemon serves", store)
+	}
+	if !h.d.machines.sameList(h.settings.GetBuilders()) {
+		return "the builders setting is not the list this daemon serves"
+	}
+	return ""
+}
+
+// offer puts the derivation to the scheduler.
+func (h *hookConversation) offer(try *dispatchv1.Try, drvPath nix.StorePath, drv *nix.Derivation) (*dispatchv1.Reply, *hookFollower) {
+	b := h.d.newBuild(drvPath, drv, h.settings.GetBuildersUseSubstitutes(), h.caller)
+	b.local = h.couldBuildLocally(drv)
+	f := &hookFollower{follower: &follower{limits: limitsFrom(h.settings.GetLimits())}}
+	decision := h.d.offerHook(b, f, try.GetAmWilling())
+	switch decision.Reply {
+	case scheduler.Accept, scheduler.AcceptQueued:
+		r := reply(dispatchv1.Reply_ACTION_ACCEPT, decision.Why)
+		r.MachineName, r.BuildId = cmp.Or(string(decision.Machine), neutralName), uint64(f.b.id)
+		return r, f
+	case scheduler.Postpone:
+		return reply(dispatchv1.Reply_ACTION_POSTPONE, decision.Why), nil
+	default:
+		if h.d.machines.unsupportedCouldRun(drv) {
+			return reply(dispatchv1.Reply_ACTION_STOCK, "only a machine of a kind that nix-dispatch does not serve could build it"), nil
+		}
+		r := reply(dispatchv1.Reply_ACTION_DECLINE, h.d.dispatcher.explain(b.request()).Text(maxExplained))
+		r.Warn = !b.local
+		return r, nil
+	}
+}
+
+// maxExplained bounds how many machines a message tells about.
+const maxExplained = 20
+
+// couldBuildLocally follows the stock hook (src/nix/build-remote/build-remote.cc),
+// but knows that every Nix builds "builtin".
+func (h *hookConversation) couldBuildLocally(drv *nix.Derivation) bool {
+	if h.settings.GetMaxJobs() == 0 {
+		return false
+	}
+	if drv.Platform != "builtin" && !slices.Contains(h.settings.GetLocalSystems(), drv.Platform) {
+		return false
+	}
+	for _, f := range drv.RequiredSystemFeatures() {
+		if !slices.Contains(h.settings.GetLocalFeatures(), f) {
+			return false
+		}
+	}
+	return true
+}
+
+func reply(action dispatchv1.Reply_Action, reason string) *dispatchv1.Reply {
+	return &dispatchv1.Reply{Action: action, Reason: reason}
+}
+
+// storePaths parses what a caller or a machine sent.
+func storePaths(names []string) ([]nix.StorePath, error) {
+	paths := make([]nix.StorePath, len(names))
+	for n, name := range names {
+		p, err := nix.ParseStorePath(name)
+		if err != nil {
+			return nil, err
+		}
+		paths[n] = p
+	}
+	return paths, nil
+}
+
+// endOfStream makes nothing of a caller that has simply gone.
+func endOfStream(err error) error {
+	if errors.Is(err, io.EOF) || errors.Is(err, context.Canceled) || status.Code(err) == codes.Canceled {
+		return nil
+	}
+	return err
+}

@@ -1,0 +1,137 @@
+package daemon
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"strings"
+	"sync/atomic"
+
+	"nixdispatch/proto/nix"
+	"nixdispatch/proto/nix/worker"
+	"nixdispatch/sshpool"
+)
+
+// A machine is a machine line in use: how to reach it and what is known of it.
+type machine struct {
+	line    nix.Machine
+	host    *sshpool.Host
+	ng      bool // ssh-ng://, the worker protocol; else ssh://, the serve protocol
+	command string
+	uploads *claims
+	log     *slog.Logger
+
+	// untrusted is learned: from the worker protocol's handshake, or from the
+	// words of a refusal where the protocol cannot tell.
+	untrusted atomic.Bool
+}
+
+// unsupported says why the daemon cannot serve a machine, "" if it can. Builds
+// that only such machines can run are left to the stock hook.
+func unsupported(m nix.Machine) string {
+	switch m.Ref.Scheme {
+	case "ssh", "ssh-ng":
+		return ""
+	default:
+		return fmt.Sprintf("store URI %q is neither ssh:// nor ssh-ng://; left to the stock hook", m.StoreURI)
+	}
+}
+
+// newMachine connects to the machine of a line, in the background.
+func newMachine(line nix.Machine, pool *sshpool.Pool, log *slog.Logger) *machine {
+	m := &machine{
+		line:    line,
+		ng:      line.Ref.Scheme == "ssh-ng",
+		command: remoteCommand(line.Ref),
+		uploads: newClaims(),
+		log:     log.With("machine", line.StoreURI),
+	}
+	m.host = pool.Add(m.sshConfig())
+	return m
+}
+
+// sshConfig says how the machine is reached. The columns of the machine's line
+// win over the URI's parameters (completeStoreReference in
+// src/libstore/machines.cc).
+func (m *machine) sshConfig() sshpool.Config {
+	ref := m.line.Ref
+	cfg := sshpool.Config{
+		Name:  m.line.StoreURI,
+		Host:  ref.Host,
+		Port:  ref.Port,
+		User:  ref.User,
+		Local: ref.FakeSSH(),
+		Probe: m.probe, ProbeCommand: m.command,
+	}
+	if key := m.line.IdentityFile(); key != "" {
+		cfg.IdentityFiles = []string{key}
+	}
+	if key := m.line.HostKey(); key != "" {
+		// The parser has checked the column. A bad parameter becomes a key that
+		// no host can have, so that nothing is trusted by mistake.
+		decoded, err := nix.DecodeHostKey(key)
+		if err != nil {
+			decoded = "invalid base64-ssh-public-host-key"
+		}
+		cfg.HostKey = []byte(decoded)
+	}
+	return cfg
+}
+
+// remoteCommand is what is run on the machine. As in stock Nix since 2.20 the
+// remote program is given to the remote shell as it is written, so that
+// "~/bin/nix-store" works; the store is quoted, as it was until then.
+func remoteCommand(ref nix.StoreReference) string {
+	program, words := "nix-store", "--serve --write"
+	if ref.Scheme == "ssh-ng" {
+		program, words = "nix-daemon", "--stdio"
+	}
+	if p := ref.Params["remote-program"]; p != "" {
+		program = p
+	}
+	command := program + " " + words
+	if store := ref.Params["remote-store"]; store != "" {
+		command += " --store " + shellQuote(store)
+	}
+	return command
+}
+
+// shellQuote makes s one word of a POSIX shell.
+func shellQuote(s string) string {
+	plain := func(r rune) bool {
+		return 'a' <= r && r <= 'z' || 'A' <= r && r <= 'Z' || '0' <= r && r <= '9' || strings.ContainsRune("_-./:=@,+%", r)
+	}
+	if s != "" && strings.IndexFunc(s, func(r rune) bool { return !plain(r) }) < 0 {
+		return s
+	}
+	return "'" + strings.ReplaceAll(s, "'", `'\''`) + "'"
+}
+
+// probe tells whether the machine is of use: it speaks Nix's protocol.
+func (m *machine) probe(ctx context.Context, s *sshpool.Session) error {
+	r, err := m.handshake(ctx, s, nil)
+	if err != nil {
+		return err
+	}
+	m.untrusted.Store(r.store.trust() == worker.NotTrusted)
+	return nil
+}
+
+// open starts a remote process for one build. log gets what the builder prints.
+// The caller must close it. Cancelling ctx ends the remote process.
+func (m *machine) open(ctx context.Context, log logSink) (*remote, error) {
+	s, err := m.host.Session(ctx, m.command)
+	if err != nil {
+		return nil, m.fault("open a session", contextCause(ctx, err))
+	}
+	r, err := m.handshake(ctx, s, log)
+	if err != nil {
+		_ = s.Close() // the handshake's error says more
+		return nil, m.fault("start "+m.command, contextCause(ctx, err))
+	}
+	return r, nil
+}
+
+func (m *machine) fault(doing string, err error) error {
+	return &machineError{machine: m.line.StoreURI, doing: doing, err: err}
+}

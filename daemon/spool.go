@@ -1,0 +1,115 @@
+package daemon
+
+import (
+	"fmt"
+	"os"
+	"sync"
+	"time"
+)
+
+// spoolMemory is how much of a log is kept in memory before it goes to disk.
+// Most builds say less.
+const spoolMemory = 64 << 10
+
+// A spool holds one build's log for as long as somebody may read it: the first
+// bytes in memory, the rest in an unlinked file. The build writes at its own
+// pace; each reader reads at its own. Safe for concurrent use.
+type spool struct {
+	dir string
+
+	mu      sync.Mutex
+	head    []byte
+	file    *os.File
+	size    int64
+	full    error
+	written time.Time
+}
+
+func newSpool(dir string) *spool { return &spool{dir: dir} }
+
+// Write appends. It always takes all of p: when the disk is full the log ends
+// with a line that says so, and the build goes on.
+func (s *spool) Write(p []byte) (int, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.written = time.Now()
+	rest := p
+	if room := spoolMemory - len(s.head); room > 0 && s.size == int64(len(s.head)) {
+		n := min(room, len(rest))
+		s.head = append(s.head, rest[:n]...)
+		s.size += int64(n)
+		rest = rest[n:]
+	}
+	if len(rest) > 0 && s.full == nil {
+		s.spillLocked(rest)
+	}
+	return len(p), nil
+}
+
+func (s *spool) spillLocked(p []byte) {
+	if s.file == nil {
+		f, err := os.CreateTemp(s.dir, "log-*")
+		if err == nil {
+			err = os.Remove(f.Name())
+		}
+		if err != nil {
+			s.full = err
+			return
+		}
+		s.file = f
+	}
+	n, err := s.file.WriteAt(p, s.size-int64(len(s.head)))
+	s.size += int64(n)
+	s.full = err
+}
+
+// readAt copies log bytes from offset off into p and returns how many there were.
+// Where the log had to be cut it ends with a notice.
+func (s *spool) readAt(p []byte, off int64) (int, error) {
+	s.mu.Lock()
+	head, file, size := s.head, s.file, s.size
+	s.mu.Unlock()
+	switch {
+	case off >= size:
+		return 0, nil
+	case off < int64(len(head)):
+		return copy(p, head[off:]), nil
+	default:
+		p = p[:min(int64(len(p)), size-off)]
+		return file.ReadAt(p, off-int64(len(head)))
+	}
+}
+
+// length is the number of bytes written so far.
+func (s *spool) length() int64 {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.size
+}
+
+// lastWrite is when the build last said something; zero if it never did.
+func (s *spool) lastWrite() time.Time {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.written
+}
+
+// lost is why the log was cut short; nil if it is whole.
+func (s *spool) lost() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.full == nil {
+		return nil
+	}
+	return fmt.Errorf("the rest of the log could not be kept: %w", s.full)
+}
+
+// close frees the file. No read may be under way or follow.
+func (s *spool) close() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.file != nil {
+		_ = s.file.Close() // unlinked: there is nothing to lose
+		s.file = nil
+	}
+}

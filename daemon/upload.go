@@ -1,0 +1,194 @@
+package daemon
+
+import (
+	"context"
+	"io"
+	"slices"
+
+	"nixdispatch/proto/nix"
+)
+
+// inputs are the paths that the machine must have before it can build.
+func (a *attempt) inputs(ctx context.Context) ([]nix.StorePath, error) {
+	given, err := a.b.inputs.await(ctx)
+	if err != nil || !a.whole {
+		return given, err
+	}
+	conn, err := a.d.local.open(ctx)
+	if err != nil {
+		return nil, err
+	}
+	defer conn.Close()
+	infos, err := conn.closure(nil, []nix.StorePath{a.b.drvPath})
+	if err != nil {
+		return nil, err
+	}
+	known := make(map[nix.StorePath]bool, len(infos))
+	for _, i := range infos {
+		known[i.Path] = true
+	}
+	infosOfInputs, err := conn.QueryPathInfos(given)
+	if err != nil {
+		return nil, &localError{doing: "query inputs", err: err}
+	}
+	for _, i := range infosOfInputs {
+		if i.CA != "" && !known[i.Path] {
+			infos = append(infos, i)
+		}
+	}
+	paths := make([]nix.StorePath, len(infos))
+	for n, i := range infos {
+		paths[n] = i.Path
+	}
+	return paths, nil
+}
+
+// copyInputs brings paths to the machine. Each travels once, whichever of the
+// builds that need it carries it.
+func (a *attempt) copyInputs(ctx context.Context, paths []nix.StorePath) error {
+	lacking, err := a.r.store.missing(paths, a.b.substitute)
+	if err != nil {
+		return a.fault("ask which inputs are missing", err)
+	}
+	if len(lacking) == 0 {
+		return nil
+	}
+	conn, err := a.d.local.open(ctx)
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	infos, err := conn.QueryPathInfos(lacking)
+	if err == nil {
+		infos, err = nix.TopoSort(infos)
+	}
+	if err != nil {
+		return &localError{doing: "query inputs", err: err}
+	}
+	u := &upload{
+		attempt:  a,
+		conn:     conn,
+		held:     make(map[nix.StorePath]*claim),
+		progress: newTransfer(a.b, a.d.metrics.sent(a.m.line.StoreURI), uploading, infos),
+	}
+	defer u.abandon()
+	return u.run(ctx, infos)
+}
+
+// An upload copies the paths that one build lacks, in turns with other builds
+// that lack some of the same.
+type upload struct {
+	*attempt
+	conn     *localConn
+	held     map[nix.StorePath]*claim
+	progress *transfer
+}
+
+// abandon gives up what was claimed but not sent.
+func (u *upload) abandon() {
+	rest := make([]nix.StorePath, 0, len(u.held))
+	for p := range u.held {
+		rest = append(rest, p)
+	}
+	u.m.uploads.release(rest, u.held)
+}
+
+// run sends infos, references first, until none is missing.
+func (u *upload) run(ctx context.Context, infos []nix.PathInfo) error {
+	for len(infos) > 0 {
+		theirs, released := u.m.uploads.take(pathsOf(infos), u.held)
+		ready, rest := split(infos, theirs)
+		if len(ready) > 0 {
+			if err := u.send(ready); err != nil {
+				return err
+			}
+			u.m.uploads.release(pathsOf(ready), u.held)
+			infos = rest
+			continue
+		}
+		var err error
+		if infos, err = u.awaitOthers(ctx, infos, theirs, released); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// split separates, of paths in reference order, those that can be sent now from
+// those that others are sending or that refer to such.
+func split(infos []nix.PathInfo, theirs map[nix.StorePath]*claim) (ready, rest []nix.PathInfo) {
+	held := make(map[nix.StorePath]bool)
+	for _, i := range infos {
+		wait := theirs[i.Path] != nil || slices.ContainsFunc(i.References, func(r nix.StorePath) bool { return held[r] })
+		if wait {
+			held[i.Path] = true
+			rest = append(rest, i)
+		} else {
+			ready = append(ready, i)
+		}
+	}
+	return ready, rest
+}
+
+// send uploads paths in one go.
+func (u *upload) send(infos []nix.PathInfo) error {
+	var local error
+	err := u.r.store.upload(infos, func(i nix.PathInfo, w io.Writer) error {
+		out := u.progress.begin(i, w)
+		_, err := u.conn.NarFromPath(i.Path, out)
+		if err != nil && out.err == nil {
+			local = err // reading failed, not writing
+		}
+		return err
+	})
+	u.progress.flush()
+	switch {
+	case local != nil:
+		return &localError{doing: "read input", err: local}
+	case err != nil:
+		return u.fault("copy inputs", err)
+	default:
+		return nil
+	}
+}
+
+// awaitOthers waits until other builds have finished with some of the paths, and
+// returns what is still missing then. An owner that failed leaves its paths to
+// be claimed anew.
+func (u *upload) awaitOthers(ctx context.Context, infos []nix.PathInfo, theirs map[nix.StorePath]*claim, released <-chan struct{}) ([]nix.PathInfo, error) {
+	select {
+	case <-released:
+	case <-ctx.Done():
+		return nil, context.Cause(ctx)
+	}
+	var done []nix.StorePath
+	for p, c := range theirs {
+		if c.over() {
+			done = append(done, p)
+		}
+	}
+	if len(done) == 0 {
+		return infos, nil
+	}
+	missing, err := u.r.store.missing(done, false)
+	if err != nil {
+		return nil, u.fault("ask which inputs are missing", err)
+	}
+	arrived := func(i nix.PathInfo) bool {
+		return slices.Contains(done, i.Path) && !slices.Contains(missing, i.Path)
+	}
+	for _, i := range infos {
+		if arrived(i) {
+			u.progress.skip(i)
+		}
+	}
+	return slices.DeleteFunc(infos, arrived), nil
+}
+
+func pathsOf(infos []nix.PathInfo) []nix.StorePath {
+	paths := make([]nix.StorePath, len(infos))
+	for n, i := range infos {
+		paths[n] = i.Path
+	}
+	return paths
+}
