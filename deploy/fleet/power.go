@@ -1,0 +1,218 @@
+package fleet
+
+import (
+	"bytes"
+	"context"
+	_ "embed"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+//go:embed host.sh
+var hostScript string
+
+// Boot starts a host that is off, with all that was on its disk. It does nothing
+// if the host is on.
+func (h *Host) Boot(ctx context.Context) error {
+	h.powerMu.Lock()
+	defer h.powerMu.Unlock()
+	if h.On() {
+		return nil
+	}
+	err := h.boot(ctx)
+	if err != nil {
+		console, _ := os.ReadFile(h.console())
+		err = fmt.Errorf("boot host %s: %w; its console: %s", h.name, err, tail(console, 2000))
+	}
+	return errors.Join(err, h.fleet.save())
+}
+
+func (h *Host) console() string { return filepath.Join(h.dir, "console.log") }
+
+func (h *Host) boot(ctx context.Context) error {
+	config := h.snapshot().Config
+	console, err := os.Create(h.console())
+	if err != nil {
+		return err
+	}
+	defer console.Close()
+	// The host waits for its files on this pipe, so they also say that its
+	// network is there.
+	r, w, err := os.Pipe()
+	if err != nil {
+		return err
+	}
+	defer w.Close()
+	args := []string{"-c", hostScript, "host.sh", h.base, h.dir, h.name, initScript(config)}
+	for to, from := range config.Binds {
+		args = append(args, from, to)
+	}
+	cmd := exec.Command("/bin/sh", args...)
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = r, console, console
+	cmd.Env = []string{}
+	h.fleet.disconnect(ctx, h) // what the last boot may have left
+	init, err := h.fleet.starter.start(cmd, hostNamespaces)
+	r.Close()
+	if err != nil {
+		return err
+	}
+	h.change(func() { h.init, h.cut, h.frozen = init, false, false })
+	if err := h.fleet.connect(ctx, h, init); err != nil {
+		return errors.Join(err, h.kill(ctx))
+	}
+	files, err := tarOf(h.bootFiles())
+	if err == nil {
+		_, err = w.Write(files)
+	}
+	if err == nil {
+		err = w.Close()
+	}
+	if err == nil {
+		err = h.waitSSHD(ctx, init)
+	}
+	if err == nil && !config.NoDaemon {
+		err = h.waitNixDaemon(ctx, init)
+	}
+	if err != nil {
+		return errors.Join(err, h.kill(context.WithoutCancel(ctx)))
+	}
+	return nil
+}
+
+// idle is what a host's first process waits for.
+const idle = "sleep 99999d"
+
+// initScript is what runs in the finished root, as process 1: it takes its files
+// from stdin, starts the services, and then only collects orphans.
+func initScript(c HostConfig) string {
+	script := "set -e\ntar -xpf - -C /\nexec </dev/null\nmkdir -p /run/sshd /var/log\n" +
+		"/usr/sbin/sshd -E " + sshdLog + "\n"
+	if !c.NoDaemon {
+		script += nixDaemonScript(c.NixDaemon)
+	}
+	return script + "set +e\nwhile :; do " + idle + " & wait $!; done\n"
+}
+
+// Kill turns the host off at once, as by pulling its plug: nobody it talked to
+// hears of it. What is on its disk stays. It does nothing if the host is off.
+func (h *Host) Kill(ctx context.Context) error {
+	h.powerMu.Lock()
+	defer h.powerMu.Unlock()
+	if h.snapshot().Init == (process{}) {
+		return nil
+	}
+	err := h.kill(ctx)
+	if err != nil {
+		err = fmt.Errorf("kill host %s: %w", h.name, err)
+	}
+	return errors.Join(err, h.fleet.save())
+}
+
+func (h *Host) kill(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, 20*time.Second)
+	defer cancel()
+	init := h.snapshot().Init
+	mounts := namespace(init.PID, "mnt")
+	// The cable first: dying processes would close their connections properly.
+	h.fleet.disconnect(ctx, h)
+	if err := init.signal(unix.SIGKILL); err != nil {
+		return err
+	}
+	if err := init.waitGone(ctx); err != nil {
+		return err
+	}
+	h.change(func() { h.init, h.cut, h.frozen = process{}, false, false })
+	if mounts == "" {
+		return nil
+	}
+	// Commands that were entering the host hold its mounts a moment longer.
+	return poll(ctx, "the mounts of host "+h.name+" to go", func() (bool, error) {
+		for _, pid := range pids() {
+			if namespace(pid, "mnt") == mounts {
+				return false, nil
+			}
+		}
+		return true, nil
+	})
+}
+
+// CutOff drops all packets from and to the host, silently: nobody gets a reset, and
+// the host's interface stays up.
+func (h *Host) CutOff(ctx context.Context) error { return h.setCut(ctx, true) }
+
+// Restore ends CutOff.
+func (h *Host) Restore(ctx context.Context) error { return h.setCut(ctx, false) }
+
+func (h *Host) setCut(ctx context.Context, cut bool) error {
+	h.powerMu.Lock()
+	defer h.powerMu.Unlock()
+	if !h.On() {
+		return fmt.Errorf("cut off or restore host %s: %w", h.name, ErrOff)
+	}
+	if err := h.fleet.setPort(ctx, h, !cut); err != nil {
+		return fmt.Errorf("cut off or restore host %s: %w", h.name, err)
+	}
+	h.change(func() { h.cut = cut })
+	return h.fleet.save()
+}
+
+// Freeze stops every process of the host (SIGSTOP): it answers nothing any more,
+// though its kernel still accepts connections.
+func (h *Host) Freeze(ctx context.Context) error { return h.setFrozen(ctx, true) }
+
+// Thaw ends Freeze. Processes that a test stopped itself go on as well.
+func (h *Host) Thaw(ctx context.Context) error { return h.setFrozen(ctx, false) }
+
+func (h *Host) setFrozen(ctx context.Context, freeze bool) error {
+	h.powerMu.Lock()
+	defer h.powerMu.Unlock()
+	sig, option := unix.SIGCONT, "-CONT"
+	if freeze {
+		sig, option = unix.SIGSTOP, "-STOP"
+	}
+	// Signalling -1 inside the pid namespace reaches all but its first process at
+	// once, so none can start another meanwhile.
+	cmd, err := h.enter(ctx, "/bin/sh", "-c", "kill "+option+" -1")
+	if err != nil {
+		return fmt.Errorf("freeze or thaw host %s: %w", h.name, err)
+	}
+	// With no other process there, kill has nobody to signal.
+	if out, err := cmd.CombinedOutput(); err != nil && !bytes.Contains(out, []byte("No such process")) {
+		return fmt.Errorf("freeze or thaw host %s: %w: %s", h.name, err, tail(out, 300))
+	}
+	if err := h.snapshot().Init.signal(sig); err != nil {
+		return fmt.Errorf("freeze or thaw host %s: %w", h.name, err)
+	}
+	if !freeze {
+		if err := h.wakeEntrances(); err != nil {
+			return fmt.Errorf("thaw host %s: %w", h.name, err)
+		}
+	}
+	h.change(func() { h.frozen = freeze })
+	return h.fleet.save()
+}
+
+// wakeEntrances continues the nsenter processes of Command: they are outside the
+// host, and stop themselves when what they started is stopped.
+func (h *Host) wakeEntrances() error {
+	inside := namespace(h.snapshot().Init.PID, "pid")
+	for _, pid := range pids() {
+		if namespace(pid, "pid_for_children") != inside || namespace(pid, "pid") == inside {
+			continue
+		}
+		p, err := identify(pid)
+		if err != nil {
+			continue // it ended meanwhile
+		}
+		if err := p.signal(unix.SIGCONT); err != nil {
+			return err
+		}
+	}
+	return nil
+}

@@ -1,0 +1,47 @@
+package fleet
+
+import (
+	"fmt"
+	"os"
+	"os/exec"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+)
+
+// TB is the part of testing.TB that Require uses.
+type TB interface {
+	Helper()
+	Skipf(format string, args ...any)
+	Fatalf(format string, args ...any)
+}
+
+// Require ends a test that needs a fleet where there can be none: it is skipped
+// with the reason, or fails if CI or NIX_DISPATCH_REQUIRE_FLEET is set in the
+// environment, so that nobody takes a skip for a pass.
+func Require(t TB) {
+	t.Helper()
+	err := Available()
+	if err == nil {
+		return
+	}
+	for _, name := range []string{"NIX_DISPATCH_REQUIRE_FLEET", "CI"} {
+		if os.Getenv(name) != "" {
+			t.Fatalf("no fleet of real Nix machines here: %v (%s is set, so this is not skipped)", err, name)
+			return
+		}
+	}
+	t.Skipf("no fleet of real Nix machines here: %v", err)
+}
+
+// tryNamespaces starts a process the way hosts are started.
+func tryNamespaces() error {
+	cmd := exec.Command("/bin/sh", "-c", "mount --make-rprivate / && mount -t tmpfs tmpfs /mnt && mount -t proc proc /proc")
+	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: hostNamespaces}
+	if out, err := cmd.CombinedOutput(); err != nil {
+		return fmt.Errorf("namespaces and mounts of our own are not allowed: %w: %s", err, tail(out, 300))
+	}
+	return nil
+}
+
+const hostNamespaces = unix.CLONE_NEWNS | unix.CLONE_NEWPID | unix.CLONE_NEWUTS | unix.CLONE_NEWIPC | unix.CLONE_NEWNET
