@@ -23,10 +23,6 @@ const defaultNixSocket = "/nix/var/nix/daemon-socket/socket"
 // localHandshakeTimeout bounds connecting to the local nix-daemon.
 const localHandshakeTimeout = 30 * time.Second
 
-// maxDerivationSize bounds the .drv files that are read. The largest of
-// nixpkgs are a few megabytes.
-const maxDerivationSize = 64 << 20
-
 // A localStore is the store of this host, spoken to through its nix-daemon:
 // never by writing into the store directory or its database.
 type localStore struct {
@@ -150,12 +146,12 @@ func (s localStore) derivation(p nix.StorePath) (*nix.Derivation, error) {
 		return nil, &localError{doing: "read derivation", err: err}
 	}
 	defer f.Close()
-	data, err := io.ReadAll(io.LimitReader(f, maxDerivationSize+1))
+	data, err := io.ReadAll(io.LimitReader(f, nix.MaxDerivationSize+1))
 	if err != nil {
 		return nil, &localError{doing: "read derivation", err: err}
 	}
-	if len(data) > maxDerivationSize {
-		return nil, fmt.Errorf("derivation %s is larger than %d bytes", p, maxDerivationSize)
+	if len(data) > nix.MaxDerivationSize {
+		return nil, fmt.Errorf("derivation %s is larger than %d bytes", p, nix.MaxDerivationSize)
 	}
 	drv, err := nix.ParseDerivation(data)
 	if err != nil {

@@ -148,10 +148,4 @@ func (s *machines) unsupportedCouldRun(drv *nix.Derivation) bool {
 }
 
 // nixSystem is this host's system in Nix's words.
-func nixSystem() string {
-	arch := map[string]string{"amd64": "x86_64", "386": "i686", "arm64": "aarch64", "arm": "armv7l"}[runtime.GOARCH]
-	if arch == "" {
-		arch = runtime.GOARCH
-	}
-	return arch + "-" + runtime.GOOS
-}
+func nixSystem() string { return nix.SystemName(runtime.GOOS, runtime.GOARCH) }

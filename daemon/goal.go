@@ -1,0 +1,201 @@
+package daemon
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"nixdispatch/proto/nix"
+	"nixdispatch/scheduler"
+)
+
+// A goal is one derivation of a realisation that has to be built.
+type goal struct {
+	r       *realisation
+	drvPath nix.StorePath
+	drv     *nix.Derivation
+
+	// The realisation's mutex guards the rest.
+
+	pending int // inputs yet to be built
+	users   []*goal
+}
+
+// link tells the goals of each other.
+func (r *realisation) link() {
+	for _, g := range r.goals {
+		for input := range g.drv.InputDrvs {
+			if i := r.goals[input]; i != nil {
+				g.pending++
+				i.users = append(i.users, g)
+			}
+		}
+	}
+}
+
+// start begins with the goals that wait for no other.
+func (r *realisation) start(ctx context.Context) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for _, g := range r.goals {
+		if g.pending == 0 {
+			r.work.Go(func() { g.run(ctx) })
+		}
+	}
+}
+
+// run builds the derivation and then those that only waited for it.
+func (g *goal) run(ctx context.Context) {
+	r := g.r
+	ok := g.realise(ctx)
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if !ok {
+		r.failed = append(r.failed, string(g.drvPath))
+		if !r.keepGoing {
+			r.cancel(errFirstFailure)
+		}
+		return
+	}
+	for _, user := range g.users {
+		if user.pending--; user.pending == 0 && ctx.Err() == nil {
+			r.work.Go(func() { user.run(ctx) })
+		}
+	}
+}
+
+// errFirstFailure ends a realisation that does not keep going.
+var errFirstFailure = errors.New("another derivation failed")
+
+// realise builds the derivation where it can be and tells the caller how it
+// ended. A build that was cut off by the end of the realisation has not failed.
+func (g *goal) realise(ctx context.Context) (ok bool) {
+	b := g.r.d.newBuild(g.drvPath, g.drv, g.r.substitute, g.r.caller)
+	o, err := g.build(ctx, b)
+	if err != nil {
+		if ctx.Err() != nil {
+			return true
+		}
+		o = outcomeOf(err)
+	}
+	// The stream's end ends the context, too.
+	_ = g.r.sendEvent(finished(b, o))
+	return o.success()
+}
+
+func (g *goal) build(ctx context.Context, b *build) (outcome, error) {
+	select {
+	case <-g.r.substituted:
+	case <-ctx.Done():
+		return outcome{}, context.Cause(ctx)
+	}
+	if g.local(b) {
+		return g.buildLocally(ctx, b)
+	}
+	inputs, err := g.inputs()
+	if err != nil {
+		return outcome{}, err
+	}
+	f := g.r.d.submit(b, g.r.limits, inputs)
+	defer g.r.d.unfollow(f)
+	return f.follow(ctx, g.r.sendEvent, nil)
+}
+
+// local tells whether the derivation is left to the local Nix: because no
+// machine could ever build it, because its outputs' paths are not known
+// beforehand, or because moving its inputs would cost more than building it.
+func (g *goal) local(b *build) bool {
+	features := g.drv.RequiredSystemFeatures()
+	switch {
+	case !g.drv.AllOutputsKnown(), g.drv.Platform == "builtin":
+		return true
+	case g.drv.PreferLocalBuild() && g.drv.Platform == nixSystem() && len(features) == 0:
+		return true
+	default:
+		return g.r.d.dispatcher.explain(b.request()).Situation == scheduler.Impossible
+	}
+}
+
+// buildLocally asks the local Nix, which may have other ways to build it.
+func (g *goal) buildLocally(ctx context.Context, b *build) (outcome, error) {
+	select {
+	case g.r.localSlots <- struct{}{}:
+		defer func() { <-g.r.localSlots }()
+	case <-ctx.Done():
+		return outcome{}, context.Cause(ctx)
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	b.postPlaced(placement{why: "left to the local Nix"})
+	b.feed.startBuilding(b.since)
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		b.feed.finish(g.askLocalNix(ctx, b))
+	}()
+	defer func() {
+		cancel()
+		<-ended
+		b.feed.log.close()
+	}()
+	f := &follower{b: b, limits: g.r.limits}
+	return f.follow(ctx, g.r.sendEvent, nil)
+}
+
+func (g *goal) askLocalNix(ctx context.Context, b *build) outcome {
+	conn, err := g.r.d.local.openWith(ctx, newWorkerLog(b.feed))
+	if err != nil {
+		return outcomeOf(err)
+	}
+	defer conn.Close()
+	result, err := buildAll(conn.Client, g.drvPath)
+	if err != nil {
+		return outcomeOf(&localError{doing: "build", err: contextCause(ctx, err)})
+	}
+	return outcome{status: buildStatus(result.Status), err: result.ErrorMsg}
+}
+
+// inputs is the closure of what the derivation needs, all of it valid by now.
+func (g *goal) inputs() ([]nix.StorePath, error) {
+	r := g.r
+	r.rootsMu.Lock()
+	defer r.rootsMu.Unlock()
+	roots := append([]nix.StorePath(nil), g.drv.InputSrcs...)
+	for input, names := range g.drv.InputDrvs {
+		outputs, err := r.outputsLocked(input)
+		if err != nil {
+			return nil, err
+		}
+		for _, name := range names {
+			p, ok := outputs[name]
+			if !ok || p == "" {
+				return nil, fmt.Errorf("derivation %s needs output %q of %s, which has none", g.drvPath, name, input)
+			}
+			roots = append(roots, p)
+		}
+	}
+	infos, err := r.conn.closure(r.known, roots)
+	if err != nil {
+		return nil, err
+	}
+	return pathsOf(infos), nil
+}
+
+// outputsLocked are the paths of a derivation's outputs.
+func (r *realisation) outputsLocked(drvPath nix.StorePath) (map[string]nix.StorePath, error) {
+	if known, ok := r.outputs[drvPath]; ok {
+		return known, nil
+	}
+	drv, err := r.d.local.derivation(drvPath)
+	if err != nil {
+		return nil, err
+	}
+	paths := drv.OutputPaths()
+	if !drv.AllOutputsKnown() {
+		// Built or found valid before this: the store knows by now.
+		if paths, err = r.conn.QueryDerivationOutputMap(drvPath); err != nil {
+			return nil, &localError{doing: "ask for outputs", err: err}
+		}
+	}
+	r.outputs[drvPath] = paths
+	return paths, nil
+}

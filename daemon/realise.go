@@ -1,0 +1,257 @@
+package daemon
+
+import (
+	"context"
+	"fmt"
+	"runtime"
+	"slices"
+	"strings"
+	"sync"
+
+	"google.golang.org/grpc"
+
+	dispatchv1 "nixdispatch/proto/dispatch/v1"
+	"nixdispatch/proto/nix"
+	"nixdispatch/proto/nix/worker"
+)
+
+// A realisation is one Build call: derivations, and whatever of their input
+// derivations has no valid outputs yet, built in the order of their dependence.
+type realisation struct {
+	d          *Daemon
+	caller     caller
+	limits     limits
+	substitute bool
+	keepGoing  bool
+
+	sendMu sync.Mutex
+	stream grpc.ServerStreamingServer[dispatchv1.BuildResponse]
+
+	// rootsMu guards conn, whose temporary roots keep everything concerned from
+	// the garbage collector until the call ends, and what was asked over it.
+	rootsMu sync.Mutex
+	conn    *localConn
+	known   map[nix.StorePath]nix.PathInfo
+	outputs map[nix.StorePath]map[string]nix.StorePath // by derivation
+
+	// substituted is closed when all that can be substituted has been.
+	substituted chan struct{}
+	localSlots  chan struct{}
+
+	mu     sync.Mutex // guards the goals' states and failed
+	goals  map[nix.StorePath]*goal
+	failed []string
+	work   sync.WaitGroup
+	cancel context.CancelCauseFunc
+}
+
+// A target is a derivation asked for and the outputs wanted of it, in order.
+type target struct {
+	drvPath nix.StorePath
+	outputs []string // empty: all
+}
+
+// String is the target in the worker protocol's form.
+func (t target) String() string {
+	if len(t.outputs) == 0 {
+		return string(t.drvPath) + "!*"
+	}
+	return string(t.drvPath) + "!" + strings.Join(t.outputs, ",")
+}
+
+// Build realises derivations. See the method's comment in dispatch.proto.
+func (s *server) Build(req *dispatchv1.BuildRequest, stream grpc.ServerStreamingServer[dispatchv1.BuildResponse]) error {
+	if s.d.stopping() {
+		return toStatus(errShutdown)
+	}
+	targets, err := s.d.parseTargets(req.GetDerivations())
+	if err != nil {
+		return toStatus(err)
+	}
+	c, _ := callerFrom(stream.Context())
+	r := &realisation{
+		d: s.d, caller: c, stream: stream,
+		limits:      limitsFrom(req.GetLimits()),
+		substitute:  req.GetBuildersUseSubstitutes(),
+		keepGoing:   req.GetKeepGoing(),
+		known:       make(map[nix.StorePath]nix.PathInfo),
+		outputs:     make(map[nix.StorePath]map[string]nix.StorePath),
+		goals:       make(map[nix.StorePath]*goal),
+		substituted: make(chan struct{}),
+		localSlots:  make(chan struct{}, runtime.NumCPU()),
+	}
+	if err := r.run(stream.Context(), targets); err != nil {
+		return toStatus(err)
+	}
+	return nil
+}
+
+// parseTargets checks what a caller asks for.
+func (d *Daemon) parseTargets(texts []string) ([]target, error) {
+	if len(texts) == 0 {
+		return nil, fmt.Errorf("%w: no derivation given", errBadRequest)
+	}
+	targets := make([]target, len(texts))
+	for n, text := range texts {
+		name, outputs, some := strings.Cut(text, "!")
+		p, err := nix.ParseStorePath(name)
+		if err != nil {
+			return nil, fmt.Errorf("%w: %w", errBadRequest, err)
+		}
+		if !p.IsDerivation() {
+			return nil, fmt.Errorf("%w: %s is not a derivation", errBadRequest, p)
+		}
+		drv, err := d.local.derivation(p)
+		if err != nil {
+			return nil, err
+		}
+		targets[n].drvPath = p
+		if !some || outputs == "*" {
+			continue
+		}
+		targets[n].outputs = strings.Split(outputs, ",")
+		for _, o := range targets[n].outputs {
+			if _, ok := drv.Outputs[o]; !ok {
+				return nil, fmt.Errorf("%w: derivation %s has no output %q, only %s",
+					errBadRequest, p, o, strings.Join(drv.OutputNames(), ", "))
+			}
+		}
+	}
+	return targets, nil
+}
+
+// run plans, builds and sums up.
+func (r *realisation) run(ctx context.Context, targets []target) error {
+	var err error
+	if r.conn, err = r.d.local.open(ctx); err != nil {
+		return err
+	}
+	defer r.conn.Close()
+	missing, err := r.plan(targets)
+	if err != nil {
+		return err
+	}
+	ctx, r.cancel = context.WithCancelCause(ctx)
+	defer r.cancel(nil)
+	defer context.AfterFunc(r.d.life, func() { r.cancel(errShutdown) })()
+	r.work.Go(func() { r.substituteAll(ctx, missing.WillSubstitute) })
+	r.start(ctx)
+	r.work.Wait()
+	if err := context.Cause(ctx); err != nil && len(r.failed) == 0 {
+		return err
+	}
+	return r.sum(targets)
+}
+
+// plan asks the local store what there is to do, keeps all of it from the
+// garbage collector, and makes a goal of each derivation to be built.
+func (r *realisation) plan(targets []target) (worker.Missing, error) {
+	var names []string
+	var drvs []nix.StorePath
+	for _, t := range targets {
+		names = append(names, t.String())
+		drvs = append(drvs, t.drvPath)
+	}
+	if err := r.conn.AddTempRoots(drvs); err != nil {
+		return worker.Missing{}, &localError{doing: "take temporary roots", err: err}
+	}
+	invalid, err := r.conn.invalid(drvs)
+	if err != nil {
+		return worker.Missing{}, err
+	}
+	if len(invalid) > 0 {
+		return worker.Missing{}, fmt.Errorf("derivation %s %w", invalid[0], errNotInStore)
+	}
+	missing, err := r.conn.QueryMissing(names)
+	if err != nil {
+		return missing, &localError{doing: "ask what is missing", err: err}
+	}
+	roots := slices.Concat(missing.WillBuild, missing.WillSubstitute)
+	for _, p := range missing.WillBuild {
+		drv, err := r.d.local.derivation(p)
+		if err != nil {
+			return missing, err
+		}
+		r.goals[p] = &goal{r: r, drvPath: p, drv: drv}
+		for _, o := range drv.OutputPaths() {
+			roots = append(roots, o)
+		}
+	}
+	if err := r.conn.AddTempRoots(roots); err != nil {
+		return missing, &localError{doing: "take temporary roots", err: err}
+	}
+	r.link()
+	return missing, r.send(&dispatchv1.BuildResponse{Message: &dispatchv1.BuildResponse_Plan{Plan: &dispatchv1.Plan{
+		WillBuild: pathNames(missing.WillBuild), WillSubstitute: pathNames(missing.WillSubstitute),
+	}}})
+}
+
+// substituteAll has the local Nix fetch what it can. What cannot be had is
+// missed, and named, by the derivations that need it.
+func (r *realisation) substituteAll(ctx context.Context, paths []nix.StorePath) {
+	defer close(r.substituted)
+	if len(paths) == 0 {
+		return
+	}
+	conn, err := r.d.local.open(ctx)
+	if err == nil {
+		defer conn.Close()
+		_, err = conn.BuildPathsWithResults(pathNames(paths))
+	}
+	if err != nil {
+		r.d.log.Warn("substitution failed", "err", contextCause(ctx, err))
+	}
+}
+
+// send is safe for concurrent use.
+func (r *realisation) send(m *dispatchv1.BuildResponse) error {
+	r.sendMu.Lock()
+	defer r.sendMu.Unlock()
+	return r.stream.Send(m)
+}
+
+func (r *realisation) sendEvent(e *dispatchv1.BuildEvent) error {
+	return r.send(&dispatchv1.BuildResponse{Message: &dispatchv1.BuildResponse_Event{Event: e}})
+}
+
+// sum says how it all ended, by what is valid now.
+func (r *realisation) sum(targets []target) error {
+	sum := &dispatchv1.Summary{Success: len(r.failed) == 0, Failed: r.failed}
+	for _, t := range targets {
+		paths, err := r.conn.QueryDerivationOutputMap(t.drvPath)
+		if err != nil {
+			return &localError{doing: "ask for outputs", err: err}
+		}
+		drv, err := r.d.local.derivation(t.drvPath)
+		if err != nil {
+			return err
+		}
+		names := t.outputs
+		if len(names) == 0 {
+			names = drv.OutputNames()
+		}
+		for _, name := range names {
+			valid := paths[name] != ""
+			if valid {
+				if valid, err = r.conn.IsValidPath(paths[name]); err != nil {
+					return &localError{doing: "check outputs", err: err}
+				}
+			}
+			if !valid {
+				sum.Success = false
+				continue
+			}
+			sum.Outputs = append(sum.Outputs, &dispatchv1.Output{
+				DrvPath: string(t.drvPath), Name: name, Path: string(paths[name])})
+		}
+	}
+	return r.send(&dispatchv1.BuildResponse{Message: &dispatchv1.BuildResponse_Summary{Summary: sum}})
+}
+
+func pathNames(paths []nix.StorePath) []string {
+	names := make([]string, len(paths))
+	for n, p := range paths {
+		names[n] = string(p)
+	}
+	return names
+}
