@@ -42,7 +42,7 @@ type Explanation struct {
 	Features []string
 	// Situation is Impossible, SlotFree, Full or NoneUp.
 	Situation Situation
-	// Chosen is the machine it goes to now, "" if none has room.
+	// Chosen is the machine it goes to now, or is on; "" if none has room.
 	Chosen MachineID
 	// Why says in a line what happens to the build.
 	Why string
@@ -57,21 +57,21 @@ func (q *Queue) Explain(r Request) Explanation {
 	for i, m := range q.machines {
 		e.Machines[i] = q.judge(c, m)
 	}
-	matching, coming, _ := c.tally(q.machines)
+	t := c.tally(q.machines)
 	m, rule := c.choose()
 	switch {
-	case matching == 0:
+	case t.matching == 0:
 		e.Situation = Impossible
 	case m != nil && m.open:
 		e.Situation, e.Chosen = SlotFree, m.ID
 	case m != nil:
 		e.Situation, e.Chosen = Full, m.ID
-	case coming == 0:
+	case t.coming == 0:
 		e.Situation = NoneUp
 	default:
 		e.Situation = Full
 	}
-	e.Why = e.Situation.text()
+	e.Why = e.Situation.text(t)
 	if m != nil {
 		e.Why = "goes to " + printable(string(m.ID)) + ": " + rule.text(m.open)
 	}
@@ -79,13 +79,19 @@ func (q *Queue) Explain(r Request) Explanation {
 }
 
 // ExplainBuild is Explain for a build the Queue knows, with the machines it
-// failed on; false if it knows none such.
+// failed on, and tells where it is if it is placed already; false if it knows
+// none such.
 func (q *Queue) ExplainBuild(id BuildID) (Explanation, bool) {
 	b := q.builds[id]
 	if b == nil {
 		return Explanation{}, false
 	}
-	return q.Explain(b.req), true
+	e := q.Explain(b.req)
+	if b.machine != nil {
+		e.Chosen = b.machine.ID
+		e.Why = "is " + b.phase.String() + " on " + printable(string(b.machine.ID))
+	}
+	return e, true
 }
 
 // judge tells what keeps builds of c from m.
@@ -112,7 +118,7 @@ func (q *Queue) judge(c *class, m *machine) Verdict {
 func (m *machine) words(reason Reason, c *class) string {
 	switch reason {
 	case SystemUnsupported:
-		return "does not support system " + printable(c.system) + ", only " + listed(m.Systems)
+		return "does not support system " + printable(c.system) + " (it has " + listed(m.Systems) + ")"
 	case FeatureMissing:
 		missing := slices.DeleteFunc(slices.Clone(c.features), func(f string) bool { return m.supported[f] })
 		return "does not support required " + features(missing)
@@ -133,16 +139,20 @@ func (m *machine) words(reason Reason, c *class) string {
 	case FailedBefore:
 		return "failed this build before, and others can take it"
 	case SlotsTaken:
-		return fmt.Sprintf("all %s taken%s", slots(m.MaxJobs), m.loadWords())
+		return m.loadWords()
 	default:
-		return fmt.Sprintf("eligible: %d of %s taken, speed factor %s",
-			m.load(), slots(m.MaxJobs), strconv.FormatFloat(m.SpeedFactor, 'g', -1, 64))
+		return fmt.Sprintf("is eligible: %d of %d slots taken, speed factor %s",
+			m.load(), m.MaxJobs, strconv.FormatFloat(m.SpeedFactor, 'g', -1, 64))
 	}
 }
 
-// loadWords tells what takes m's slots.
+// loadWords tells what takes m's slots, which are all taken.
 func (m *machine) loadWords() string {
-	var parts []string
+	words := fmt.Sprintf("is full: all %d slots are taken", m.MaxJobs)
+	if m.MaxJobs == 1 {
+		words = "is full: its only slot is taken"
+	}
+	sep := " ("
 	for _, p := range []struct {
 		n    int
 		what string
@@ -152,10 +162,15 @@ func (m *machine) loadWords() string {
 		{m.held, "held after a lost connection"},
 	} {
 		if p.n > 0 {
-			parts = append(parts, fmt.Sprintf("%d %s", p.n, p.what))
+			words += sep + strconv.Itoa(p.n) + " " + p.what
+			sep = ", "
 		}
 	}
-	return ": " + strings.Join(parts, ", ")
+	words += ")"
+	if m.room {
+		words += "; a staging place is free"
+	}
+	return words
 }
 
 // String is Text without a limit.
@@ -198,33 +213,58 @@ func (r choiceRule) text(open bool) string {
 
 var slotTexts = [...]string{
 	ruleOnly:         "the only matching machine with a free slot",
-	ruleLoadPerSpeed: "lowest load for its speed among those with a free slot",
-	ruleSpeed:        "fastest of the equally loaded with a free slot",
-	ruleLoad:         "least loaded of the equally fast with a free slot",
-	ruleFirst:        "first in the list among equals with a free slot",
+	ruleLoadPerSpeed: "a slot is free; lowest load/speed factor",
+	ruleSpeed:        "a slot is free; fastest of those with the lowest load/speed factor",
+	ruleLoad:         "a slot is free; least loaded of the fastest",
+	ruleFirst:        "a slot is free; first in the list among equals",
 }
 
 var stagingTexts = [...]string{
-	ruleOnly:         "no slot is free; the only matching machine with room for its inputs",
-	ruleLoadPerSpeed: "no slot is free; lowest load for its speed among those with room for its inputs",
-	ruleSpeed:        "no slot is free; fastest of the equally loaded with room for its inputs",
-	ruleLoad:         "no slot is free; least loaded of the equally fast with room for its inputs",
-	ruleFirst:        "no slot is free; first in the list among equals with room for its inputs",
+	ruleOnly:         "no slot is free; the only matching machine with a staging place",
+	ruleLoadPerSpeed: "no slot is free; lowest load/speed factor of those with a staging place",
+	ruleSpeed:        "no slot is free; fastest of those with a staging place and the lowest load/speed factor",
+	ruleLoad:         "no slot is free; least loaded of the fastest with a staging place",
+	ruleFirst:        "no slot is free; first in the list among equals with a staging place",
 }
 
 // text says the situation in words.
-func (s Situation) text() string { return situationTexts[s] }
+func (s Situation) text(t tally) string {
+	switch s {
+	case SlotFree:
+		return "a matching machine has a free slot"
+	case Impossible:
+		return "no machine can build it"
+	case FullLocalFree:
+		return t.full() + ", and a local slot is free"
+	case FullLocalBusy:
+		return "waits: " + t.full() + ", and no local slot is free"
+	case FullLocalQueued:
+		return t.full() + ", and enough builds wait that could be built locally"
+	case Full:
+		return "waits: " + t.full()
+	case FullQueue:
+		return t.full() + ", and too many builds wait already"
+	case NoneUpLocal:
+		return t.full() + ", and it can be built locally"
+	case NoneUp:
+		return "waits: " + t.full()
+	default:
+		return fmt.Sprintf("situation %d", int(s))
+	}
+}
 
-var situationTexts = [...]string{
-	SlotFree:        "a matching machine has a free slot",
-	Impossible:      "no machine can build it",
-	FullLocalFree:   "all matching machines are full or still connecting, and a local slot is free",
-	FullLocalBusy:   "waits: all matching machines are full or still connecting, and no local slot is free",
-	FullLocalQueued: "all matching machines are full or still connecting, and enough builds wait that could be built locally",
-	Full:            "waits: all matching machines are full or still connecting",
-	FullQueue:       "no matching machine has a free slot, and too many builds wait already",
-	NoneUpLocal:     "no matching machine is up, and it can be built locally",
-	NoneUp:          "waits: no matching machine is up",
+// full says why none of the matching machines has a free slot.
+func (t tally) full() string {
+	switch {
+	case t.coming == 0:
+		return "no matching machine is up"
+	case t.up == 0:
+		return "no matching machine is up, but some are still connecting"
+	case t.up < t.coming:
+		return "all matching machines are full or still connecting"
+	default:
+		return "all matching machines are full"
+	}
 }
 
 func because(reason string) string {
@@ -232,13 +272,6 @@ func because(reason string) string {
 		return ""
 	}
 	return ": " + printable(reason)
-}
-
-func slots(n int) string {
-	if n == 1 {
-		return "1 slot"
-	}
-	return fmt.Sprintf("%d slots", n)
 }
 
 func features(list []string) string {

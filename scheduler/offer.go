@@ -97,52 +97,59 @@ func (q *Queue) Offer(r Request, amWilling bool) Decision {
 		m, rule := c.choose()
 		return Decision{Reply: Accept, Situation: SlotFree, Machine: m.ID, Why: rule.text(true)}
 	}
-	matching, coming, slots := c.tally(q.machines)
-	if matching == 0 {
-		return decide(Decline, Impossible)
-	}
-	if coming == 0 && r.CouldBuildLocally {
-		return decide(Decline, NoneUpLocal)
-	}
-	if r.CouldBuildLocally && amWilling {
-		return decide(Decline, FullLocalFree)
+	t := c.tally(q.machines)
+	switch {
+	case t.matching == 0:
+		return t.decide(Decline, Impossible)
+	case t.coming == 0 && r.CouldBuildLocally:
+		return t.decide(Decline, NoneUpLocal)
+	case r.CouldBuildLocally && amWilling:
+		return t.decide(Decline, FullLocalFree)
 	}
 	var queued, local int
 	if s := q.systems[r.System]; s != nil {
 		queued, local = s.queued, s.local
 	}
 	switch {
-	case r.CouldBuildLocally && local < slots:
-		return decide(AcceptQueued, FullLocalBusy)
+	case r.CouldBuildLocally && local < t.slots:
+		return t.decide(AcceptQueued, FullLocalBusy)
 	case r.CouldBuildLocally:
-		return decide(Postpone, FullLocalQueued)
-	case queued >= max(minQueued, queuedPerSlot*slots):
-		return decide(Postpone, FullQueue)
-	case coming == 0:
-		return decide(AcceptQueued, NoneUp)
+		return t.decide(Postpone, FullLocalQueued)
+	case queued >= max(minQueued, queuedPerSlot*t.slots):
+		return t.decide(Postpone, FullQueue)
+	case t.coming == 0:
+		return t.decide(AcceptQueued, NoneUp)
 	default:
-		return decide(AcceptQueued, Full)
+		return t.decide(AcceptQueued, Full)
 	}
 }
 
-func decide(reply Reply, s Situation) Decision {
-	return Decision{Reply: reply, Situation: s, Why: s.text()}
+func (t tally) decide(reply Reply, s Situation) Decision {
+	return Decision{Reply: reply, Situation: s, Why: s.text(t)}
 }
 
-// tally counts the machines that could ever run builds of c, those of them that
-// are up or coming, and the slots of these.
-func (c *class) tally(machines []*machine) (matching, coming, slots int) {
+// A tally counts machines that could ever run builds of a class.
+type tally struct {
+	matching int // all of them
+	up       int
+	coming   int // up, or on the first connection attempt
+	slots    int // of those coming
+}
+
+func (c *class) tally(machines []*machine) tally {
+	var t tally
 	for i, m := range machines {
 		if !c.match[i] {
 			continue
 		}
-		matching++
+		t.matching++
 		if m.coming() {
-			coming++
-			slots += m.MaxJobs
+			t.coming++
+			t.up += count(m.state == Up)
+			t.slots += m.MaxJobs
 		}
 	}
-	return matching, coming, slots
+	return t
 }
 
 // Stranded returns the queued builds that no machine could take even if all
@@ -152,7 +159,7 @@ func (c *class) tally(machines []*machine) (matching, coming, slots int) {
 func (q *Queue) Stranded() []BuildID {
 	var ids []BuildID
 	for _, c := range q.waiting {
-		if _, coming, _ := c.tally(q.machines); coming > 0 {
+		if c.tally(q.machines).coming > 0 {
 			continue
 		}
 		for _, cq := range c.heads {

@@ -98,7 +98,7 @@ func (b *build) status() BuildStatus {
 func (q *Queue) QueuedBySystem() []SystemStatus {
 	unplaceable := make(map[string]int)
 	for _, c := range q.waiting {
-		if matching, _, _ := c.tally(q.machines); matching > 0 {
+		if c.tally(q.machines).matching > 0 {
 			continue
 		}
 		for _, cq := range c.heads {
