@@ -243,6 +243,5 @@ func (c *copier) number(v uint64) {
 }
 
 func (c *copier) pad(n uint64) {
-	var zeros [8]byte
-	c.dst.Write(zeros[:-n&7]) //nolint:errcheck // kept by the bufio.Writer
+	c.dst.WriteString("\x00\x00\x00\x00\x00\x00\x00"[:-n&7]) //nolint:errcheck // kept by the bufio.Writer
 }

@@ -96,8 +96,9 @@ func (w *Writer) String(s string) {
 
 // Padding writes what must follow n bytes of data: zeros up to a multiple of 8.
 func (w *Writer) Padding(n uint64) {
-	var zeros [8]byte
-	w.Write(zeros[:padding(int(n%8))]) //nolint:errcheck // kept in w.err
+	if _, err := w.bw.WriteString("\x00\x00\x00\x00\x00\x00\x00"[:padding(int(n%8))]); w.err == nil {
+		w.err = err
+	}
 }
 
 // Strings writes a list of strings in its order.
