@@ -50,8 +50,11 @@ type command struct {
 
 func commands() []command {
 	return []command{
+		{"build", "[OPTION]... DRV...", "build derivations on the machines", runBuild},
 		{"status", "[--json]", "show machines and builds", runStatus},
 		{"cancel", "BUILD...", "end builds for all who wait for them", runCancel},
+		{"machines", "check [FILE|-]", "show how a machines file is understood", runMachines},
+		{"machines", "check [--json] [FILE|-]", "show how a machines file is understood", runMachines},
 		{"hook", "[VERBOSITY]", "what Nix's build-hook setting runs", runHook},
 	}
 }

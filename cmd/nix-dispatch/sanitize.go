@@ -55,7 +55,7 @@ func isShown(r rune) bool {
 
 // escapeLen is the length of the escape sequence at the start of s: of a
 // control sequence up to its final byte, of a command string up to its
-// terminator or the end of the line, of any other two bytes.
+// terminator or the end of the line, of any other up to its final byte.
 //
 // See ECMA-48, 5.4 and 5.6.
 func escapeLen(s string) int {
@@ -84,8 +84,12 @@ func escapeLen(s string) int {
 		}
 		return len(s)
 	}
-	if s[1] < ' ' || s[1] > '~' {
-		return 1
+	i := 1
+	for i < len(s) && ' ' <= s[i] && s[i] <= '/' {
+		i++
 	}
-	return 2
+	if i < len(s) && '0' <= s[i] && s[i] <= '~' {
+		i++
+	}
+	return i
 }

@@ -1,0 +1,204 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/types/known/durationpb"
+
+	dispatchv1 "nixdispatch/proto/dispatch/v1"
+	"nixdispatch/proto/nix"
+)
+
+// buildOptions are the command line of "build".
+type buildOptions struct {
+	socket    string
+	json      bool
+	outLink   string
+	printLogs bool
+	request   dispatchv1.BuildRequest
+}
+
+func runBuild(ctx context.Context, args []string, std stdio) int {
+	opts, status, ok := parseBuild(args, std)
+	if !ok {
+		return status
+	}
+	ctx, stop := interruptible(ctx)
+	defer stop()
+	conn, err := dialReady(ctx, opts.socket)
+	if err != nil {
+		return reportCallError(std.err, opts.socket, err)
+	}
+	defer conn.Close()
+	summary, err := followBuild(ctx, conn, opts, std)
+	if err != nil {
+		return reportCallError(std.err, opts.socket, err)
+	}
+	if !summary.GetSuccess() {
+		return exitFailed
+	}
+	if opts.outLink != "" {
+		if err := makeOutLinks(ctx, opts.outLink, summary.GetOutputs()); err != nil {
+			fmt.Fprintf(std.err, "nix-dispatch: %v\n", err)
+			return exitFailed
+		}
+	}
+	if opts.json {
+		return printJSON(std, resultsOf(summary.GetOutputs()))
+	}
+	for _, out := range summary.GetOutputs() {
+		fmt.Fprintln(std.out, sanitize(out.GetPath()))
+	}
+	return exitOK
+}
+
+func parseBuild(args []string, std stdio) (opts *buildOptions, status int, ok bool) {
+	opts = new(buildOptions)
+	req := &opts.request
+	req.Limits = new(dispatchv1.Limits)
+	flags := newFlagSet(std, "build", "[OPTION]... DRV...", `Builds derivations and whatever they need that is not there yet, and prints the
+paths of their outputs. DRV is the path of a .drv file; DRV^out,doc or DRV!out,doc
+asks for some outputs only. Times are in seconds, or like 1h30m.`)
+	socket := socketFlag(flags)
+	flags.BoolVar(&opts.json, "json", false, "print the outputs as JSON")
+	const outLink = "make `PATH` a link to the output and keep it from being garbage-collected"
+	flags.StringVar(&opts.outLink, "out-link", "", outLink)
+	flags.StringVar(&opts.outLink, "o", "", "same as --out-link `PATH`")
+	flags.BoolVar(&opts.printLogs, "print-build-logs", false, "show the builders' logs")
+	flags.BoolVar(&opts.printLogs, "L", false, "same as --print-build-logs")
+	flags.BoolVar(&req.KeepGoing, "keep-going", false, "go on with what can be built after a failure")
+	flags.BoolVar(&req.KeepGoing, "k", false, "same as --keep-going")
+	flags.BoolVar(&req.BuildersUseSubstitutes, "builders-use-substitutes", false, "let machines fetch inputs from their own substituters")
+	flags.Func("timeout", "stop a build after this `TIME`", durationFlag(&req.Limits.Timeout))
+	flags.Func("max-silent-time", "stop a build that prints nothing for this `TIME`", durationFlag(&req.Limits.MaxSilentTime))
+	flags.Uint64Var(&req.Limits.MaxLogSize, "max-build-log-size", 0, "stop a build that prints more than this many `BYTES`")
+	operands, status, ok := parseFlags(flags, args)
+	if !ok {
+		return nil, status, false
+	}
+	opts.socket = *socket
+	if len(operands) == 0 {
+		return nil, usageError(std, "build", "which derivation?"), false
+	}
+	for _, operand := range operands {
+		drv, err := resolveDerivation(operand)
+		if err != nil {
+			return nil, usageError(std, "build", "%v", err), false
+		}
+		req.Derivations = append(req.Derivations, drv)
+	}
+	return opts, exitOK, true
+}
+
+// durationFlag reads a time as Nix has it, a number of seconds, or as Go has it.
+func durationFlag(p **durationpb.Duration) func(string) error {
+	return func(s string) error {
+		d, err := time.ParseDuration(s)
+		if n, intErr := strconv.ParseUint(s, 10, 31); intErr == nil {
+			d, err = time.Duration(n)*time.Second, nil
+		}
+		if err != nil || d < 0 {
+			return errors.New("want a number of seconds, or a time such as 1h30m")
+		}
+		if d > 0 {
+			*p = durationpb.New(d)
+		}
+		return nil
+	}
+}
+
+// resolveDerivation makes the daemon's "PATH!out1,out2" of an operand: links are
+// followed and relative paths made absolute until there is a store path.
+func resolveDerivation(operand string) (string, error) {
+	path, outputs := operand, ""
+	if i := strings.LastIndexAny(operand, "!^"); i >= 0 && !strings.Contains(operand[i:], "/") {
+		path, outputs = operand[:i], operand[i+1:]
+		if outputs == "" {
+			return "", fmt.Errorf("%q names no output after %q", operand, operand[i:])
+		}
+	}
+	abs, err := filepath.Abs(path)
+	if err != nil {
+		return "", err
+	}
+	drv, err := nix.ParseStorePath(abs)
+	if err != nil || !drv.IsDerivation() {
+		resolved, linkErr := filepath.EvalSymlinks(abs)
+		if linkErr != nil {
+			return "", fmt.Errorf("%q is not the path of a derivation in a Nix store: %w", operand, errors.Join(err, linkErr))
+		}
+		drv, err = nix.ParseStorePath(resolved)
+	}
+	if err != nil {
+		return "", fmt.Errorf("%q is not the path of a derivation: %w", operand, err)
+	}
+	if !drv.IsDerivation() {
+		return "", fmt.Errorf("%q is not the path of a derivation: its name does not end in .drv", operand)
+	}
+	if outputs == "" || outputs == "*" {
+		return string(drv), nil
+	}
+	return string(drv) + "!" + outputs, nil
+}
+
+// followBuild runs the call to its end and shows what happens.
+func followBuild(ctx context.Context, conn *daemonConn, opts *buildOptions, std stdio) (*dispatchv1.Summary, error) {
+	stream, err := conn.Build(ctx, &opts.request)
+	if err != nil {
+		return nil, err
+	}
+	p := newProgress(std.err, opts.printLogs)
+	defer p.close()
+	return receiveBuild(stream, p)
+}
+
+func receiveBuild(stream grpc.ServerStreamingClient[dispatchv1.BuildResponse], p *progress) (*dispatchv1.Summary, error) {
+	for {
+		resp, err := stream.Recv()
+		if err == io.EOF {
+			return nil, status.Error(codes.Unavailable, "it ended the call without a summary")
+		}
+		if err != nil {
+			return nil, err
+		}
+		switch m := resp.GetMessage().(type) {
+		case *dispatchv1.BuildResponse_Plan:
+			p.plan(m.Plan)
+		case *dispatchv1.BuildResponse_Event:
+			p.event(m.Event)
+		case *dispatchv1.BuildResponse_Summary:
+			return m.Summary, nil
+		}
+	}
+}
+
+// A resultJSON is one derivation in the output of "build --json".
+type resultJSON struct {
+	DrvPath string            `json:"drvPath"`
+	Outputs map[string]string `json:"outputs"`
+}
+
+func resultsOf(outputs []*dispatchv1.Output) []resultJSON {
+	results := []resultJSON{}
+	index := make(map[string]int)
+	for _, out := range outputs {
+		i, ok := index[out.GetDrvPath()]
+		if !ok {
+			i = len(results)
+			index[out.GetDrvPath()] = i
+			results = append(results, resultJSON{out.GetDrvPath(), make(map[string]string)})
+		}
+		results[i].Outputs[out.GetName()] = out.GetPath()
+	}
+	return results
+}
