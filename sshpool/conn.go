@@ -26,7 +26,8 @@ type conn struct {
 
 	// The following fields are protected by host.mu.
 	places    int       // sessions open or being opened
-	accepted  int       // of these, those the peer accepted
+	lingering int       // sessions closed here whose end the peer has not confirmed
+	accepted  int       // of places and lingering, those the peer accepted
 	peak      int       // the most accepted at any time
 	coolUntil time.Time // no new sessions before
 	idleSince time.Time // when places became 0

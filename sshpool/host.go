@@ -265,12 +265,14 @@ func (o *owner) setStateLocked(s State) {
 }
 
 // closeIdle closes connections beyond the first that had nothing to do for
-// long, and those that are to take no more sessions once they have none.
+// long, and those that are to take no more sessions once they have none, but
+// leaves one.
 func (o *owner) closeIdle(now time.Time) {
 	o.mu.Lock()
 	var idle []*conn
 	for i, c := range o.Host.conns {
-		if c.places == 0 && (c.retired || i > 0 && now.Sub(c.idleSince) >= o.opts.IdleTimeout) {
+		long := c.retired || now.Sub(c.idleSince) >= o.opts.IdleTimeout
+		if c.places == 0 && long && (i > 0 || c.retired && len(o.Host.conns) > 1) {
 			c.retired = true // nobody takes a place while it is being closed
 			idle = append(idle, c)
 		}

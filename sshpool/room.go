@@ -13,13 +13,13 @@ import (
 // filled until it refuses, and what it had accepted by then is the limit of all
 // connections to that host.
 //
-// A refusal can come early: a session's place at the peer is free only when its
-// process has ended, which may be a while after its channel was closed. Then the
-// connection is let alone for a moment.
+// A session's place at the peer becomes free when its process has ended, which
+// may be a while after its user closed it. Such a session lingers: it still
+// counts where the limit is concerned.
 
 const (
-	// coolDown is how long a connection that refused a session below its limit
-	// gets no other.
+	// coolDown is how long a connection that refused a session below its limit,
+	// for reasons not known here, gets no other.
 	coolDown = 500 * time.Millisecond
 	// maxRefusals is how often one call of Session tries.
 	maxRefusals = 10
@@ -148,19 +148,49 @@ func (h *Host) accepted(c *conn) {
 	}
 }
 
-// release gives a place back.
+// release gives back the place of a session that could not be opened, or, on a
+// local host, has been closed.
 func (h *Host) release(c *conn, accepted bool) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	c.places--
 	if accepted {
 		c.accepted--
 	}
+	h.releaseLocked(c)
+}
+
+func (h *Host) releaseLocked(c *conn) {
+	c.places--
 	if c.places == 0 {
 		c.idleSince = time.Now()
 		signal(h.look)
 	}
 	h.wakeLocked()
+}
+
+// leave gives back the place of a session that its user has closed.
+func (h *Host) leave(r *remote) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	r.left = true
+	if r.over {
+		r.conn.accepted--
+	} else {
+		r.conn.lingering++
+	}
+	h.releaseLocked(r.conn)
+}
+
+// settle notes that the peer has closed a session.
+func (h *Host) settle(r *remote) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	r.over = true
+	if r.left {
+		r.conn.accepted--
+		r.conn.lingering--
+		h.wakeLocked()
+	}
 }
 
 // remove takes out a connection that has ended with err.
@@ -191,5 +221,5 @@ func (c *conn) takeLocked() {
 }
 
 func (c *conn) fullLocked() bool {
-	return c.host.limit > 0 && c.places >= c.host.limit
+	return c.host.limit > 0 && c.places+c.lingering >= c.host.limit
 }

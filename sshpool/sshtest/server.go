@@ -30,9 +30,9 @@ type ServerOptions struct {
 }
 
 // A Server is an SSH server that is reached through [Server.Dial] only. It may be
-// used inside a testing/synctest bubble. It knows a few commands: true, cat,
-// "exit N", "sleep N", "signal NAME", "echo WORDS" (stdout), "complain WORDS"
-// (stderr) and "zeros N" (that many zero bytes).
+// used inside a testing/synctest bubble. Of the shell it knows these commands: true,
+// cat, "exit N", "sleep N", "echo WORDS", "echo WORDS >&2", "kill -NAME $$" and
+// "head -c N /dev/zero".
 type Server struct {
 	opts ServerOptions
 	wg   sync.WaitGroup
@@ -337,25 +337,31 @@ func finish(ch ssh.Channel, status int, signal string) {
 }
 
 func run(ctx context.Context, ch ssh.Channel, command string) (status int, signal string) {
-	name, args, _ := strings.Cut(command, " ")
-	n := 0
-	fmt.Sscan(args, &n)
-	switch name {
+	words := strings.Fields(command)
+	arg, number := "", 0
+	if len(words) > 1 {
+		arg = words[1]
+		fmt.Sscan(arg, &number)
+	}
+	switch words[0] {
 	case "true":
 	case "cat":
 		io.Copy(ch, ch)
 	case "echo":
-		fmt.Fprintln(ch, args)
-	case "complain":
-		fmt.Fprintln(ch.Stderr(), args)
+		if text, ok := strings.CutSuffix(command, " >&2"); ok {
+			fmt.Fprintln(ch.Stderr(), strings.TrimPrefix(text, "echo "))
+		} else {
+			fmt.Fprintln(ch, strings.TrimPrefix(text, "echo "))
+		}
 	case "exit":
-		return n, ""
-	case "signal":
-		return 0, args
-	case "zeros":
-		io.CopyN(ch, zeros{}, int64(n))
+		return number, ""
+	case "kill":
+		return 0, strings.TrimPrefix(arg, "-")
+	case "head":
+		fmt.Sscan(words[2], &number)
+		io.CopyN(ch, zeros{}, int64(number))
 	case "sleep":
-		timer := time.NewTimer(time.Duration(n) * time.Second)
+		timer := time.NewTimer(time.Duration(number) * time.Second)
 		defer timer.Stop()
 		select {
 		case <-timer.C:
@@ -363,7 +369,7 @@ func run(ctx context.Context, ch ssh.Channel, command string) (status int, signa
 			return 0, "TERM"
 		}
 	default:
-		fmt.Fprintf(ch.Stderr(), "%s: command not found\n", name)
+		fmt.Fprintf(ch.Stderr(), "%s: command not found\n", words[0])
 		return 127, ""
 	}
 	return 0, ""
