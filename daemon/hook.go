@@ -57,6 +57,7 @@ func (s *server) Hook(stream grpc.BidiStreamingServer[dispatchv1.HookRequest, di
 			return status.Error(codes.InvalidArgument, "expected Try")
 		}
 		reply, f := h.decide(try)
+		h.d.log.Debug("hook asked", "drv_path", try.GetDrvPath(), "reply", reply.GetAction(), "reason", reply.GetReason())
 		if err := stream.Send(&dispatchv1.HookResponse{Message: &dispatchv1.HookResponse_Reply{Reply: reply}}); err != nil {
 			if f != nil {
 				h.d.unfollow(f.follower)
