@@ -9,6 +9,7 @@ import (
 	dispatchv1 "nixdispatch/proto/dispatch/v1"
 	"nixdispatch/proto/nix"
 	"nixdispatch/scheduler"
+	"nixdispatch/sshpool"
 )
 
 // An attempt is one build on one machine, over one remote process: its inputs
@@ -45,6 +46,10 @@ func (a *attempt) run(ctx context.Context) (outcome, error) {
 		return outcome{}, err
 	}
 	result, took, err := a.build()
+	if _, lost := errors.AsType[*sshpool.LostError](err); lost {
+		a.d.holdSlot(a.b, at)
+		return outcome{}, err
+	}
 	if err != nil {
 		return outcome{}, a.distrust(err, "")
 	}

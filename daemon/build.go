@@ -203,6 +203,22 @@ func (d *Daemon) attempt(ctx context.Context, b *build) (outcome, error) {
 	return o, nil
 }
 
+// leftoverHold is how long the slot of a build whose connection was lost stays
+// taken. The machine may not have noticed, and run the build on; nothing tells.
+const leftoverHold = 2 * time.Minute
+
+// holdSlot keeps the slot of a running build whose transport died.
+func (d *Daemon) holdSlot(b *build, at scheduler.MachineID) {
+	d.dispatcher.do(func(q *scheduler.Queue) []scheduler.Order { return q.Lost(b.id) })
+	d.builds.Go(func() {
+		select {
+		case <-time.After(leftoverHold):
+			d.dispatcher.do(func(q *scheduler.Queue) []scheduler.Order { return q.Release(at) })
+		case <-d.life.Done():
+		}
+	})
+}
+
 func (b *build) postPlaced(p placement) {
 	e := b.event()
 	e.Event = &dispatchv1.BuildEvent_Placed{Placed: &dispatchv1.Placed{Machine: string(p.machine), Reason: p.why}}

@@ -3,11 +3,10 @@ package daemon
 import (
 	"cmp"
 	"context"
-	"errors"
 	"fmt"
-	"io"
 	"slices"
 	"strings"
+	"sync"
 	"time"
 
 	"google.golang.org/grpc"
@@ -34,23 +33,26 @@ type hookConversation struct {
 	stream   grpc.BidiStreamingServer[dispatchv1.HookRequest, dispatchv1.HookResponse]
 	caller   caller
 	settings *dispatchv1.Hello
+	// requests are what the hook says; closed when it has gone.
+	requests chan *dispatchv1.HookRequest
 }
 
 // Hook serves a hook process. See the method's comment in dispatch.proto.
 func (s *server) Hook(stream grpc.BidiStreamingServer[dispatchv1.HookRequest, dispatchv1.HookResponse]) error {
 	c, _ := callerFrom(stream.Context())
-	h := &hookConversation{d: s.d, stream: stream, caller: c}
-	first, err := stream.Recv()
-	if err != nil {
-		return endOfStream(err)
+	h := &hookConversation{d: s.d, stream: stream, caller: c, requests: make(chan *dispatchv1.HookRequest)}
+	go h.receive() // ends with the stream, which ends when Hook returns
+	first, err := h.next()
+	if err != nil || first == nil {
+		return err
 	}
 	if h.settings = first.GetHello(); h.settings == nil {
 		return status.Error(codes.InvalidArgument, "the first message of a Hook call must be Hello")
 	}
 	for {
-		msg, err := stream.Recv()
-		if err != nil {
-			return endOfStream(err)
+		msg, err := h.next()
+		if err != nil || msg == nil {
+			return err
 		}
 		try := msg.GetTry()
 		if try == nil {
@@ -58,28 +60,60 @@ func (s *server) Hook(stream grpc.BidiStreamingServer[dispatchv1.HookRequest, di
 		}
 		reply, f := h.decide(try)
 		h.d.log.Debug("hook asked", "drv_path", try.GetDrvPath(), "reply", reply.GetAction(), "reason", reply.GetReason())
-		if err := stream.Send(&dispatchv1.HookResponse{Message: &dispatchv1.HookResponse_Reply{Reply: reply}}); err != nil {
-			if f != nil {
-				h.d.unfollow(f.follower)
-			}
+		if f != nil {
+			return h.follow(f, reply)
+		}
+		if err := h.sendReply(reply); err != nil {
 			return err
 		}
-		if f != nil {
-			return h.follow(f)
+	}
+}
+
+// receive passes on what the hook says until the stream ends.
+func (h *hookConversation) receive() {
+	defer close(h.requests)
+	for {
+		msg, err := h.stream.Recv()
+		if err != nil {
+			return
+		}
+		select {
+		case h.requests <- msg:
+		case <-h.stream.Context().Done():
+			return
 		}
 	}
+}
+
+// next waits for the hook's next word; nil if it has gone.
+func (h *hookConversation) next() (*dispatchv1.HookRequest, error) {
+	select {
+	case msg := <-h.requests:
+		return msg, nil
+	case <-h.d.life.Done():
+		return nil, toStatus(errShutdown)
+	}
+}
+
+func (h *hookConversation) sendReply(r *dispatchv1.Reply) error {
+	return h.stream.Send(&dispatchv1.HookResponse{Message: &dispatchv1.HookResponse_Reply{Reply: r}})
 }
 
 // A hookFollower is a hook process's interest in a build, and its Nix's locks.
 type hookFollower struct{ *follower }
 
-// follow stays with an accepted hook until its build has ended.
-func (h *hookConversation) follow(f *hookFollower) error {
+// follow accepts and stays with the hook until its build has ended.
+func (h *hookConversation) follow(f *hookFollower, accept *dispatchv1.Reply) error {
 	defer h.d.unfollow(f.follower)
 	defer h.d.dispatcher.noLocks(f)
+	if err := h.sendReply(accept); err != nil {
+		return err
+	}
 	ctx, cancel := context.WithCancelCause(h.stream.Context())
+	var listening sync.WaitGroup
+	listening.Go(func() { h.listen(ctx, f, cancel) })
+	defer listening.Wait()
 	defer cancel(nil)
-	go h.receive(f, cancel) // ends with the stream, which ends when Hook returns
 	send := func(e *dispatchv1.BuildEvent) error {
 		return h.stream.Send(&dispatchv1.HookResponse{Message: &dispatchv1.HookResponse_Event{Event: e}})
 	}
@@ -94,18 +128,22 @@ func (h *hookConversation) follow(f *hookFollower) error {
 	return send(finished(f.b, o))
 }
 
-// receive takes Start and HandedOver. It ends with the stream.
-func (h *hookConversation) receive(f *hookFollower, cancel context.CancelCauseFunc) {
+// listen takes Start and HandedOver until ctx ends.
+func (h *hookConversation) listen(ctx context.Context, f *hookFollower, cancel context.CancelCauseFunc) {
 	late := time.AfterFunc(startWait, func() {
 		cancel(status.Errorf(codes.InvalidArgument, "no Start within %s of acceptance", startWait))
 	})
 	defer late.Stop()
 	for {
-		msg, err := h.stream.Recv()
-		if err != nil {
+		var msg *dispatchv1.HookRequest
+		select {
+		case msg = <-h.requests:
+		case <-ctx.Done():
 			return
 		}
 		switch m := msg.GetMessage().(type) {
+		case nil: // gone
+			return
 		case *dispatchv1.HookRequest_Start:
 			late.Stop()
 			paths, err := storePaths(m.Start.GetInputs())
@@ -228,12 +266,4 @@ func storePaths(names []string) ([]nix.StorePath, error) {
 		paths[n] = p
 	}
 	return paths, nil
-}
-
-// endOfStream makes nothing of a caller that has simply gone.
-func endOfStream(err error) error {
-	if errors.Is(err, io.EOF) || errors.Is(err, context.Canceled) || status.Code(err) == codes.Canceled {
-		return nil
-	}
-	return err
 }
