@@ -30,6 +30,8 @@ type copyActivity struct {
 	direction direction
 	name      string // of path
 	last      *dispatchv1.Transfer
+	// credited is how many bytes the paths stopped so far were said to have had.
+	credited uint64
 }
 
 type direction int
@@ -119,8 +121,7 @@ func (a *activities) transferPath(t *dispatchv1.Transfer) {
 	c := &a.copy
 	path := sanitize(t.GetPath())
 	if c.path != 0 && c.name != path {
-		a.log.Stop(c.path)
-		c.path = 0
+		a.endPath(t.GetBytesDone() - min(t.GetBytesDone(), t.GetPathBytesDone()))
 	}
 	if path == "" {
 		return
@@ -137,15 +138,29 @@ func (a *activities) transferPath(t *dispatchv1.Transfer) {
 	a.log.Progress(c.path, t.GetPathBytesDone(), t.GetPathBytes(), 0)
 }
 
+// endPath stops the path under way when so many bytes of the whole copy are
+// done. Nix adds up the bytes of the paths it was told of; the daemon does not
+// tell of all, so this one is credited with those before it.
+func (a *activities) endPath(bytesDone uint64) {
+	c := &a.copy
+	if bytesDone > c.credited {
+		n := bytesDone - c.credited
+		a.log.Progress(c.path, n, n, 0)
+		c.credited = bytesDone
+	}
+	a.log.Stop(c.path)
+	c.path = 0
+}
+
 // endCopy stops the copy under way. When it is complete its counts are made
-// so first, for the daemon's messages are sparse.
+// so first.
 func (a *activities) endCopy(complete bool) {
 	c := &a.copy
-	if c.path != 0 {
-		if complete {
-			n := c.last.GetPathBytes()
-			a.log.Progress(c.path, n, n, 0)
-		}
+	switch {
+	case c.path == 0:
+	case complete:
+		a.endPath(c.last.GetBytes())
+	default:
 		a.log.Stop(c.path)
 	}
 	if c.all != 0 {

@@ -67,6 +67,7 @@ func TestActivitiesOfAQueuedBuild(t *testing.T) {
 @nix {"action":"start","id":4,"level":4,"type":100,"text":"copying path '/nix/store/in' to 'ssh://mac'","parent":3,"fields":["/nix/store/in","local","ssh://mac"]}
 @nix {"action":"result","id":4,"type":105,"fields":[10,40,0,0]}
 @nix {"action":"result","id":3,"type":105,"fields":[0,2,1,0]}
+@nix {"action":"result","id":4,"type":105,"fields":[40,40,0,0]}
 @nix {"action":"stop","id":4}
 @nix {"action":"start","id":5,"level":4,"type":100,"text":"copying path '/nix/store/src' to 'ssh://mac'","parent":3,"fields":["/nix/store/src","local","ssh://mac"]}
 @nix {"action":"result","id":5,"type":105,"fields":[0,60,0,0]}

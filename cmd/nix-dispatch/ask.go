@@ -88,7 +88,7 @@ func (l *daemonLink) ask(ctx context.Context, socket string, try *hook.Try, time
 	}
 	timer := time.AfterFunc(timeout, l.cancel)
 	reply, err := l.exchange(ctx, first, try)
-	if !timer.Stop() && err != nil {
+	if !timer.Stop() { // the call is cancelled, even if an answer came with it
 		return nil, errNoAnswer
 	}
 	return reply, err
@@ -140,7 +140,7 @@ func (h *hookProcess) consult(ctx context.Context, try *hook.Try) decision {
 	if err != nil {
 		return h.failedToAsk(try, err)
 	}
-	h.outage = outage{}
+	h.outage, h.restartTold = outage{}, false
 	d := decision{action: reply.Action, machine: reply.MachineName, reason: reply.Reason, warn: reply.Warn}
 	if reply.Action == dispatchv1.Reply_ACTION_UNSPECIFIED {
 		h.link.reset()
@@ -165,9 +165,11 @@ func (h *hookProcess) failedToAsk(try *hook.Try, err error) decision {
 	case errors.Is(err, errNoAnswer):
 		reason = err.Error()
 	case code == codes.Unavailable && connected:
+		warn := !h.restartTold
+		h.restartTold = true
 		return decision{
-			action: dispatchv1.Reply_ACTION_POSTPONE,
-			reason: fmt.Sprintf("nix-dispatch: the daemon is restarting: %s", reason),
+			action: dispatchv1.Reply_ACTION_POSTPONE, warn: warn,
+			reason: fmt.Sprintf("nix-dispatch: waiting for the daemon, which is restarting: %s", reason),
 		}
 	case code != codes.Unavailable:
 		return decision{

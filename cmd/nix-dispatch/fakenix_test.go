@@ -80,7 +80,17 @@ type nixMessage struct {
 // environment.
 func newFakeNix(t testing.TB, settings map[string]string, env ...string) *fakeNix {
 	t.Helper()
-	n := &fakeNix{t: t, settings: settings, storeDir: t.TempDir(), lines: make(chan string, 1024), logDone: make(chan struct{})}
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return startFakeNix(t, exec.Command(self, "3"), settings, append(env, asHookEnv+"=1")...)
+}
+
+// startFakeNix is newFakeNix with a program of the caller's.
+func startFakeNix(t testing.TB, cmd *exec.Cmd, settings map[string]string, env ...string) *fakeNix {
+	t.Helper()
+	n := &fakeNix{t: t, cmd: cmd, settings: settings, storeDir: t.TempDir(), lines: make(chan string, 1024), logDone: make(chan struct{})}
 	n.drv = nix.StorePath(filepath.Join(n.storeDir, drvBase))
 	text := fmt.Sprintf(`Derive([("doc",%q,"",""),("out",%q,"","")],[],[],%q,"/bin/sh",[],[("name","hello")])`,
 		n.output(docBase), n.output(outBase), testSystem)
@@ -96,15 +106,10 @@ func (n *fakeNix) output(base string) string { return filepath.Join(n.storeDir, 
 func (n *fakeNix) startHook(env []string) {
 	t := n.t
 	t.Helper()
-	self, err := os.Executable()
-	if err != nil {
-		t.Fatal(err)
-	}
 	stdinR, stdinW := pipe(t)
 	errR, errW := pipe(t)
 	logR, logW := pipe(t)
-	n.cmd = exec.Command(self, "3")
-	n.cmd.Env = append(append(os.Environ(), asHookEnv+"=1"), env...)
+	n.cmd.Env = append(os.Environ(), env...)
 	n.cmd.Dir = "/"
 	n.cmd.Stdin, n.cmd.Stdout, n.cmd.Stderr = stdinR, errW, errW
 	n.cmd.ExtraFiles = []*os.File{nil, logW, logR}

@@ -8,7 +8,6 @@ import (
 	"os"
 	"runtime/debug"
 	"strings"
-	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -72,7 +71,7 @@ func runHookProcess(ctx context.Context, verbosity string, std stdio, opts hookO
 		fmt.Fprintf(std.err, "nix-dispatch hook: descriptor %d: %v: this is for Nix to run\n%s", logWriteFD, err, hookUsage)
 		return exitUsage
 	}
-	syscall.CloseOnExec(logReadFD)
+	_, logReadErr := unix.FcntlInt(logReadFD, unix.F_SETFD, unix.FD_CLOEXEC)
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	h := &hookProcess{
@@ -81,6 +80,9 @@ func runHookProcess(ctx context.Context, verbosity string, std stdio, opts hookO
 		in:        hook.NewReader(std.in),
 		log:       hook.NewLog(std.err),
 		buildLog:  os.NewFile(logWriteFD, "build log"),
+	}
+	if logReadErr == nil {
+		h.logRead = os.NewFile(logReadFD, "build log, read end")
 	}
 	h.link.connect(opts.socket) // while Nix's settings are being read
 	defer h.link.reset()
@@ -94,10 +96,13 @@ type hookProcess struct {
 	in        *hook.Reader
 	log       *hook.Log
 	buildLog  *os.File
+	logRead   *os.File // nil if Nix gave none
 	settings  *hook.Settings
 	link      daemonLink
 	outage    outage
-	broken    bool // by a panic; nothing is tried any more
+	// restartTold is set once the user knows of the daemon's restart.
+	restartTold bool
+	broken      bool // by a panic; nothing is tried any more
 }
 
 // run answers Nix's questions until one is accepted and built, or Nix has no

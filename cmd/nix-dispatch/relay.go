@@ -44,7 +44,7 @@ func (h *hookProcess) build(ctx context.Context, try *hook.Try, d decision) (sta
 		}
 	}()
 	h.log.Accept(d.machine)
-	unix.Close(logReadFD) //nolint:errcheck // may not be open
+	h.logRead.Close() // nil is fine
 	start, err := h.in.Start()
 	if err != nil {
 		h.fail(acts, err.Error())
@@ -127,6 +127,7 @@ func (h *hookProcess) finish(acts *activities, f *dispatchv1.Finished) int {
 // fail tells the user of the build's failure, in the words of the stock hook.
 func (h *hookProcess) fail(acts *activities, message string) {
 	acts.stopAll()
+	h.drain() // so that it comes after the log
 	h.log.Msg(hook.Error, "error: "+failureText(acts.drvPath, acts.machine, message))
 }
 

@@ -84,8 +84,7 @@ func (h *hookProcess) takeStock(stock string) int {
 	}
 	cmd.Args = append(cmd.Args, h.verbosity)
 	cmd.Stdout, cmd.Stderr = os.Stdout, os.Stderr
-	logRead := os.NewFile(logReadFD, "build log, read end")
-	cmd.ExtraFiles = []*os.File{nil, h.buildLog, logRead} // 3 stays closed
+	cmd.ExtraFiles = []*os.File{nil, h.buildLog, h.logRead} // 3 stays closed
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	stdin, err := cmd.StdinPipe()
 	if err == nil {
@@ -100,7 +99,7 @@ func (h *hookProcess) takeStock(stock string) int {
 	}
 	// With these open here the log would not end with the child.
 	h.buildLog.Close()
-	logRead.Close()
+	h.logRead.Close() // nil is fine
 	go pump(stdin, h.in)
 	return stockStatus(cmd.Wait())
 }

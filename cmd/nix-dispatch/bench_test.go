@@ -1,0 +1,40 @@
+package main
+
+import (
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"testing"
+	"time"
+
+	dispatchv1 "nixdispatch/proto/dispatch/v1"
+)
+
+// BenchmarkHookAccepts measures what every build pays: from the start of the
+// hook process to its reply.
+func BenchmarkHookAccepts(b *testing.B) {
+	program := filepath.Join(b.TempDir(), "nix-dispatch")
+	build := exec.Command("go", "build", "-trimpath", "-ldflags=-s -w", "-o", program, ".")
+	build.Env = append(build.Environ(), "CGO_ENABLED=0")
+	if out, err := build.CombinedOutput(); err != nil {
+		b.Fatalf("build: %v\n%s", err, out)
+	}
+	d := building(b, func(s hookStream, _ *dispatchv1.Start) error {
+		return s.Send(finished(dispatchv1.BuildStatus_BUILD_STATUS_BUILT, "", ""))
+	})
+	var times []time.Duration
+	for b.Loop() {
+		n := startFakeNix(b, exec.Command(program, "hook", "3"), testSettings(), socketEnv+"="+d.socket)
+		if reply, _ := n.try(testSystem, true); reply != "accept" {
+			b.Fatalf("reply = %q", reply)
+		}
+		times = append(times, time.Since(n.started))
+		n.begin()
+		if status := n.wait(); status != 0 {
+			b.Fatalf("exit status = %d", status)
+		}
+	}
+	slices.Sort(times)
+	b.ReportMetric(float64(times[len(times)/2].Microseconds())/1000, "p50-ms")
+	b.ReportMetric(float64(times[len(times)*9/10].Microseconds())/1000, "p90-ms")
+}
