@@ -77,8 +77,21 @@ func (l *daemonLink) reset() {
 var errNoAnswer = errors.New("it does not answer")
 
 // ask puts one question and waits for the answer, at most timeout for
-// everything. After an error the link has no call.
+// everything. A call that broke since the last question is made anew: the
+// daemon may have been restarted meanwhile. After an error the link must be
+// reset.
 func (l *daemonLink) ask(ctx context.Context, socket string, try *hook.Try, timeout time.Duration) (*dispatchv1.Reply, error) {
+	end := time.Now().Add(timeout)
+	stale := l.stream != nil
+	reply, err := l.askOnce(ctx, socket, try, timeout)
+	if stale && status.Code(err) == codes.Unavailable {
+		l.reset()
+		return l.askOnce(ctx, socket, try, time.Until(end))
+	}
+	return reply, err
+}
+
+func (l *daemonLink) askOnce(ctx context.Context, socket string, try *hook.Try, timeout time.Duration) (*dispatchv1.Reply, error) {
 	if l.conn == nil {
 		l.connect(socket)
 	}

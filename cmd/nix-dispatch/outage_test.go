@@ -10,6 +10,8 @@ import (
 
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
+
+	dispatchv1 "nixdispatch/proto/dispatch/v1"
 )
 
 // silent listens and accepts connections without ever saying a word.
@@ -94,5 +96,28 @@ func TestHookPostponesWhileTheDaemonRestarts(t *testing.T) {
 	}
 	if said := n.said(1); strings.Count(said, "restarting: shutting down") != 1 {
 		t.Errorf("said %q, want one warning", said)
+	}
+}
+
+func TestHookAsksARestartedDaemonAnew(t *testing.T) {
+	var calls atomic.Int32
+	d := (&fakeDaemon{hook: func(s hookStream) error {
+		calls.Add(1)
+		for range 2 { // Hello and one Try
+			if _, err := s.Recv(); err != nil {
+				return err
+			}
+		}
+		s.Send(replyWith(dispatchv1.Reply_ACTION_DECLINE, "", false))
+		return status.Error(codes.Unavailable, "shutting down")
+	}}).start(t)
+	n := newFakeNix(t, testSettings(), socketEnv+"="+d.socket)
+	for range 3 {
+		if got, _ := n.try(testSystem, true); got != "decline" {
+			t.Errorf("reply = %q, want that of the daemon's next life", got)
+		}
+	}
+	if got := calls.Load(); got != 3 {
+		t.Errorf("%d calls, want 3", got)
 	}
 }
