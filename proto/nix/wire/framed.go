@@ -3,7 +3,6 @@ package wire
 import (
 	"encoding/binary"
 	"errors"
-	"fmt"
 	"io"
 	"math"
 )
@@ -116,7 +115,7 @@ func (f *FramedReader) Read(p []byte) (int, error) {
 func (f *FramedReader) next() {
 	f.left = f.r.Uint64()
 	if f.left > maxFrame {
-		f.r.Fail(fmt.Errorf("frame of %d bytes, limit %d: %w", f.left, uint64(maxFrame), ErrTooLong))
+		f.r.Fail(&LengthError{What: "frame", Length: f.left, Limit: maxFrame})
 		f.left = 0
 	}
 	f.r.lateEOF()

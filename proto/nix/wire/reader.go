@@ -14,13 +14,30 @@ import (
 
 // Errors of a [Reader]; they come wrapped with the numbers.
 var (
-	// ErrTooLong is a string or list longer than its limit.
+	// ErrTooLong is a string or list longer than its limit; the error is a
+	// [*LengthError].
 	ErrTooLong = errors.New("longer than permitted")
 	// ErrPadding is a string whose padding is not zero.
 	ErrPadding = errors.New("non-zero padding")
 	// ErrRange is an integer that its field cannot hold.
 	ErrRange = errors.New("integer out of range")
 )
+
+// A LengthError is a string, list or frame longer than its limit. It wraps
+// [ErrTooLong].
+type LengthError struct {
+	// What is "string", "list" or "frame".
+	What string
+	// Length is the one the peer announced, in bytes or elements.
+	Length, Limit uint64
+}
+
+func (e *LengthError) Error() string {
+	return fmt.Sprintf("%s of length %d, limit %d: %v", e.What, e.Length, e.Limit, ErrTooLong)
+}
+
+// Unwrap gives ErrTooLong.
+func (e *LengthError) Unwrap() error { return ErrTooLong }
 
 // readBuffer holds the largest string that is read without a temporary copy,
 // and is the unit in which bulk data moves.
@@ -120,7 +137,7 @@ func (r *Reader) Time() time.Time {
 func (r *Reader) Count(limit int) int {
 	n := r.Uint64()
 	if n > uint64(limit) {
-		r.Fail(fmt.Errorf("list of %d elements, limit %d: %w", n, limit, ErrTooLong))
+		r.Fail(&LengthError{What: "list", Length: n, Limit: uint64(limit)})
 		return 0
 	}
 	return int(n)
@@ -157,7 +174,7 @@ func (r *Reader) StringIn(buf []byte) []byte {
 func (r *Reader) stringLen(limit int) int {
 	n := r.Uint64()
 	if n > uint64(limit) {
-		r.Fail(fmt.Errorf("string of %d bytes, limit %d: %w", n, limit, ErrTooLong))
+		r.Fail(&LengthError{What: "string", Length: n, Limit: uint64(limit)})
 	}
 	if r.err != nil {
 		return 0

@@ -89,6 +89,8 @@ type TargetResult struct {
 // BuildPathsWithResults makes targets valid, by building or substituting. A
 // target is "/…/x.drv!*" for all outputs of a derivation in the store,
 // "/…/x.drv!out,dev" for some, or a path. Failed builds are results, not errors.
+// The results may be in another order, and without [Options] KeepGoing a target
+// that was given up because another failed may have none (seen with Nix 2.34.8).
 func (c *Client) BuildPathsWithResults(targets []string) ([]TargetResult, error) {
 	var results []TargetResult
 	err := c.call("build paths", opBuildPathsWithResults,

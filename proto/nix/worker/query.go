@@ -107,10 +107,20 @@ func (c *Client) NarFromPath(path nix.StorePath, dst io.Writer) (int64, error) {
 			}
 			n, nerr = nar.Copy(dst, c.r)
 		})
-	if err == nil && nerr != nil {
-		err = c.fail(what, nerr)
+	if nerr != nil {
+		err = c.fail(what, brokenOff(nerr))
 	}
 	return n, err
+}
+
+// brokenOff explains a NAR in the middle of which the server begins its error
+// message, as Nix 2.8 does even for a path that is not valid. The message is
+// lost: where a NAR ends and an error begins cannot be told for certain.
+func brokenOff(err error) error {
+	if e, ok := errors.AsType[*wire.LengthError](err); ok && e.Length == msgError {
+		return fmt.Errorf("the server failed while it sent the NAR, mostly because the path is not valid: %w", err)
+	}
+	return err
 }
 
 // AddTempRoot keeps path from the server's garbage collector until the
