@@ -256,24 +256,6 @@ func TestResolveDerivation(t *testing.T) {
 	}
 }
 
-func TestOutLinks(t *testing.T) {
-	got, err := outLinks("/work/result", []*dispatchv1.Output{
-		output(helloDrv, "out", helloOut), output(helloDrv, "doc", helloDoc), output(otherDrv, "out", otherOut),
-	})
-	if err != nil {
-		t.Fatal(err)
-	}
-	want := []outLink{{"/work/result", helloOut}, {"/work/result-doc", helloDoc}, {"/work/result-2", otherOut}}
-	if diff := cmp.Diff(want, got, cmp.AllowUnexported(outLink{})); diff != "" {
-		t.Errorf("(-want +got):\n%s", diff)
-	}
-	for _, bad := range []*dispatchv1.Output{output(helloDrv, "../x", helloOut), output(helloDrv, "out", "/etc/passwd")} {
-		if got, err := outLinks("result", []*dispatchv1.Output{bad}); err == nil {
-			t.Errorf("outLinks(%v) = %v, want an error", bad, got)
-		}
-	}
-}
-
 func TestStatus(t *testing.T) {
 	now := time.Now()
 	d := (&fakeDaemon{status: &dispatchv1.StatusResponse{
