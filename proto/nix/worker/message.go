@@ -2,6 +2,7 @@ package worker
 
 import (
 	"fmt"
+	"regexp"
 
 	"nixdispatch/proto/nix/wire"
 )
@@ -92,7 +93,12 @@ type RemoteError struct {
 	Traces []string
 }
 
-func (e *RemoteError) Error() string { return fmt.Sprintf("%s said: %q", program, e.Message) }
+// Error quotes the message without its colours, which quoting would spell out.
+func (e *RemoteError) Error() string {
+	return fmt.Sprintf("%s said: %q", program, colours.ReplaceAllLiteralString(e.Message, ""))
+}
+
+var colours = regexp.MustCompile("\x1b\\[[0-9;]*m")
 
 // messages reads up to the end of an operation: nil if its result follows, a
 // [*RemoteError] if it failed. Every other error is one of the connection.
