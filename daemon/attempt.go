@@ -22,7 +22,8 @@ type attempt struct {
 	r *remote
 	// whole is set for machines that do not trust us: they build only what
 	// follows from derivations they have, so all of those go up, and the inputs
-	// that need no trust.
+	// that need no trust. That holds for fixed outputs too: anybody may build
+	// them, but the programs that fetch them are inputs like any other.
 	whole bool
 }
 
@@ -32,7 +33,7 @@ var errDistrusted = errors.New("the machine does not trust the SSH user")
 
 // run returns the machine's verdict, or the error that kept it from one.
 func (a *attempt) run(ctx context.Context) (outcome, error) {
-	a.whole = a.m.untrusted.Load() && !a.b.drv.ContentAddressed()
+	a.whole = a.m.untrusted.Load()
 	paths, err := a.inputs(ctx)
 	if err != nil {
 		return outcome{}, err
@@ -121,7 +122,7 @@ func (a *attempt) distrust(err error, words string) error {
 	if err != nil {
 		words = err.Error()
 	}
-	if a.whole || a.b.drv.ContentAddressed() {
+	if a.whole {
 		return err
 	}
 	for _, refusal := range refusals {
