@@ -55,11 +55,10 @@ func (f *Fleet) addFar(name string, to *Host) (int, error) {
 	}
 	far, known := f.far[name]
 	if !known {
-		if f.nextFar > maxFar {
-			return 0, fmt.Errorf("a fleet gives out at most %d of them", maxFar)
+		if len(f.far) >= maxFar {
+			return 0, fmt.Errorf("a fleet has room for %d of them", maxFar)
 		}
-		far.Index = f.nextFar
-		f.nextFar++
+		far.Index = len(f.far) + 1 // they are never removed
 	}
 	far.Host = to.name
 	f.far[name] = far

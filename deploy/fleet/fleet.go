@@ -50,11 +50,9 @@ type Fleet struct {
 	proxiesMu sync.Mutex // guards proxies
 	proxies   []*Proxy
 
-	hostsMu  sync.Mutex // guards the fields below
-	hosts    map[string]*Host
-	far      map[string]farName // further names in /etc/hosts
-	nextHost int
-	nextFar  int
+	hostsMu sync.Mutex // guards the fields below
+	hosts   map[string]*Host
+	far     map[string]farName // further names in /etc/hosts
 }
 
 // A keyPair is an Ed25519 key in the files' own forms.
@@ -69,6 +67,8 @@ type farName struct {
 	Host  string
 }
 
+func discard() *slog.Logger { return slog.New(slog.DiscardHandler) }
+
 var nameForm = regexp.MustCompile(`^[a-z][a-z0-9-]{0,40}$`)
 
 // New makes a fleet with no hosts. It needs root. What fleets of dead owners left
@@ -79,7 +79,7 @@ func New(ctx context.Context, opts Options) (*Fleet, error) {
 	}
 	log := opts.Log
 	if log == nil {
-		log = slog.New(slog.DiscardHandler)
+		log = discard()
 	}
 	toolsMu.Lock()
 	err := ensureTools(ctx, runTools)
@@ -93,7 +93,6 @@ func New(ctx context.Context, opts Options) (*Fleet, error) {
 	f := &Fleet{
 		detached: opts.Detached, log: log,
 		hosts: map[string]*Host{}, far: map[string]farName{},
-		nextHost: firstHost, nextFar: 1,
 	}
 	if f.clientKey, err = newKeyPair(); err != nil {
 		return nil, err
@@ -167,7 +166,7 @@ func (f *Fleet) Dir() string { return f.dir }
 // of every host accept. It is ~/.ssh/id_ed25519 of root and alice on every host.
 func (f *Fleet) ClientKey() string { return f.clientKey.Private }
 
-// Hosts are the fleet's hosts in the order they were made.
+// Hosts are the fleet's hosts in the order of their addresses.
 func (f *Fleet) Hosts() []*Host {
 	f.hostsMu.Lock()
 	defer f.hostsMu.Unlock()

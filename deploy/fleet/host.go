@@ -114,13 +114,25 @@ func (f *Fleet) add(h *Host) error {
 	if _, taken := f.far[h.name]; taken {
 		return errors.New("the fleet has a proxy of that name")
 	}
-	if f.nextHost >= firstHost+maxHosts {
-		return fmt.Errorf("a fleet gives out at most %d addresses", maxHosts)
+	if len(f.hosts) >= maxHosts {
+		return fmt.Errorf("a fleet has room for %d hosts", maxHosts)
 	}
-	h.index = f.nextHost
-	f.nextHost++
+	h.index = firstHost
+	for f.hasIndex(h.index) {
+		h.index++
+	}
 	f.hosts[h.name] = h
 	return nil
+}
+
+// hasIndex needs hostsMu.
+func (f *Fleet) hasIndex(index int) bool {
+	for _, h := range f.hosts {
+		if h.index == index {
+			return true
+		}
+	}
+	return false
 }
 
 func (h *Host) create(ctx context.Context) error {

@@ -5,7 +5,8 @@
 #   host.sh BASE DIR NAME INIT [FROM TO]...
 #
 # BASE is the base root, DIR the host's directory, INIT the shell text that runs
-# in the finished root, FROM a directory of this machine to show read-only at TO.
+# in the finished root, FROM a directory or file of this machine to show read-only
+# at TO.
 set -eu
 base=$1 dir=$2 name=$3 init=$4
 shift 4
@@ -37,7 +38,12 @@ done
 mknod -m 666 dev/tty c 5 0
 
 while [ $# -gt 1 ]; do
-	mkdir -p ".$2"
+	if [ -d "$1" ]; then
+		mkdir -p ".$2"
+	else
+		mkdir -p ".${2%/*}"
+		: >>".$2"
+	fi
 	mount --bind "$1" ".$2"
 	mount -o remount,bind,ro ".$2"
 	shift 2

@@ -64,7 +64,7 @@ func (h *Host) boot(ctx context.Context) error {
 	}
 	h.change(func() { h.init, h.cut, h.frozen = init, false, false })
 	if err := h.fleet.connect(ctx, h, init); err != nil {
-		return errors.Join(err, h.kill(ctx))
+		return errors.Join(err, h.kill(context.WithoutCancel(ctx)))
 	}
 	files, err := tarOf(h.bootFiles())
 	if err == nil {
@@ -117,14 +117,13 @@ func (h *Host) Kill(ctx context.Context) error {
 func (h *Host) kill(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, 20*time.Second)
 	defer cancel()
-	init := h.snapshot().Init
-	mounts := namespace(init.PID, "mnt")
+	init, mounts := h.snapshot().Init, ""
+	if init.alive() {
+		mounts = namespace(init.PID, "mnt")
+	}
 	// The cable first: dying processes would close their connections properly.
 	h.fleet.disconnect(ctx, h)
-	if err := init.signal(unix.SIGKILL); err != nil {
-		return err
-	}
-	if err := init.waitGone(ctx); err != nil {
+	if err := killHost(ctx, init); err != nil {
 		return err
 	}
 	h.change(func() { h.init, h.cut, h.frozen = process{}, false, false })
@@ -139,6 +138,24 @@ func (h *Host) kill(ctx context.Context) error {
 			}
 		}
 		return true, nil
+	})
+}
+
+// killHost kills a host's first process, and with it all of its processes, and
+// waits until they are gone.
+func killHost(ctx context.Context, init process) error {
+	if !init.alive() {
+		return nil
+	}
+	inside := namespace(init.PID, "pid")
+	if err := init.signal(unix.SIGKILL); err != nil {
+		return err
+	}
+	return poll(ctx, "the host's processes to end", func() (bool, error) {
+		if !init.alive() {
+			return true, nil
+		}
+		return false, wake(entrances(inside))
 	})
 }
 
@@ -189,30 +206,54 @@ func (h *Host) setFrozen(ctx context.Context, freeze bool) error {
 	if err := h.snapshot().Init.signal(sig); err != nil {
 		return fmt.Errorf("freeze or thaw host %s: %w", h.name, err)
 	}
-	if !freeze {
-		if err := h.wakeEntrances(); err != nil {
-			return fmt.Errorf("thaw host %s: %w", h.name, err)
-		}
+	inside := namespace(h.snapshot().Init.PID, "pid")
+	if freeze {
+		err = waitStopped(ctx, inside)
+	} else {
+		err = wake(entrances(inside))
+	}
+	if err != nil {
+		return fmt.Errorf("freeze or thaw host %s: %w", h.name, err)
 	}
 	h.change(func() { h.frozen = freeze })
 	return h.fleet.save()
 }
 
-// wakeEntrances continues the nsenter processes of Command: they are outside the
-// host, and stop themselves when what they started is stopped.
-func (h *Host) wakeEntrances() error {
-	inside := namespace(h.snapshot().Init.PID, "pid")
+// entrances are the nsenter processes of Command into a pid namespace. They are
+// outside it, stop themselves when what they started is stopped, and have to
+// collect what they started before the namespace can end.
+func entrances(inside string) []process {
+	var out []process
 	for _, pid := range pids() {
 		if namespace(pid, "pid_for_children") != inside || namespace(pid, "pid") == inside {
 			continue
 		}
-		p, err := identify(pid)
-		if err != nil {
-			continue // it ended meanwhile
-		}
-		if err := p.signal(unix.SIGCONT); err != nil {
-			return err
+		if p, err := identify(pid); err == nil { // else it ended meanwhile
+			out = append(out, p)
 		}
 	}
-	return nil
+	return out
+}
+
+func wake(all []process) error {
+	var errs []error
+	for _, p := range all {
+		errs = append(errs, p.signal(unix.SIGCONT))
+	}
+	return errors.Join(errs...)
+}
+
+// waitStopped waits until all entrances have stopped, so that a later wake reaches
+// every one of them.
+func waitStopped(ctx context.Context, inside string) error {
+	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+	defer cancel()
+	return poll(ctx, "commands to stop", func() (bool, error) {
+		for _, p := range entrances(inside) {
+			if stat, err := readStat(p.PID); err == nil && stat.state != 'T' && len(children(p.PID)) > 0 {
+				return false, nil
+			}
+		}
+		return true, nil
+	})
 }

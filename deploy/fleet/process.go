@@ -135,11 +135,12 @@ func namespace(pid int, kind string) string {
 type starter struct {
 	detached bool
 	calls    chan func()
+	closed   chan struct{}
 	once     sync.Once
 }
 
 func newStarter(detached bool) *starter {
-	s := &starter{detached: detached, calls: make(chan func())}
+	s := &starter{detached: detached, calls: make(chan func()), closed: make(chan struct{})}
 	go s.run()
 	return s
 }
@@ -152,7 +153,11 @@ func (s *starter) start(cmd *exec.Cmd, namespaces uintptr) (process, error) {
 		cmd.SysProcAttr.Pdeathsig = unix.SIGKILL
 	}
 	started := make(chan error, 1)
-	s.calls <- func() { started <- cmd.Start() }
+	select {
+	case s.calls <- func() { started <- cmd.Start() }:
+	case <-s.closed:
+		return process{}, errors.New("the fleet is closed")
+	}
 	if err := <-started; err != nil {
 		return process{}, err
 	}
@@ -164,11 +169,16 @@ func (s *starter) start(cmd *exec.Cmd, namespaces uintptr) (process, error) {
 func (s *starter) run() {
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
-	for call := range s.calls {
-		call()
+	for {
+		select {
+		case call := <-s.calls:
+			call()
+		case <-s.closed:
+			return
+		}
 	}
 }
 
 // close ends the thread. Everything it started must have ended: nothing may be
 // started from here on.
-func (s *starter) close() { s.once.Do(func() { close(s.calls) }) }
+func (s *starter) close() { s.once.Do(func() { close(s.closed) }) }

@@ -95,34 +95,33 @@ func (p *Proxy) accept(ctx context.Context) {
 
 // join serves one connection until both directions have ended or one has failed.
 func (p *Proxy) join(ctx context.Context, near net.Conn) {
-	defer near.Close()
+	ctx, cancel := context.WithCancel(ctx)
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	defer cancel()
+	// What waits in a read, a write or on a line wakes up when ctx ends.
+	up, down := newLine(p.config), newLine(p.config)
+	context.AfterFunc(ctx, func() { near.Close(); up.end(); down.end() })
+
+	// What the client sends first is underway while the handshake still is.
+	wg.Go(func() { up.fill(near, &p.up) })
 	sleep(ctx, 3*p.config.Delay)
 	far, err := p.dial(ctx)
 	if err != nil {
 		reset(near)
 		return
 	}
-	defer far.Close()
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
-	// Whoever waits in a read or write wakes up when the connection is closed.
-	defer context.AfterFunc(ctx, func() { near.Close(); far.Close() })()
-	var wg sync.WaitGroup
-	for _, way := range []struct {
-		from, to net.Conn
-		pace     *pace
-	}{{near, far, &p.up}, {far, near, &p.down}} {
-		l := newLine(p.config)
-		stop := context.AfterFunc(ctx, l.end)
-		wg.Go(func() { l.fill(way.from, way.pace) })
-		wg.Go(func() {
-			defer stop()
-			if err := l.drain(ctx, way.to); err != nil {
+	context.AfterFunc(ctx, func() { far.Close() })
+	wg.Go(func() { down.fill(far, &p.down) })
+	var ways sync.WaitGroup
+	for to, l := range map[net.Conn]*line{far: up, near: down} {
+		ways.Go(func() {
+			if err := l.drain(ctx, to); err != nil {
 				cancel()
 			}
 		})
 	}
-	wg.Wait()
+	ways.Wait()
 }
 
 // reset makes the peer see a reset instead of an orderly end.

@@ -21,7 +21,11 @@ type TB interface {
 // environment, so that nobody takes a skip for a pass.
 func Require(t TB) {
 	t.Helper()
-	err := Available()
+	require(t, Available())
+}
+
+func require(t TB, err error) {
+	t.Helper()
 	if err == nil {
 		return
 	}

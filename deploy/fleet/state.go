@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"io/fs"
 	"log/slog"
-	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -32,8 +31,6 @@ type fleetState struct {
 	ClientKey keyPair
 	Network   process
 	Far       map[string]farName
-	NextHost  int
-	NextFar   int
 	Hosts     []hostState
 }
 
@@ -53,7 +50,7 @@ func (f *Fleet) save() error {
 	defer f.hostsMu.Unlock()
 	s := fleetState{
 		Detached: f.detached, Owner: os.Getpid(), ClientKey: f.clientKey, Network: f.network,
-		Far: maps.Clone(f.far), NextHost: f.nextHost, NextFar: f.nextFar,
+		Far: f.far,
 	}
 	for _, h := range f.hosts {
 		s.Hosts = append(s.Hosts, h.snapshot())
@@ -127,12 +124,12 @@ func load(name string, log *slog.Logger) (*Fleet, error) {
 		return nil, fmt.Errorf("open fleet %s: %w", name, err)
 	}
 	if log == nil {
-		log = slog.New(slog.DiscardHandler)
+		log = discard()
 	}
 	f := &Fleet{
 		name: name, dir: dir, detached: s.Detached, log: log,
 		clientKey: s.ClientKey, network: s.Network,
-		hosts: map[string]*Host{}, far: s.Far, nextHost: s.NextHost, nextFar: s.NextFar,
+		hosts: map[string]*Host{}, far: s.Far,
 	}
 	if f.far == nil {
 		f.far = map[string]farName{}
@@ -208,15 +205,17 @@ func reapOne(ctx context.Context, log *slog.Logger, dir string) error {
 	if err == nil && s.Detached && s.Network.alive() {
 		return nil
 	}
+	log.Info("removing a dead fleet", "dir", dir)
+	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
+	defer cancel()
 	for _, h := range s.Hosts {
-		if err := h.Init.signal(unix.SIGKILL); err != nil {
+		if err := killHost(ctx, h.Init); err != nil {
 			return err
 		}
 	}
 	if err := s.Network.signal(unix.SIGKILL); err != nil {
 		return err
 	}
-	log.Info("removing a dead fleet", "dir", dir)
 	return removeTree(ctx, dir)
 }
 

@@ -109,8 +109,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	return err
 }
 
-// parse reads flags, before and after the first argument but not further, and
-// demands at least n arguments.
+// parse reads flags up to the first argument and demands at least n arguments.
 func (in *invocation) parse(args []string, n int, want string) ([]string, error) {
 	if err := in.flags.Parse(args); err != nil {
 		if errors.Is(err, flag.ErrHelp) {
@@ -146,7 +145,7 @@ func (in *invocation) parseMixed(args []string, n int, want string) ([]string, e
 	return words, nil
 }
 
-// list of words given by repeating a flag.
+// words are given by repeating a flag.
 type words []string
 
 func (w *words) String() string { return strings.Join(*w, " ") }
