@@ -51,7 +51,10 @@
 //  3. On [Grant], start the build; call [Queue.Built] at its confirmed end,
 //     [Queue.Lost] when the transport died and nobody knows.
 //  4. On [Withdraw], leave the machine and wait for the next order.
-//  5. Call [Queue.Remove] once when the build is done with, in whatever phase.
+//  5. When a machine fails a build, tell the machine's state first if that changed
+//     too (else the build may be placed on a dead machine), then [Queue.Requeue] or
+//     Remove. Bound the number of attempts: the Queue does not.
+//  6. Call [Queue.Remove] once when the build is done with, in whatever phase.
 //
 // An order can cross an event of the same build on its way (it is moved just
 // as its upload ends or fails); Staged and Requeue therefore name the machine

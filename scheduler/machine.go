@@ -76,7 +76,7 @@ type machine struct {
 	line []*build
 	// Derived by Queue.refresh, which counts them in the classes:
 	open    bool // takes builds and has a free slot
-	room    bool // takes builds and has a free slot or staging place
+	room    bool // takes builds and has a free slot or staging place (no class has a machine without slots)
 	movable bool // the builds in line may go elsewhere
 }
 

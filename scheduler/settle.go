@@ -188,7 +188,7 @@ func (m *machine) leaveLine(b *build) {
 func (q *Queue) refresh(m *machine) {
 	takes, load := m.takes(), m.load()
 	open := takes && load < m.MaxJobs
-	room := takes && m.MaxJobs > 0 && load < m.MaxJobs+m.Staging
+	room := takes && load < m.MaxJobs+m.Staging
 	if m.open != open || m.room != room {
 		opens, rooms := count(open)-count(m.open), count(room)-count(m.room)
 		m.open, m.room = open, room
