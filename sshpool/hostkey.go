@@ -110,6 +110,9 @@ func parseHostKeys(text []byte) ([]ssh.PublicKey, error) {
 	return keys, nil
 }
 
+// maxKnownHostsLine is less than what the library's line reader can take.
+const maxKnownHostsLine = 60 << 10
+
 func (k *hostKeys) readKnownHosts(files []string) error {
 	if len(files) == 0 {
 		files = []string{"/etc/ssh/ssh_known_hosts"}
@@ -150,6 +153,12 @@ func (k *hostKeys) readDamaged(files []string) error {
 		}
 		clean := filepath.Join(dir, strconv.Itoa(i))
 		lines := bytes.Split(text, []byte("\n"))
+		for n, line := range lines {
+			if len(line) > maxKnownHostsLine {
+				lines[n] = nil
+				k.warnings = append(k.warnings, fmt.Errorf("%s:%d: line too long", name, n+1))
+			}
+		}
 		for {
 			if err := os.WriteFile(clean, bytes.Join(lines, []byte("\n")), 0o600); err != nil {
 				return err

@@ -3,8 +3,6 @@ package sshpool
 import (
 	"context"
 	"errors"
-	"fmt"
-	"io"
 	"os"
 	"os/exec"
 	"syscall"
@@ -29,13 +27,12 @@ func (c *conn) runLocal(ctx context.Context, command string, result chan<- opene
 	c.host.accepted(c)
 	s := &Session{
 		Stdin:    l.stdin,
-		Stdout:   localStream{l.stdout},
-		Stderr:   localStream{l.stderr},
 		end:      l.closeStreams,
 		release:  func() { c.host.release(c, true) },
 		closing:  make(chan struct{}),
 		finished: make(chan struct{}),
 	}
+	s.Stdout, s.Stderr = localOutput{l.stdout, c, s}, localOutput{l.stderr, c, s}
 	if !deliver(ctx, result, opened{session: s}) {
 		s.Close()
 	}
@@ -162,13 +159,24 @@ func localExit(err error) error {
 	return &ExitError{Status: exit.ExitCode()}
 }
 
-// A localStream is a pipe whose reads fail with [ErrClosed] once it was closed.
-type localStream struct{ *os.File }
+// A localOutput is a pipe from a command. What ends it is the command, unless
+// the session or the host was closed before.
+type localOutput struct {
+	file *os.File
+	conn *conn
+	s    *Session
+}
 
-func (f localStream) Read(p []byte) (int, error) {
-	n, err := f.File.Read(p)
-	if err != nil && err != io.EOF && errors.Is(err, os.ErrClosed) {
-		err = fmt.Errorf("read: %w", ErrClosed)
+func (o localOutput) Read(p []byte) (int, error) {
+	n, err := o.file.Read(p)
+	if err == nil {
+		return n, nil
+	}
+	if isClosed(o.s.closing) {
+		return n, ErrClosed
+	}
+	if isClosed(o.conn.dying) {
+		return n, o.conn.lost()
 	}
 	return n, err
 }

@@ -108,7 +108,7 @@ func upHost(t testing.TB, opts Options, cfg Config) *Host {
 
 func awaitStatus(t testing.TB, h *Host, what string, ok func(Status) bool) Status {
 	t.Helper()
-	for range 3000 {
+	for range 30000 { // five minutes, of whichever time
 		if st := h.Status(); ok(st) {
 			return st
 		}

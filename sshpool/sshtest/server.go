@@ -44,6 +44,7 @@ type Server struct {
 	muteDials  bool
 	muteOpens  bool
 	refuseExec bool
+	muteAsks   bool
 	reject     *ssh.OpenChannelError
 	conns      map[*pipeEnd]*serverConn
 	handshakes int
@@ -174,6 +175,10 @@ func (s *Server) MuteDials(on bool) { s.set(func() { s.muteDials = on }) }
 // MuteOpens makes the server ignore requests for sessions.
 func (s *Server) MuteOpens(on bool) { s.set(func() { s.muteOpens = on }) }
 
+// MuteRequests makes new connections ignore requests that belong to no session,
+// such as keepalives.
+func (s *Server) MuteRequests(on bool) { s.set(func() { s.muteAsks = on }) }
+
 // RefuseExec makes the server refuse to run commands.
 func (s *Server) RefuseExec(on bool) { s.set(func() { s.refuseExec = on }) }
 
@@ -239,8 +244,18 @@ func (s *Server) serve(nc *pipeEnd, c *serverConn) {
 	if err != nil {
 		return
 	}
-	s.set(func() { s.handshakes++ })
-	s.wg.Go(func() { ssh.DiscardRequests(reqs) })
+	mute := false
+	s.set(func() {
+		s.handshakes++
+		mute = s.muteAsks
+	})
+	s.wg.Go(func() {
+		for req := range reqs {
+			if !mute {
+				req.Reply(false, nil)
+			}
+		}
+	})
 	for ch := range chans {
 		s.open(c, ch)
 	}

@@ -76,18 +76,26 @@ func StartSSHD(t testing.TB, config ...string) *SSHD {
 
 func findSSHD(t testing.TB) string {
 	t.Helper()
-	for _, name := range []string{"sshd", "/usr/sbin/sshd", "/usr/local/sbin/sshd"} {
-		if path, err := exec.LookPath(name); err == nil {
-			// sshd insists on being started by its full name.
-			if path, err = filepath.Abs(path); err == nil {
-				return path
-			}
+	// sshd insists on being started by its full name.
+	return mustFind(t, "sshd", "/usr/sbin/sshd", "/usr/local/sbin/sshd")
+}
+
+// mustFind returns the full name of the first program that exists.
+func mustFind(t testing.TB, names ...string) string {
+	t.Helper()
+	for _, name := range names {
+		path, err := exec.LookPath(name)
+		if err != nil {
+			continue
+		}
+		if path, err = filepath.Abs(path); err == nil {
+			return path
 		}
 	}
 	if os.Getenv("CI") != "" || os.Getenv("NIX_DISPATCH_REQUIRE_FLEET") != "" {
-		t.Fatal("sshd is not installed, and the environment forbids to skip what needs it")
+		t.Fatalf("%s is not installed, and the environment forbids to skip what needs it", names[0])
 	}
-	t.Skip("sshd is not installed")
+	t.Skipf("%s is not installed", names[0])
 	return ""
 }
 
@@ -131,6 +139,7 @@ func (d *SSHD) writeFiles(t testing.TB, config []string) {
 // otherwise (-N), and returns the public key's line.
 func Keygen(t testing.TB, name string, args ...string) string {
 	t.Helper()
+	mustFind(t, "ssh-keygen")
 	args = append([]string{"-q", "-f", name, "-C", "test"}, args...)
 	if !strings.Contains(strings.Join(args, " "), " -N ") {
 		args = append(args, "-N", "")
