@@ -2,7 +2,9 @@
 
 BIN     ?= bin
 VERSION ?= $(shell git describe --always --dirty 2>/dev/null || echo unknown)
-GOFLAGS_BUILD = -trimpath -ldflags '-s -w -X main.version=$(VERSION)'
+# grpcnotrace leaves out request tracing, which nobody reads: a smaller program
+# that starts faster, and one is started for every build.
+GOFLAGS_BUILD = -trimpath -tags grpcnotrace -ldflags '-s -w -X main.version=$(VERSION)'
 
 .PHONY: help build
 .DEFAULT_GOAL := help

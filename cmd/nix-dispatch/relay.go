@@ -26,9 +26,12 @@ const (
 
 const (
 	// drainTimeout bounds how long the hook waits for Nix to read the last of
-	// the log, and drainPoll how often it looks.
-	drainTimeout = 10 * time.Second
-	drainPoll    = 500 * time.Microsecond
+	// the log. It looks after firstDrainPoll and then at growing intervals up to
+	// lastDrainPoll: Nix mostly reads at once, but a hundred hooks of a busy Nix
+	// must not keep it from doing so.
+	drainTimeout   = 10 * time.Second
+	firstDrainPoll = 200 * time.Microsecond
+	lastDrainPoll  = 20 * time.Millisecond
 )
 
 // build carries an accepted build through and returns the exit status. Standard
@@ -101,6 +104,7 @@ func lostDaemon(err error) string {
 
 func (h *hookProcess) finish(acts *activities, f *dispatchv1.Finished) int {
 	if succeeded(f.GetStatus()) {
+		acts.endCopy(true)
 		return 0
 	}
 	if f.GetMachine() != "" {
@@ -161,10 +165,12 @@ func statusName(s dispatchv1.BuildStatus) string {
 // drain waits until Nix has read everything: it takes the first end of file on
 // either pipe for the end of the build and drops what the other still holds.
 func (h *hookProcess) drain() {
-	for end := time.Now().Add(drainTimeout); time.Now().Before(end); time.Sleep(drainPoll) {
+	poll := firstDrainPoll
+	for end := time.Now().Add(drainTimeout); time.Now().Before(end); time.Sleep(poll) {
 		if unread(logWriteFD) == 0 && unread(int(os.Stderr.Fd())) == 0 {
 			return
 		}
+		poll = min(2*poll, lastDrainPoll)
 	}
 }
 
