@@ -53,7 +53,7 @@ func (t *transfer) begin(i nix.PathInfo, w io.Writer) *countingWriter {
 func (t *transfer) endPath() {
 	if t.now.Path != "" {
 		t.now.PathsDone++
-		t.now.Path = ""
+		t.now.Path, t.now.PathBytes, t.now.PathBytesDone = "", 0, 0
 	}
 }
 
