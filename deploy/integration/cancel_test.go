@@ -1,0 +1,129 @@
+package integration
+
+import (
+	"fmt"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+)
+
+// A cancelCase is a way to end a caller in the middle of a build.
+type cancelCase struct {
+	name   string
+	signal syscall.Signal
+	user   string // of nix-build; "" for nix-dispatch build
+}
+
+var cancelCases = []cancelCase{
+	{"int-daemon", syscall.SIGINT, "alice"},
+	{"int-direct", syscall.SIGINT, "root"},
+	{"int-dispatch", syscall.SIGINT, ""},
+	{"kill-daemon", syscall.SIGKILL, "alice"},
+	{"kill-direct", syscall.SIGKILL, "root"},
+	{"kill-dispatch", syscall.SIGKILL, ""},
+}
+
+// A doomed is a caller whose build will not end by itself.
+type doomed struct {
+	cancelCase
+	protocol string
+	marker   string // part of the command line of the builder's process
+	run      *launched
+}
+
+// builderRuns tells whether the builder is there.
+func (d doomed) builderRuns(s *site) bool { return runsOn(s.machines[d.protocol+"-1"], d.marker) > 0 }
+
+// TestCallerGone ends callers with Ctrl-C and kill -9, all at once: their builds
+// are gone from the machines in no time, others go on.
+func TestCallerGone(t *testing.T) {
+	eachClient(t, func(t *testing.T, suite string) {
+		s := newSite(t, siteConfig{client: suite, machines: protocolMachines(1, len(cancelCases)+1)})
+		var callers []doomed
+		for _, protocol := range protocols {
+			for n, c := range cancelCases {
+				callers = append(callers, s.doom(c, protocol, fmt.Sprintf("sleep 8000%d", n)))
+			}
+		}
+		bystander := recipe{name: "bystander", feature: "ssh"}
+		bystander.script = bystander.awaitGate() + "echo > $out"
+		stays := s.launch("alice", bystander.expr())
+		s.eventually(time.Minute, "all builds run", func() bool {
+			for _, c := range callers {
+				if !c.builderRuns(s) {
+					return false
+				}
+			}
+			return s.runs(bystander, s.allMachines()...) == 1
+		})
+		for _, c := range callers {
+			c.run.signal(c.signal)
+		}
+		start := time.Now()
+		for _, c := range callers {
+			for c.builderRuns(s) {
+				if time.Since(start) > 10*time.Second {
+					t.Fatalf("%s over %s: the builder still runs on the machine 10 s later", c.name, c.protocol)
+				}
+				time.Sleep(50 * time.Millisecond)
+			}
+		}
+		s.eventually(10*time.Second-time.Since(start), "all slots but one are free", func() bool {
+			r := s.status()
+			return len(r.Builds) == 1 && r.Machines[0].Running == 1 && r.Machines[1].Running == 0
+		})
+		for _, c := range callers {
+			if code := c.run.wait(10 * time.Second); code == 0 {
+				t.Errorf("%s over %s: exit 0, though it was ended", c.name, c.protocol)
+			}
+		}
+		s.openGate(bystander)
+		s.verify(stays.succeed(30 * time.Second)...)
+		s.idle(10 * time.Second)
+	})
+}
+
+// doom starts a caller.
+func (s *site) doom(c cancelCase, protocol, marker string) doomed {
+	s.t.Helper()
+	r := recipe{name: c.name + "-" + protocol, feature: protocol, script: "echo waiting; " + marker}
+	d := doomed{cancelCase: c, protocol: protocol, marker: marker}
+	if c.user == "" {
+		d.run = s.launchDispatch("build", s.drvOf(r.expr()))
+	} else {
+		d.run = s.launch(c.user, r.expr())
+	}
+	return d
+}
+
+// TestCancel cancels a build for all its callers: they are told, and the machine
+// is rid of it.
+func TestCancel(t *testing.T) {
+	s := newSite(t, siteConfig{machines: protocolMachines(1, 1)})
+	for n, protocol := range protocols {
+		c := s.doom(cancelCase{name: "cancelled"}, protocol, fmt.Sprintf("sleep 8100%d", n))
+		s.eventually(30*time.Second, "the build runs", func() bool { return c.builderRuns(s) })
+		second := s.launch("alice", recipe{name: "cancelled-" + protocol, feature: protocol, script: "echo waiting; " + c.marker}.expr())
+		s.eventually(30*time.Second, "the second caller is accepted", func() bool {
+			return strings.Contains(second.out().Stderr, "waiting\n")
+		})
+		builds := s.status().Builds
+		if len(builds) != 1 {
+			t.Fatalf("%s: %d builds in progress, want one: %+v", protocol, len(builds), builds)
+		}
+		if out, err := s.dispatch("cancel", builds[0].ID.String()); err != nil {
+			t.Fatalf("nix-dispatch cancel: %v\n%s", err, out.Stderr)
+		}
+		s.eventually(10*time.Second, "the builder is gone from the machine", func() bool { return !c.builderRuns(s) })
+		for _, run := range []*launched{c.run, second} {
+			if code := run.wait(10 * time.Second); code != 1 || !strings.Contains(run.out().Stderr, "cancelled") {
+				t.Errorf("%s: %s: exit %d, want 1 and to be told:\n%s", protocol, run.what, code, run.out().Stderr)
+			}
+		}
+		s.idle(10 * time.Second)
+	}
+	if out, err := s.dispatch("cancel", "4711"); err == nil || !strings.Contains(out.Stderr, "no such build") {
+		t.Errorf("cancelling a build that is not there: %v, %q; want to be told so", err, out.Stderr)
+	}
+}
