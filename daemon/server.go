@@ -19,6 +19,9 @@ import (
 // inputs: 100,000 paths of 160 bytes.
 const maxMessage = 16 << 20
 
+// window is how much of a stream may be on its way.
+const window = 1 << 20
+
 // A server answers the gRPC methods: it validates, calls, and translates.
 type server struct {
 	dispatchv1.UnimplementedDispatchServiceServer
@@ -30,6 +33,10 @@ func newGRPCServer(d *Daemon, g gate) (*grpc.Server, *health.Server) {
 	s := grpc.NewServer(
 		grpc.Creds(peerCredentials{}),
 		grpc.MaxRecvMsgSize(maxMessage),
+		// Set windows keep grpc from measuring the link with pings, one for every
+		// message of a quiet stream.
+		grpc.InitialWindowSize(window),
+		grpc.InitialConnWindowSize(window),
 		grpc.UnaryInterceptor(g.unary),
 		grpc.StreamInterceptor(g.stream),
 	)

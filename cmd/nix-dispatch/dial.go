@@ -21,6 +21,8 @@ const (
 	// maxMessage bounds one message from the daemon: the plan of the largest
 	// graph of derivations, some hundred thousand paths, is below it.
 	maxMessage = 64 << 20
+	// window is how much of a stream may be on its way.
+	window = 1 << 20
 	// connectTimeout is how long a person waits for a daemon that does not answer.
 	connectTimeout = 5 * time.Second
 )
@@ -49,6 +51,10 @@ func dial(socket string) (*daemonConn, error) {
 		grpc.WithDisableServiceConfig(),
 		grpc.WithDisableRetry(),
 		grpc.WithDisableHealthCheck(),
+		// Set windows keep grpc from measuring the link with pings, one for every
+		// message of a quiet stream.
+		grpc.WithInitialWindowSize(window),
+		grpc.WithInitialConnWindowSize(window),
 		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxMessage)),
 	)
 	if err != nil {

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"runtime"
 	"runtime/debug"
 	"strings"
 	"time"
@@ -65,7 +66,20 @@ func runHook(ctx context.Context, args []string, std stdio) int {
 	return runHookProcess(ctx, verbosity, std, opts)
 }
 
+// hookMemory is how much memory a hook takes before it collects garbage. It
+// mostly needs a tenth of it, all at once, and ends soon.
+const hookMemory = 64 << 20
+
+// beFrugal fits the runtime to a process that mostly waits, of which there are
+// as many as builds: no collector, no threads handing goroutines to each other.
+func beFrugal() {
+	debug.SetGCPercent(-1)
+	debug.SetMemoryLimit(hookMemory)
+	runtime.GOMAXPROCS(1)
+}
+
 func runHookProcess(ctx context.Context, verbosity string, std stdio, opts hookOptions) int {
+	beFrugal()
 	// A child that inherited them would keep Nix waiting for the end of the log.
 	if _, err := unix.FcntlInt(logWriteFD, unix.F_SETFD, unix.FD_CLOEXEC); err != nil {
 		fmt.Fprintf(std.err, "nix-dispatch hook: descriptor %d: %v: this is for Nix to run\n%s", logWriteFD, err, hookUsage)
