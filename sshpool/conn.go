@@ -119,7 +119,10 @@ func (h *Host) handshake(ctx context.Context, c *conn, addr string) (<-chan ssh.
 		return nil, nil, &ConnectError{h.cfg.Name, StepAuthenticate, err}
 	}
 	for _, w := range keys.warnings {
-		h.log.Warn("known_hosts line ignored", "err", w)
+		if !h.warned[w.Error()] {
+			h.warned[w.Error()] = true
+			h.log.Warn("known_hosts line ignored", "err", w)
+		}
 	}
 	ids := loadIdentities(h.cfg, time.Now().Add(h.opts.HandshakeTimeout))
 	defer ids.close()

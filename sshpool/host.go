@@ -23,6 +23,8 @@ type Host struct {
 	look chan struct{} // something happened the owner should look at
 	done chan struct{} // closed when the owner and all it started have ended
 
+	warned map[string]bool // known_hosts lines complained of; belongs to the attempt to connect
+
 	wg sync.WaitGroup // everything started but the owner; see reserve
 
 	mu      sync.Mutex // protects following fields
@@ -45,6 +47,7 @@ func newHost(cfg Config, opts Options, cancel context.CancelFunc) *Host {
 		look:    make(chan struct{}, 1),
 		done:    make(chan struct{}),
 		changed: make(chan struct{}),
+		warned:  make(map[string]bool),
 		status:  Status{Name: cfg.Name, State: Connecting, Since: time.Now()},
 	}
 }

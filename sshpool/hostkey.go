@@ -110,9 +110,6 @@ func parseHostKeys(text []byte) ([]ssh.PublicKey, error) {
 	return keys, nil
 }
 
-// maxKnownHostsLine is less than what the library's line reader can take.
-const maxKnownHostsLine = 60 << 10
-
 func (k *hostKeys) readKnownHosts(files []string) error {
 	if len(files) == 0 {
 		files = []string{"/etc/ssh/ssh_known_hosts"}
@@ -145,45 +142,76 @@ func (k *hostKeys) readDamaged(files []string) error {
 		return err
 	}
 	defer os.RemoveAll(dir)
+	k.names = make(map[string]string)
 	var copies []string
 	for i, name := range files {
-		text, err := os.ReadFile(name)
-		if err != nil {
+		clean := filepath.Join(dir, strconv.Itoa(i))
+		if err := k.copyReadable(name, clean); err != nil {
 			return err
 		}
-		clean := filepath.Join(dir, strconv.Itoa(i))
-		lines := bytes.Split(text, []byte("\n"))
-		for n, line := range lines {
-			if len(line) > maxKnownHostsLine {
-				lines[n] = nil
-				k.warnings = append(k.warnings, fmt.Errorf("%s:%d: line too long", name, n+1))
-			}
-		}
-		for {
-			if err := os.WriteFile(clean, bytes.Join(lines, []byte("\n")), 0o600); err != nil {
-				return err
-			}
-			_, err := xknownhosts.New(clean)
-			if err == nil {
-				break
-			}
-			n, problem := damagedLine(err, clean)
-			if n < 1 || n > len(lines) || len(lines[n-1]) == 0 {
-				return fmt.Errorf("%s: %w", name, err)
-			}
-			lines[n-1] = nil
-			k.warnings = append(k.warnings, fmt.Errorf("%s:%d: %s", name, n, problem))
-		}
 		copies = append(copies, clean)
+		k.names[clean] = name
 	}
-	if k.db, err = knownhosts.NewDB(copies...); err != nil {
+	k.db, err = knownhosts.NewDB(copies...)
+	return err
+}
+
+// copyReadable copies a known_hosts file without the lines the library refuses.
+func (k *hostKeys) copyReadable(name, clean string) error {
+	text, err := os.ReadFile(name)
+	if err != nil {
 		return err
 	}
-	k.names = make(map[string]string)
-	for i, c := range copies {
-		k.names[c] = files[i]
+	lines := bytes.Split(text, []byte("\n"))
+	drop := func(n int, problem string) {
+		lines[n] = nil
+		k.warnings = append(k.warnings, fmt.Errorf("%s:%d: %s", name, n+1, problem))
 	}
-	return nil
+	for n, line := range lines {
+		if problem := damage(line); problem != nil {
+			drop(n, problem.Error())
+		}
+	}
+	// What damage overlooks, such as odd host patterns, the library tells one
+	// line at a time.
+	for range maxOddLines {
+		if err := os.WriteFile(clean, bytes.Join(lines, []byte("\n")), 0o600); err != nil {
+			return err
+		}
+		_, err := xknownhosts.New(clean)
+		if err == nil {
+			return nil
+		}
+		n, problem := damagedLine(err, clean)
+		if n < 1 || n > len(lines) || len(lines[n-1]) == 0 {
+			return fmt.Errorf("%s: %w", name, err)
+		}
+		drop(n-1, problem)
+	}
+	return fmt.Errorf("%s: more than %d lines cannot be understood", name, maxOddLines)
+}
+
+const (
+	// maxKnownHostsLine is less than what the library's line reader can take.
+	maxKnownHostsLine = 60 << 10
+	// maxOddLines bounds how often a file is read.
+	maxOddLines = 100
+)
+
+// damage returns why a line of a known_hosts file cannot be understood, or nil.
+func damage(line []byte) error {
+	line = bytes.TrimSpace(line)
+	if len(line) == 0 || line[0] == '#' {
+		return nil
+	}
+	if len(line) > maxKnownHostsLine {
+		return errors.New("line too long")
+	}
+	marker, _, _, _, _, err := ssh.ParseKnownHosts(line)
+	if err == nil && marker != "" && marker != "cert-authority" && marker != "revoked" {
+		err = fmt.Errorf("unknown marker %q", "@"+marker)
+	}
+	return err
 }
 
 // damagedLine finds the line's number in an error of the library, which is

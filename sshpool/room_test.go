@@ -150,6 +150,7 @@ func TestLossOfOneConnectionOfTwo(t *testing.T) {
 		s.Freeze(true) // what is left: the first
 		session := mustSession(t, h, "cat")
 		mustBe[*LostError](t, "Wait", a.Wait())
+		synctest.Wait()
 		if st := h.Status(); st.State != Up || st.Connections != 1 || st.Connects != 3 {
 			t.Errorf("after losing one: %+v", st)
 		}

@@ -51,13 +51,15 @@ func TestSessions(t *testing.T) {
 				})
 			})
 			t.Run("sshd", func(t *testing.T) {
+				t.Parallel()
 				d := sshtest.StartSSHD(t, fmt.Sprintf("MaxSessions %d", tt.maxSessions))
 				t.Log(d.Version)
 				opts := Options{
-					KeepaliveInterval: 300 * time.Millisecond,
-					OpenTimeout:       20 * time.Second,
-					BackoffMin:        20 * time.Millisecond,
-					BackoffMax:        200 * time.Millisecond,
+					BackoffMin: 20 * time.Millisecond,
+					BackoffMax: 200 * time.Millisecond,
+				}
+				if tt.name == "frozen peer" {
+					opts.KeepaliveInterval = time.Second
 				}
 				tt.run(t, &target{sshdConfig(d), opts, d.Freeze, d.Cut, d.Connections})
 			})
@@ -128,7 +130,6 @@ func mustSession(t testing.TB, h *Host, command string) *Session {
 	return s
 }
 
-// must is for what returns an error of a type.
 func mustBe[E error](t *testing.T, what string, err error) E {
 	t.Helper()
 	e, ok := errors.AsType[E](err)
@@ -308,7 +309,7 @@ func testFrozen(t *testing.T, to *target) {
 	if to.opts.KeepaliveInterval != 0 {
 		interval = to.opts.KeepaliveInterval
 	}
-	time.Sleep(10 * interval)
+	time.Sleep(4 * interval)
 	if st := h.Status(); st.Connects != 1 || st.State != Up {
 		t.Fatalf("idle for long: %+v", st)
 	}
