@@ -206,7 +206,7 @@ func (f *fetch) importOnce(ctx context.Context, info nix.PathInfo) error {
 	var remoteErr error
 	err := f.conn.AddToStoreNar(&info, true, func(_ *nix.PathInfo, w io.Writer) error {
 		out := f.progress.begin(info, &startWriter{startWatch: watch, w: w})
-		err := f.r.store.dump(info.Path, out)
+		err := f.r.store.dump(info, out)
 		if err != nil && out.err == nil {
 			remoteErr = err // reading failed, not writing
 		}

@@ -41,8 +41,8 @@ type remoteStore interface {
 	realise(drvPath nix.StorePath, opts nix.BuildOptions) (nix.BuildResult, error)
 	// pathInfos tells of those of paths that are valid.
 	pathInfos(paths []nix.StorePath) ([]nix.PathInfo, error)
-	// dump writes one valid path's NAR.
-	dump(p nix.StorePath, w io.Writer) error
+	// dump writes a valid path's NAR, which must have the announced size.
+	dump(info nix.PathInfo, w io.Writer) error
 	// trust is what the machine says of our user there.
 	trust() worker.Trust
 }

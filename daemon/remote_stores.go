@@ -40,8 +40,8 @@ func (s serveStore) pathInfos(paths []nix.StorePath) ([]nix.PathInfo, error) {
 	return s.c.QueryPathInfos(paths)
 }
 
-func (s serveStore) dump(p nix.StorePath, w io.Writer) error {
-	_, err := s.c.DumpStorePath(p, w)
+func (s serveStore) dump(info nix.PathInfo, w io.Writer) error {
+	_, err := s.c.DumpStorePath(info.Path, info.NarSize, w)
 	return err
 }
 
@@ -84,8 +84,8 @@ func (s workerStore) pathInfos(paths []nix.StorePath) ([]nix.PathInfo, error) {
 	return s.c.QueryPathInfos(paths)
 }
 
-func (s workerStore) dump(p nix.StorePath, w io.Writer) error {
-	_, err := s.c.NarFromPath(p, w)
+func (s workerStore) dump(info nix.PathInfo, w io.Writer) error {
+	_, err := s.c.NarFromPath(info.Path, info.NarSize, w)
 	return err
 }
 

@@ -135,7 +135,7 @@ func (u *upload) send(infos []nix.PathInfo) error {
 	var local error
 	err := u.r.store.upload(infos, func(i nix.PathInfo, w io.Writer) error {
 		out := u.progress.begin(i, w)
-		_, err := u.conn.NarFromPath(i.Path, out)
+		_, err := u.conn.NarFromPath(i.Path, i.NarSize, out)
 		if err != nil && out.err == nil {
 			local = err // reading failed, not writing
 		}

@@ -12,6 +12,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 
 	"nixdispatch/proto/nix/wire"
 )
@@ -30,6 +31,10 @@ const (
 // what is wrong.
 var ErrFormat = errors.New("bad NAR")
 
+// ErrSize is an archive that is not as long as announced. It comes wrapped with
+// what is wrong.
+var ErrSize = errors.New("wrong NAR size")
+
 // copyBuffer gathers the format's many short words into large writes.
 const copyBuffer = 32 << 10
 
@@ -41,8 +46,23 @@ const copyBuffer = 32 << 10
 // is io.ErrUnexpectedEOF. After any error src is somewhere inside the archive and of
 // no more use.
 func Copy(dst io.Writer, src *wire.Reader) (int64, error) {
-	count := &counter{w: dst}
-	c := copier{src: src, dst: bufio.NewWriterSize(count, copyBuffer)}
+	return copyUpTo(math.MaxInt64, dst, src)
+}
+
+// CopySized is [Copy] for an archive that was announced to be size bytes long.
+// Another length is an error that wraps [ErrSize], as soon as that shows: it
+// does not wait for more than was announced.
+func CopySized(size uint64, dst io.Writer, src *wire.Reader) (int64, error) {
+	n, err := copyUpTo(int64(min(size, math.MaxInt64)), dst, src)
+	if err == nil && uint64(n) != size {
+		err = fmt.Errorf("%w: %d bytes, announced were %d", ErrSize, n, size)
+	}
+	return n, err
+}
+
+func copyUpTo(limit int64, dst io.Writer, src *wire.Reader) (int64, error) {
+	count := &counter{w: dst, limit: limit}
+	c := copier{src: src, dst: bufio.NewWriterSize(count, copyBuffer), limit: uint64(limit)}
 	err := c.archive()
 	if err == nil {
 		err = c.dst.Flush()
@@ -54,11 +74,15 @@ func Copy(dst io.Writer, src *wire.Reader) (int64, error) {
 }
 
 type counter struct {
-	w io.Writer
-	n int64
+	w     io.Writer
+	n     int64
+	limit int64
 }
 
 func (c *counter) Write(p []byte) (int, error) {
+	if int64(len(p)) > c.limit-c.n {
+		return 0, fmt.Errorf("%w: more than the %d bytes announced", ErrSize, c.limit)
+	}
 	n, err := c.w.Write(p)
 	c.n += int64(n)
 	return n, err
@@ -67,6 +91,7 @@ func (c *counter) Write(p []byte) (int, error) {
 type copier struct {
 	src   *wire.Reader
 	dst   *bufio.Writer
+	limit uint64
 	names [maxDepth][maxName]byte // of the last entry of each open directory
 	buf   [maxTarget]byte
 }
@@ -125,6 +150,9 @@ func (c *copier) regular() error {
 
 func (c *copier) contents() error {
 	size := c.src.Uint64()
+	if size > c.limit {
+		return fmt.Errorf("%w: a file of %d bytes in an archive of %d", ErrSize, size, c.limit)
+	}
 	c.number(size)
 	if err := c.src.CopyN(c.dst, size); err != nil {
 		return err

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"io"
+	"math"
 	"strings"
 	"testing"
 	"testing/iotest"
@@ -219,6 +220,41 @@ func BenchmarkCopy(b *testing.B) {
 				if _, err := Copy(io.Discard, wire.NewReader(bytes.NewReader(bb.data))); err != nil {
 					b.Fatal(err)
 				}
+			}
+		})
+	}
+}
+
+func TestCopySizedWantsTheLengthAnnounced(t *testing.T) {
+	nar := archive(dir(entry("a", file("12345678")), entry("b", file("12345678"))))
+	size := uint64(len(nar))
+	var huge bytes.Buffer // a file's header that claims more than there will be
+	w := wire.NewWriter(&huge)
+	for _, s := range []string{magic, "(", "type", "regular", "contents"} {
+		w.String(s)
+	}
+	w.Uint64(1 << 60)
+	w.Flush()
+	tests := []struct {
+		name string
+		nar  []byte
+		size uint64
+		want error
+	}{
+		{"as announced", nar, size, nil},
+		{"shorter", nar, size + 8, ErrSize},
+		{"longer", nar, size - 8, ErrSize},
+		{"much longer", nar, 16, ErrSize},
+		{"a file that is longer", huge.Bytes(), size, ErrSize},
+		{"any length", nar, math.MaxUint64, ErrSize},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			src := io.MultiReader(bytes.NewReader(tt.nar), iotest.ErrReader(errors.New("read on")))
+			var dst bytes.Buffer
+			n, err := CopySized(tt.size, &dst, wire.NewReader(src))
+			if !errors.Is(err, tt.want) || n != int64(dst.Len()) || uint64(n) > tt.size {
+				t.Errorf("CopySized = %d, %v with %d bytes written, want %v", n, err, dst.Len(), tt.want)
 			}
 		})
 	}

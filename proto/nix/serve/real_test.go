@@ -75,11 +75,11 @@ func TestRealUploadQueryDump(t *testing.T) {
 		}
 		for _, info := range infos {
 			var nar bytes.Buffer
-			if _, err := c.DumpStorePath(info.Path, &nar); err != nil || !bytes.Equal(nar.Bytes(), nars[info.Path]) {
+			if _, err := c.DumpStorePath(info.Path, info.NarSize, &nar); err != nil || !bytes.Equal(nar.Bytes(), nars[info.Path]) {
 				t.Errorf("DumpStorePath(%s): %v", info.Path, err)
 			}
 		}
-		if _, err := c.DumpStorePath(missing, io.Discard); err == nil || c.Err() == nil {
+		if _, err := c.DumpStorePath(missing, 1, io.Discard); err == nil || c.Err() == nil {
 			t.Errorf("DumpStorePath of a missing path = %v, Err %v", err, c.Err())
 		}
 	})
@@ -107,7 +107,7 @@ func TestRealDumpOfATree(t *testing.T) {
 		want := s.Output("nix-store", "--dump", inside)
 		path := nix.StorePath(strings.TrimSpace(string(s.Output("nix-store", "--add", inside))))
 		var got bytes.Buffer
-		if _, err := c.DumpStorePath(path, &got); err != nil || !bytes.Equal(got.Bytes(), want) {
+		if _, err := c.DumpStorePath(path, uint64(len(want)), &got); err != nil || !bytes.Equal(got.Bytes(), want) {
 			t.Errorf("DumpStorePath: %v; %d bytes, nix-store --dump gives %d", err, got.Len(), len(want))
 		}
 	})

@@ -180,9 +180,10 @@ func readPathInfo(r *wire.Reader, path nix.StorePath) nix.PathInfo {
 	return info
 }
 
-// DumpStorePath copies the path's NAR to dst and returns its length. The server
-// ends if the path is not valid. If dst fails the client is unusable.
-func (c *Client) DumpStorePath(path nix.StorePath, dst io.Writer) (int64, error) {
+// DumpStorePath copies the path's NAR, which must be size bytes long, to dst and
+// returns how many were copied. The server ends if the path is not valid. If dst
+// fails the client is unusable.
+func (c *Client) DumpStorePath(path nix.StorePath, size uint64, dst io.Writer) (int64, error) {
 	op := fmt.Sprintf("dump store path %s", path)
 	if err := c.begin(op); err != nil {
 		return 0, err
@@ -192,7 +193,7 @@ func (c *Client) DumpStorePath(path nix.StorePath, dst io.Writer) (int64, error)
 	if err := c.send(op); err != nil {
 		return 0, err
 	}
-	n, err := nar.Copy(dst, c.r)
+	n, err := nar.CopySized(size, dst, c.r)
 	if err != nil {
 		return n, c.fail(op, err)
 	}

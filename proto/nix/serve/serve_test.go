@@ -98,7 +98,7 @@ func everyOperation(t *testing.T, version wire.Version) {
 		t.Errorf("QueryPathInfos: %v (-want +got)\n%s", err, d)
 	}
 	var nar bytes.Buffer
-	if n, err := c.DumpStorePath(infos[1].Path, &nar); err != nil || n != int64(nar.Len()) || !bytes.Equal(nar.Bytes(), nars[infos[1].Path]) {
+	if n, err := c.DumpStorePath(infos[1].Path, infos[1].NarSize, &nar); err != nil || n != int64(nar.Len()) || !bytes.Equal(nar.Bytes(), nars[infos[1].Path]) {
 		t.Errorf("DumpStorePath = %d, %v", n, err)
 	}
 
@@ -288,8 +288,11 @@ func TestClosingTheTransportEndsEveryOperation(t *testing.T) {
 			_, err := c.QueryPathInfos([]nix.StorePath{infos[0].Path})
 			return err
 		},
-		"DumpStorePath": func(c *serve.Client) error { _, err := c.DumpStorePath(infos[0].Path, io.Discard); return err },
-		"Upload":        func(c *serve.Client) error { _, err := c.Upload(infos, writeFrom(nars)); return err },
+		"DumpStorePath": func(c *serve.Client) error {
+			_, err := c.DumpStorePath(infos[0].Path, infos[0].NarSize, io.Discard)
+			return err
+		},
+		"Upload": func(c *serve.Client) error { _, err := c.Upload(infos, writeFrom(nars)); return err },
 		"BuildDerivation": func(c *serve.Client) error {
 			_, err := c.BuildDerivation(wiretest.Path(8, "a.drv"), drv, nix.BuildOptions{})
 			return err
@@ -350,7 +353,7 @@ func TestAnswersThatMakeNoSense(t *testing.T) {
 			return err
 		}},
 		{"text instead of a NAR", func(w *wire.Writer) { io.WriteString(w, "error: no such path") }, func(c *serve.Client) error {
-			_, err := c.DumpStorePath(infos[0].Path, io.Discard)
+			_, err := c.DumpStorePath(infos[0].Path, infos[0].NarSize, io.Discard)
 			return err
 		}},
 	}
@@ -419,7 +422,10 @@ func FuzzClient(f *testing.F) {
 				return err
 			},
 			func(c *serve.Client) error { _, err := c.QueryPathInfos([]nix.StorePath{infos[0].Path}); return err },
-			func(c *serve.Client) error { _, err := c.DumpStorePath(infos[0].Path, io.Discard); return err },
+			func(c *serve.Client) error {
+				_, err := c.DumpStorePath(infos[0].Path, infos[0].NarSize, io.Discard)
+				return err
+			},
 			func(c *serve.Client) error { _, err := c.Upload(infos, writeFrom(nars)); return err },
 			func(c *serve.Client) error {
 				_, err := c.BuildDerivation(wiretest.Path(8, "a.drv"), drv, nix.BuildOptions{})

@@ -31,6 +31,10 @@ const (
 	// MaxText is how much of an error message or a log line is kept, in bytes.
 	MaxText = 1 << 20
 
+	// MaxSkipped is the longest error message or log line that is read at all, in
+	// bytes. A builder may print anything, but a length beyond this is no text's.
+	MaxSkipped = 1 << 30
+
 	// MaxEnvironment is the longest argument or value of an environment variable
 	// of a derivation, in bytes: "__json" and "passAsFile" variables can hold
 	// whole files.

@@ -234,11 +234,14 @@ func (r *Reader) Padding(n uint64) {
 	}
 }
 
-// Text reads a string of any length and keeps its first limit bytes. What was
-// cut is said at the end of the text. Nothing is checked about the bytes: they
-// are foreign and may hold anything.
+// Text reads a string and keeps its first limit bytes. What was cut is said at
+// the end of the text; more than [MaxSkipped] in all is [ErrTooLong]. Nothing is
+// checked about the bytes: they are foreign and may hold anything.
 func (r *Reader) Text(limit int) string {
 	n := r.Uint64()
+	if n > MaxSkipped {
+		r.Fail(&LengthError{What: "text", Length: n, Limit: MaxSkipped})
+	}
 	if r.err != nil {
 		return ""
 	}
@@ -260,14 +263,8 @@ func (r *Reader) Text(limit int) string {
 }
 
 func (r *Reader) skip(n uint64) error {
-	const step = 1 << 30 // Discard takes an int, n may be any number
-	for n > 0 {
-		d, err := r.br.Discard(int(min(n, step)))
-		if n -= uint64(d); err != nil {
-			return err
-		}
-	}
-	return nil
+	_, err := r.br.Discard(int(n)) // at most MaxSkipped
+	return err
 }
 
 // Strings reads a list of at most maxCount strings of at most maxLen bytes.

@@ -165,6 +165,15 @@ func TestAnnouncedLengthAllocatesNothing(t *testing.T) {
 	}
 }
 
+func TestTextThatIsTooLongToSkipIsRefusedAtOnce(t *testing.T) {
+	for _, n := range []uint64{MaxSkipped + 1, 1 << 60, math.MaxUint64} {
+		r := NewReader(io.MultiReader(bytes.NewReader(written(t, func(w *Writer) { w.Uint64(n) })), iotest.ErrReader(errors.New("read on"))))
+		if got := r.Text(4); got != "" || !errors.Is(r.Err(), ErrTooLong) {
+			t.Errorf("Text of %d bytes = %q, %v; want %v", n, got, r.Err(), ErrTooLong)
+		}
+	}
+}
+
 func TestTextIsCutNotRefused(t *testing.T) {
 	for _, tt := range []struct{ in, want string }{
 		{"abc", "abc"},

@@ -89,10 +89,10 @@ func saysNotValid(err error) bool {
 	return ok && strings.Contains(remote.Message, "is not valid")
 }
 
-// NarFromPath copies the path's NAR to dst and returns its length. If dst fails,
-// or the server, which then says why in a [*RemoteError], the client is
-// unusable: a NAR has no end but its own.
-func (c *Client) NarFromPath(path nix.StorePath, dst io.Writer) (int64, error) {
+// NarFromPath copies the path's NAR, which must be size bytes long, to dst and
+// returns how many were copied. If dst fails, or the server, which then says why
+// in a [*RemoteError], the client is unusable: a NAR has no end but its own.
+func (c *Client) NarFromPath(path nix.StorePath, size uint64, dst io.Writer) (int64, error) {
 	what := fmt.Sprintf("NAR of %s", path)
 	var n int64
 	var nerr error
@@ -105,7 +105,7 @@ func (c *Client) NarFromPath(path nix.StorePath, dst io.Writer) (int64, error) {
 				nerr = c.messages()
 				return
 			}
-			n, nerr = nar.Copy(dst, c.r)
+			n, nerr = nar.CopySized(size, dst, c.r)
 		})
 	if nerr != nil {
 		err = c.fail(what, brokenOff(nerr))

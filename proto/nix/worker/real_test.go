@@ -81,14 +81,14 @@ func TestRealUploadQueryDump(t *testing.T) {
 		}
 		for _, info := range infos {
 			var nar bytes.Buffer
-			if _, err := c.NarFromPath(info.Path, &nar); err != nil || !bytes.Equal(nar.Bytes(), nars[info.Path]) {
+			if _, err := c.NarFromPath(info.Path, info.NarSize, &nar); err != nil || !bytes.Equal(nar.Bytes(), nars[info.Path]) {
 				t.Errorf("NarFromPath(%s): %v", info.Path, err)
 			}
 		}
 		if c.Err() != nil {
 			t.Errorf("Err = %v", c.Err())
 		}
-		if _, err := c.NarFromPath(missing, io.Discard); err == nil || !strings.Contains(err.Error(), "valid") || c.Err() == nil {
+		if _, err := c.NarFromPath(missing, 1, io.Discard); err == nil || !strings.Contains(err.Error(), "valid") || c.Err() == nil {
 			t.Errorf("NarFromPath of a missing path = %v, Err %v", err, c.Err())
 		}
 	})

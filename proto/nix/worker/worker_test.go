@@ -162,7 +162,7 @@ func TestQueriesWithEveryVersion(t *testing.T) {
 				t.Errorf("QueryPathInfo of a path that is not valid = %v, %v", ok, err)
 			}
 			var nar bytes.Buffer
-			if n, err := c.NarFromPath(b.Path, &nar); err != nil || n != int64(b.NarSize) || !bytes.Equal(nar.Bytes(), wiretest.FileNAR("bbb")) {
+			if n, err := c.NarFromPath(b.Path, b.NarSize, &nar); err != nil || n != int64(b.NarSize) || !bytes.Equal(nar.Bytes(), wiretest.FileNAR("bbb")) {
 				t.Errorf("NarFromPath = %d, %v", n, err)
 			}
 			if err := c.AddTempRoots([]nix.StorePath{a.Path, missing}); err != nil {
@@ -215,7 +215,7 @@ func TestAnErrorOfTheServerLeavesTheConnectionInOrder(t *testing.T) {
 
 func TestNarOfAnInvalidPathTellsTheServersReason(t *testing.T) {
 	c := connect(t, &workertest.Server{Store: &wiretest.Store{}}, nil)
-	n, err := c.NarFromPath(wiretest.Path(1, "missing"), io.Discard)
+	n, err := c.NarFromPath(wiretest.Path(1, "missing"), 1, io.Discard)
 	e, ok := errors.AsType[*worker.RemoteError](err)
 	if !ok || !strings.Contains(e.Message, "is not valid") || n != 0 {
 		t.Errorf("NarFromPath = %d, %v, want a RemoteError", n, err)
@@ -379,7 +379,7 @@ func operations(path nix.StorePath, paths []nix.StorePath, infos []nix.PathInfo,
 		"IsValidPath":     func(c *worker.Client) error { _, err := c.IsValidPath(path); return err },
 		"QueryValidPaths": func(c *worker.Client) error { _, err := c.QueryValidPaths(paths, true); return err },
 		"QueryPathInfos":  func(c *worker.Client) error { _, err := c.QueryPathInfos(paths); return err },
-		"NarFromPath":     func(c *worker.Client) error { _, err := c.NarFromPath(path, io.Discard); return err },
+		"NarFromPath":     func(c *worker.Client) error { _, err := c.NarFromPath(path, 1, io.Discard); return err },
 		"AddTempRoots":    func(c *worker.Client) error { return c.AddTempRoots(paths) },
 		"AddIndirectRoot": func(c *worker.Client) error { return c.AddIndirectRoot("/home/somebody/somewhere/result") },
 		"EnsurePath":      func(c *worker.Client) error { return c.EnsurePath(path) },
