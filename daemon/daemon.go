@@ -103,6 +103,7 @@ func (d *Daemon) Run(ctx context.Context) error {
 	failed := make(chan error, 2)
 	var serving sync.WaitGroup
 	serving.Go(func() { failed <- server.Serve(listener) })
+	serving.Go(func() { d.dispatcher.watchStranded(d.life, d.opts.MachineWait) })
 	web := d.serveMetrics(metricsListener, &serving, failed)
 	d.log.Info("ready", "socket", d.opts.Socket, "metrics", d.opts.MetricsListen,
 		"machines", len(d.machines.lines), "version", d.opts.Version)
