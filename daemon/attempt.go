@@ -31,6 +31,10 @@ type attempt struct {
 // where the protocol does not tell beforehand. The next one on it knows.
 var errDistrusted = errors.New("the machine does not trust the SSH user")
 
+// errStale ends an attempt whose remote process, which had served other builds,
+// did not outlive the time between.
+var errStale = errors.New("the remote process had ended")
+
 // run returns the machine's verdict, or the error that kept it from one.
 func (a *attempt) run(ctx context.Context) (outcome, error) {
 	a.whole = a.m.untrusted.Load()
@@ -81,7 +85,7 @@ func (a *attempt) build() (nix.BuildResult, time.Duration, error) {
 	e := a.b.event()
 	e.Event = &dispatchv1.BuildEvent_Building{Building: &dispatchv1.Building{}}
 	a.b.feed.post(e)
-	a.r.startLog()
+	a.r.startLog(a.b.feed)
 	start := time.Now()
 	a.b.feed.startBuilding(start)
 	defer a.b.feed.stopBuilding()

@@ -150,7 +150,7 @@ func (d *Daemon) attempts(ctx context.Context, b *build, log *slog.Logger) (outc
 			return o, nil
 		case ctx.Err() != nil:
 			return o, context.Cause(ctx)
-		case errors.Is(err, errMoved), errors.Is(err, errDistrusted):
+		case errors.Is(err, errMoved), errors.Is(err, errDistrusted), errors.Is(err, errStale):
 			log.Debug("attempt broken off", "reason", err)
 			continue
 		}
@@ -190,7 +190,8 @@ func (d *Daemon) attempt(ctx context.Context, b *build) (outcome, error) {
 	m := d.machines.get(place.machine)
 	ctx, stop := d.untilMoved(ctx, b, place.machine)
 	defer stop()
-	r, err := m.open(ctx, b.feed)
+	// nix-store --serve substitutes nothing any more after its first build.
+	r, err := m.open(ctx, b.substitute && !m.ng)
 	if err != nil {
 		return outcome{}, contextCause(ctx, err)
 	}

@@ -167,6 +167,10 @@ func (d *Daemon) shutDown(server *grpc.Server, h *health.Server, web *http.Serve
 		<-told
 	}
 	pool.Close()
+	for _, m := range d.machines.byURI {
+		m.idle.close()
+	}
+	d.local.idle.close()
 	if web != nil {
 		_ = web.Close() // scrapes are repeated
 	}

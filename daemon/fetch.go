@@ -40,7 +40,8 @@ func (a *attempt) fetchOutputs(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	defer conn.Close()
+	f := &fetch{attempt: a, conn: conn}
+	defer func() { f.conn.Close() }() // a stalled import replaces it
 	lacking, err := conn.invalid(slices.Sorted(maps.Values(a.b.drv.OutputPaths())))
 	if err != nil || len(lacking) == 0 {
 		return err
@@ -52,13 +53,15 @@ func (a *attempt) fetchOutputs(ctx context.Context) error {
 	if err := a.takeOverLocks(ctx, lacking); err != nil {
 		return err
 	}
-	f := &fetch{attempt: a, conn: conn, progress: newTransfer(a.b, a.d.metrics.received(a.m.line.StoreURI), downloading, infos)}
+	f.progress = newTransfer(a.b, a.d.metrics.received(a.m.line.StoreURI), downloading, infos)
 	for _, i := range infos {
 		if err := f.output(ctx, i); err != nil {
 			return err
 		}
 	}
 	f.progress.flush()
+	// Everything was in order, and there were round trips enough after the build.
+	a.r.clean, f.conn.clean = true, true
 	return nil
 }
 
@@ -195,13 +198,7 @@ func lockHeld(lockFile string) (bool, error) {
 
 // importOnce streams one output from the machine into the local store.
 func (f *fetch) importOnce(ctx context.Context, info nix.PathInfo) error {
-	if f.conn == nil {
-		var err error
-		if f.conn, err = f.d.local.open(ctx); err != nil {
-			return err
-		}
-	}
-	watch := watchStart(importStall, f.conn.Close)
+	watch := watchStart(importStall, f.conn.abort)
 	defer watch.stop()
 	var remoteErr error
 	err := f.conn.AddToStoreNar(&info, true, func(_ *nix.PathInfo, w io.Writer) error {
@@ -218,7 +215,12 @@ func (f *fetch) importOnce(ctx context.Context, info nix.PathInfo) error {
 	case ctx.Err() != nil:
 		return context.Cause(ctx)
 	case watch.stalled():
-		f.conn = nil
+		f.conn.Close()
+		conn, err := f.d.local.open(ctx)
+		if err != nil {
+			return err
+		}
+		f.conn = conn
 		return errStalled
 	case remoteErr != nil:
 		return f.fault("copy outputs", remoteErr)

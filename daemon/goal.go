@@ -142,7 +142,7 @@ func (g *goal) buildLocally(ctx context.Context, b *build) (outcome, error) {
 }
 
 func (g *goal) askLocalNix(ctx context.Context, b *build) outcome {
-	conn, err := g.r.d.local.openWith(ctx, newWorkerLog(b.feed))
+	conn, err := g.r.d.local.connect(ctx, &workerLog{log: b.feed})
 	if err != nil {
 		return outcomeOf(err)
 	}

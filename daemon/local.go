@@ -12,6 +12,8 @@ import (
 	"path/filepath"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"nixdispatch/proto/nix"
 	"nixdispatch/proto/nix/worker"
 )
@@ -31,10 +33,16 @@ type localStore struct {
 	socket string
 	// dir is the store directory.
 	dir string
+	// idle are connections between two uses.
+	idle *idlePool[*localConn]
 }
 
 func newLocalStore() localStore {
-	s := localStore{socket: os.Getenv("NIX_DAEMON_SOCKET_PATH"), dir: os.Getenv("NIX_STORE_DIR")}
+	s := localStore{
+		socket: os.Getenv("NIX_DAEMON_SOCKET_PATH"),
+		dir:    os.Getenv("NIX_STORE_DIR"),
+		idle:   &idlePool[*localConn]{ttl: maxLocalIdle, end: (*localConn).abort},
+	}
 	if s.socket == "" {
 		s.socket = defaultNixSocket
 	}
@@ -44,31 +52,53 @@ func newLocalStore() localStore {
 	return s
 }
 
-// A localConn is one connection to the local nix-daemon. The temporary GC roots
-// it takes live until it is closed. Not safe for concurrent use.
+// A localConn is a connection to the local nix-daemon. Not safe for concurrent
+// use.
 type localConn struct {
 	*worker.Client
-	transport io.Closer
+	store     localStore
+	transport io.ReadWriteCloser
+	started   time.Time
+	uses      int
 	stop      func() bool
+
+	// clean is set by its user when nothing went wrong: then it may serve
+	// another.
+	clean bool
 }
+
+// A connection serves a few users, one after the other, for starting nix-daemon's
+// process costs more than most of them ask. Its temporary GC roots pile up, so it
+// is soon retired.
+const (
+	maxLocalUses = 16
+	maxLocalAge  = 10 * time.Second
+	maxLocalIdle = time.Second
+)
 
 // open connects. Cancelling ctx closes the connection, also under an operation
 // in progress. The caller must Close it.
 func (s localStore) open(ctx context.Context) (*localConn, error) {
-	return s.openWith(ctx, nil)
+	if conn, ok := s.idle.take(); ok {
+		if conn.alive() {
+			conn.bind(ctx)
+			return conn, nil
+		}
+		conn.abort()
+	}
+	return s.connect(ctx, nil)
 }
 
-// openWith connects with a receiver for what operations report meanwhile.
-func (s localStore) openWith(ctx context.Context, events worker.Events) (*localConn, error) {
+// connect makes a new connection, with a receiver for what operations report
+// meanwhile. It is used like one of open.
+func (s localStore) connect(ctx context.Context, events worker.Events) (*localConn, error) {
 	transport, err := s.dial(ctx)
 	if err != nil {
 		return nil, &localError{doing: "connect to nix-daemon", err: err}
 	}
-	conn := &localConn{
-		transport: transport,
-		stop:      context.AfterFunc(ctx, func() { _ = transport.Close() }),
-	}
-	timer := time.AfterFunc(localHandshakeTimeout, func() { _ = transport.Close() })
+	conn := &localConn{store: s, transport: transport, started: time.Now()}
+	conn.bind(ctx)
+	timer := time.AfterFunc(localHandshakeTimeout, conn.abort)
 	conn.Client, err = worker.NewClient(transport, transport, events)
 	if !timer.Stop() && err == nil {
 		err = fmt.Errorf("no handshake within %s", localHandshakeTimeout)
@@ -80,10 +110,42 @@ func (s localStore) openWith(ctx context.Context, events worker.Events) (*localC
 	return conn, nil
 }
 
-// Close ends the connection and with it its temporary roots.
+func (c *localConn) bind(ctx context.Context) {
+	c.uses++
+	c.clean = false
+	c.stop = context.AfterFunc(ctx, c.abort)
+}
+
+// Close ends the use. The temporary roots end with the connection, at most
+// maxLocalAge and maxLocalIdle after it was made.
 func (c *localConn) Close() {
-	c.stop()
+	if c.stop() && c.clean && c.uses < maxLocalUses && time.Since(c.started) < maxLocalAge {
+		c.store.idle.put(c)
+		return
+	}
+	c.abort()
+}
+
+// abort closes the connection at once, also under an operation in progress.
+func (c *localConn) abort() {
 	_ = c.transport.Close() // nothing unfinished is worth a report
+}
+
+// alive tells whether nix-daemon still holds its end of an idle connection.
+func (c *localConn) alive() bool {
+	conn, ok := c.transport.(*net.UnixConn)
+	if !ok {
+		return false // a child of our own: its pipes tell nothing
+	}
+	raw, err := conn.SyscallConn()
+	if err != nil {
+		return false
+	}
+	var peekErr error
+	err = raw.Control(func(fd uintptr) {
+		_, _, peekErr = unix.Recvfrom(int(fd), make([]byte, 1), unix.MSG_PEEK|unix.MSG_DONTWAIT)
+	})
+	return err == nil && errors.Is(peekErr, unix.EAGAIN)
 }
 
 func (s localStore) dial(ctx context.Context) (io.ReadWriteCloser, error) {

@@ -19,6 +19,7 @@ type machine struct {
 	ng      bool // ssh-ng://, the worker protocol; else ssh://, the serve protocol
 	command string
 	uploads *claims
+	idle    *idlePool[*remote]
 	log     *slog.Logger
 
 	// untrusted is learned: from the worker protocol's handshake, or from the
@@ -44,6 +45,7 @@ func newMachine(line nix.Machine, pool *sshpool.Pool, log *slog.Logger) *machine
 		ng:      line.Ref.Scheme == "ssh-ng",
 		command: remoteCommand(line.Ref),
 		uploads: newClaims(),
+		idle:    &idlePool[*remote]{ttl: maxRemoteIdle, end: (*remote).hangUp},
 		log:     log.With("machine", line.StoreURI),
 	}
 	m.host = pool.Add(m.sshConfig())
@@ -109,7 +111,7 @@ func shellQuote(s string) string {
 
 // probe tells whether the machine is of use: it speaks Nix's protocol.
 func (m *machine) probe(ctx context.Context, s *sshpool.Session) error {
-	r, err := m.handshake(ctx, s, nil)
+	r, err := m.startRemote(ctx, s)
 	if err != nil {
 		return err
 	}
@@ -117,18 +119,26 @@ func (m *machine) probe(ctx context.Context, s *sshpool.Session) error {
 	return nil
 }
 
-// open starts a remote process for one build. log gets what the builder prints.
-// The caller must close it. Cancelling ctx ends the remote process.
-func (m *machine) open(ctx context.Context, log logSink) (*remote, error) {
+// open finds or starts a remote process for one build. fresh says that it must
+// not have served another build. The caller must close it. Cancelling ctx ends
+// the remote process.
+func (m *machine) open(ctx context.Context, fresh bool) (*remote, error) {
+	if !fresh {
+		if r, ok := m.idle.take(); ok {
+			r.bind(ctx)
+			return r, nil
+		}
+	}
 	s, err := m.host.Session(ctx, m.command)
 	if err != nil {
 		return nil, m.fault("open a session", contextCause(ctx, err))
 	}
-	r, err := m.handshake(ctx, s, log)
+	r, err := m.startRemote(ctx, s)
 	if err != nil {
 		_ = s.Close() // the handshake's error says more
 		return nil, m.fault("start "+m.command, contextCause(ctx, err))
 	}
+	r.bind(ctx)
 	return r, nil
 }
 

@@ -5,7 +5,6 @@ import (
 	"io"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	"nixdispatch/proto/nix"
@@ -50,31 +49,44 @@ type remoteStore interface {
 // A logSink takes what a builder prints. Writes must not block for long.
 type logSink interface{ io.Writer }
 
-// A remote is one remote process and the store behind it.
+// A remote is one remote process and the store behind it. It serves one build at
+// a time, and a few of them one after the other.
 type remote struct {
 	machine *machine
 	store   remoteStore
 	session *sshpool.Session
 	stderr  *stderrReader
-	// stop keeps the end of the context from ending the process; gone is closed
-	// when that has happened instead.
-	stop    func() bool
-	gone    chan struct{}
-	drained sync.WaitGroup
+	started time.Time
+
+	// builds counts those it was bound to; clean is set when the last one left it
+	// as it found it.
+	builds int
+	clean  bool
+	// stop keeps the end of the build's context from ending the process; gone is
+	// closed when that has happened instead.
+	stop func() bool
+	gone chan struct{}
 }
 
-// handshake begins the conversation on a fresh session. It does not close the
+// A process serves several builds only where that changes nothing: its temporary
+// GC roots pile up, so it is soon retired.
+const (
+	maxRemoteBuilds = 16
+	maxRemoteAge    = 30 * time.Second
+	maxRemoteIdle   = 2 * time.Second
+)
+
+// startRemote begins the conversation on a fresh session. It does not close the
 // session when it fails.
-func (m *machine) handshake(ctx context.Context, s *sshpool.Session, log logSink) (*remote, error) {
-	r := &remote{machine: m, session: s, stderr: &stderrReader{src: s.Stderr, log: log}, gone: make(chan struct{})}
-	r.drained.Go(r.stderr.run)
-	r.stop = context.AfterFunc(ctx, r.hangUp)
-	timer := time.AfterFunc(handshakeTimeout, func() { _ = s.Close() })
-	defer timer.Stop()
+func (m *machine) startRemote(ctx context.Context, s *sshpool.Session) (*remote, error) {
+	ctx, cancel := context.WithTimeout(ctx, handshakeTimeout)
+	defer cancel()
+	defer context.AfterFunc(ctx, func() { _ = s.Close() })()
+	r := &remote{machine: m, session: s, stderr: newStderrReader(s.Stderr), started: time.Now()}
 	var err error
 	if m.ng {
 		var c *worker.Client
-		if c, err = worker.NewClient(s.Stdout, s.Stdin, newWorkerLog(log)); err == nil {
+		if c, err = worker.NewClient(s.Stdout, s.Stdin, nil); err == nil {
 			r.store = workerStore{c}
 		}
 	} else {
@@ -84,73 +96,125 @@ func (m *machine) handshake(ctx context.Context, s *sshpool.Session, log logSink
 		}
 	}
 	if err != nil {
-		r.stop()
 		return nil, m.explainHandshake(s, r.stderr, err)
 	}
 	return r, nil
 }
 
+// bind gives the process to a build until close. The end of ctx ends the process.
+func (r *remote) bind(ctx context.Context) {
+	r.builds++
+	r.clean = false
+	r.stderr.reset()
+	if w, ok := r.store.(workerStore); ok {
+		w.c.Events = nil
+	}
+	r.gone = make(chan struct{})
+	r.stop = context.AfterFunc(ctx, func() {
+		defer close(r.gone)
+		r.hangUp()
+	})
+}
+
+// startLog makes what the remote process prints from now on the builder's log.
+func (r *remote) startLog(log logSink) {
+	if w, ok := r.store.(workerStore); ok {
+		w.c.Events = &workerLog{log: log} // stderr has diagnostics only
+		return
+	}
+	r.stderr.relay(log)
+}
+
+// close ends what bind began. A process that is of use to the next build is
+// kept. Otherwise, when close returns, all the process printed has been read, and
+// a build that was cancelled has ended, unless the process took too long.
+func (r *remote) close() {
+	switch {
+	case !r.stop():
+		<-r.gone
+	case r.reusable():
+		r.machine.idle.put(r)
+	default:
+		r.hangUp()
+	}
+}
+
+// reusable tells whether another build would find the process as good as new. In
+// the serve protocol the log has a channel of its own, whose end alone tells that
+// it is complete, so only a process that has printed nothing can go on: several
+// round trips after its build, anything printed would have arrived.
+func (r *remote) reusable() bool {
+	select {
+	case <-r.session.Done():
+		return false
+	default:
+	}
+	return r.clean && r.builds < maxRemoteBuilds && time.Since(r.started) < maxRemoteAge &&
+		(r.machine.ng || r.stderr.last() == "")
+}
+
 // hangUp ends the remote process the way Nix understands: by closing its input,
 // upon which it kills the build it runs.
 func (r *remote) hangUp() {
-	defer close(r.gone)
 	_ = r.session.Stdin.Close() // what counts is the end of the process
 	impatient := time.AfterFunc(hangUpGrace, func() { _ = r.session.Close() })
 	defer impatient.Stop()
-	_ = r.session.Wait()  // whichever way it ended, it has ended
+	_ = r.session.Wait() // whichever way it ended, it has ended
+	<-r.stderr.ended
 	_ = r.session.Close() // frees the place
 }
 
-// close ends the remote process and frees the session. When it returns, all the
-// process printed has been read, and a build that was cancelled has ended, unless
-// the process did not end in its time.
-func (r *remote) close() {
-	if r.stop() {
-		r.hangUp()
-	}
-	<-r.gone
-	r.drained.Wait()
-}
-
-// startLog makes what the remote process prints the builder's log. The worker
-// protocol carries the log in-band, and its program's stderr is diagnostics.
-func (r *remote) startLog() { r.stderr.relay.Store(!r.machine.ng) }
-
 // A stderrReader drains a session's stderr: the end of it is kept for messages,
-// and while relaying is on, all of it is the builder's log.
+// and once a log is set, all of it goes there.
 type stderrReader struct {
-	src   io.Reader
-	log   logSink
-	relay atomic.Bool
+	ended chan struct{} // closed when stderr has ended
 
 	mu   sync.Mutex
+	log  logSink
 	tail []byte
 }
 
-// run ends when the session does.
-func (s *stderrReader) run() {
-	buf := make([]byte, 16<<10)
-	for {
-		n, err := s.src.Read(buf)
-		if n > 0 {
-			s.keep(buf[:n])
-			if s.relay.Load() {
-				_, _ = s.log.Write(buf[:n]) // a spool takes everything
+// newStderrReader reads until the session ends.
+func newStderrReader(src io.Reader) *stderrReader {
+	s := &stderrReader{ended: make(chan struct{})}
+	go func() {
+		defer close(s.ended)
+		buf := make([]byte, 16<<10)
+		for {
+			n, err := src.Read(buf)
+			s.take(buf[:n])
+			if err != nil {
+				return
 			}
 		}
-		if err != nil {
-			return
-		}
-	}
+	}()
+	return s
 }
 
-func (s *stderrReader) keep(p []byte) {
+func (s *stderrReader) take(p []byte) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.tail = append(s.tail, p...)
 	if extra := len(s.tail) - stderrTail; extra > 0 {
 		s.tail = s.tail[extra:]
 	}
+	if s.log != nil && len(p) > 0 {
+		_, _ = s.log.Write(p) // a spool takes everything
+	}
+}
+
+// relay passes on to log what comes from now on.
+func (s *stderrReader) relay(log logSink) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.log = log
+}
+
+// reset forgets what an earlier build left.
+func (s *stderrReader) reset() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.log, s.tail = nil, nil
 }
 
 // last is the end of what the remote process printed, without blank lines

@@ -123,13 +123,6 @@ type workerLog struct {
 	buf []byte
 }
 
-func newWorkerLog(log logSink) worker.Events {
-	if log == nil {
-		return nil
-	}
-	return &workerLog{log: log}
-}
-
 func (*workerLog) Log(string)                    {}
 func (*workerLog) StartActivity(worker.Activity) {}
 func (*workerLog) StopActivity(uint64)           {}

@@ -47,6 +47,9 @@ func (a *attempt) inputs(ctx context.Context) ([]nix.StorePath, error) {
 // builds that need it carries it.
 func (a *attempt) copyInputs(ctx context.Context, paths []nix.StorePath) error {
 	lacking, err := a.r.store.missing(paths, a.b.substitute)
+	if err != nil && a.r.builds > 1 {
+		return errStale
+	}
 	if err != nil {
 		return a.fault("ask which inputs are missing", err)
 	}
@@ -72,7 +75,11 @@ func (a *attempt) copyInputs(ctx context.Context, paths []nix.StorePath) error {
 		progress: newTransfer(a.b, a.d.metrics.sent(a.m.line.StoreURI), uploading, infos),
 	}
 	defer u.abandon()
-	return u.run(ctx, infos)
+	if err := u.run(ctx, infos); err != nil {
+		return err
+	}
+	conn.clean = true
+	return nil
 }
 
 // An upload copies the paths that one build lacks, in turns with other builds
