@@ -13,6 +13,7 @@ import (
 	dispatchv1 "nixdispatch/proto/dispatch/v1"
 	"nixdispatch/proto/nix"
 	"nixdispatch/scheduler"
+	"nixdispatch/sshpool"
 )
 
 // A build is one derivation on its way through the daemon, shared by all who
@@ -124,6 +125,19 @@ func (e *noMachineError) Error() string {
 // maxAttempts bounds how many machines a build is tried on.
 const maxAttempts = 3
 
+// notUpPause is the time between finding a machine down that the scheduler took
+// for up and asking the scheduler again.
+const notUpPause = 100 * time.Millisecond
+
+func sleep(ctx context.Context, d time.Duration) error {
+	select {
+	case <-time.After(d):
+		return nil
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+}
+
 // run takes the build from the queue to its outcome. It is the build's one
 // goroutine.
 func (d *Daemon) run(ctx context.Context, b *build) {
@@ -155,10 +169,19 @@ func (d *Daemon) attempts(ctx context.Context, b *build, log *slog.Logger) (outc
 			continue
 		}
 		fault, ok := errors.AsType[*machineError](err)
-		if failed++; !ok || failed == maxAttempts {
+		if !ok {
 			return o, err
 		}
-		log.Warn("machine failed the build, trying again", "attempt", failed+1, "err", err)
+		if errors.Is(err, sshpool.ErrNotUp) {
+			// Placed a moment before the connection was found dead: nothing was
+			// tried, so nothing has failed. The scheduler hears of it presently.
+			if err := sleep(ctx, notUpPause); err != nil {
+				return o, err
+			}
+		} else if failed++; failed == maxAttempts {
+			return o, err
+		}
+		log.Warn("machine failed the build, trying again", "failures", failed, "err", err)
 		d.retry(b, fault)
 	}
 }

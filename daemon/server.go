@@ -3,11 +3,13 @@ package daemon
 import (
 	"context"
 	"errors"
+	"time"
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/health"
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
+	"google.golang.org/grpc/keepalive"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
@@ -37,6 +39,8 @@ func newGRPCServer(d *Daemon, g gate) (*grpc.Server, *health.Server) {
 		// message of a quiet stream.
 		grpc.InitialWindowSize(window),
 		grpc.InitialConnWindowSize(window),
+		// Hooks look every half minute whether the daemon still answers.
+		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 10 * time.Second, PermitWithoutStream: true}),
 		grpc.UnaryInterceptor(g.unary),
 		grpc.StreamInterceptor(g.stream),
 	)

@@ -134,19 +134,13 @@ func (l *daemonLink) exchange(ctx context.Context, first bool, try *hook.Try) (*
 	return reply, nil
 }
 
-// An outage is what a hook process remembers of a daemon out of reach.
-type outage struct {
-	began time.Time // zero while there is none
-	asked time.Time // last
-}
-
 // consult turns the daemon's answer, or the lack of one, into a decision.
 func (h *hookProcess) consult(ctx context.Context, try *hook.Try) decision {
 	timeout := h.opts.answerTimeout
-	if out := h.outage; !out.began.IsZero() {
-		if h.settings.CouldBuildLocally(try) || time.Since(out.asked) < askAgain {
-			return h.withoutDaemon(try)
-		}
+	if h.outage.notAsked(h.settings.CouldBuildLocally(try)) {
+		return h.withoutDaemon(try)
+	}
+	if !h.outage.began.IsZero() {
 		timeout = min(timeout, askAgainTimeout)
 	}
 	reply, err := h.link.ask(ctx, h.opts.socket, try, timeout)
@@ -154,6 +148,7 @@ func (h *hookProcess) consult(ctx context.Context, try *hook.Try) decision {
 		return h.failedToAsk(try, err)
 	}
 	h.outage, h.restartTold = outage{}, false
+	h.memory.forget()
 	d := decision{action: reply.Action, machine: reply.MachineName, reason: reply.Reason, warn: reply.Warn}
 	if reply.Action == dispatchv1.Reply_ACTION_UNSPECIFIED {
 		h.link.reset()
@@ -190,29 +185,6 @@ func (h *hookProcess) failedToAsk(try *hook.Try, err error) decision {
 			reason: fmt.Sprintf("nix-dispatch: the daemon failed: %s; using Nix's own build hook", reason),
 		}
 	}
-	if h.outage.began.IsZero() {
-		h.outage.began = time.Now()
-		h.warn(fmt.Sprintf("nix-dispatch: the daemon at %s is out of reach: %s; building what can be built locally", h.opts.socket, reason))
-	}
-	h.outage.asked = time.Now()
+	h.missed(reason)
 	return h.withoutDaemon(try)
-}
-
-// withoutDaemon decides during an outage.
-func (h *hookProcess) withoutDaemon(try *hook.Try) decision {
-	switch {
-	case h.settings.CouldBuildLocally(try):
-		return decision{action: dispatchv1.Reply_ACTION_DECLINE}
-	case time.Since(h.outage.began) < h.opts.patience:
-		return decision{
-			action: dispatchv1.Reply_ACTION_POSTPONE,
-			reason: fmt.Sprintf("nix-dispatch: '%s' waits for the daemon", try.DrvPath),
-		}
-	default:
-		return decision{
-			action: dispatchv1.Reply_ACTION_STOCK, warn: true,
-			reason: fmt.Sprintf("nix-dispatch: the daemon has been out of reach for %v; using Nix's own build hook",
-				time.Since(h.outage.began).Round(time.Second)),
-		}
-	}
 }

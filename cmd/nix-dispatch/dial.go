@@ -12,6 +12,7 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/connectivity"
 	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/keepalive"
 	"google.golang.org/grpc/status"
 
 	dispatchv1 "nixdispatch/proto/dispatch/v1"
@@ -51,6 +52,8 @@ func dial(socket string) (*daemonConn, error) {
 		grpc.WithDisableServiceConfig(),
 		grpc.WithDisableRetry(),
 		grpc.WithDisableHealthCheck(),
+		// A daemon that is stopped must not keep its callers for ever.
+		grpc.WithKeepaliveParams(keepalive.ClientParameters{Time: 30 * time.Second, Timeout: 30 * time.Second}),
 		// Set windows keep grpc from measuring the link with pings, one for every
 		// message of a quiet stream.
 		grpc.WithInitialWindowSize(window),

@@ -109,7 +109,8 @@ func (n *fakeNix) startHook(env []string) {
 	stdinR, stdinW := pipe(t)
 	errR, errW := pipe(t)
 	logR, logW := pipe(t)
-	n.cmd.Env = append(os.Environ(), env...)
+	n.cmd.Env = append(os.Environ(), hookStateEnv+"="+filepath.Join(n.storeDir, "hook-state"))
+	n.cmd.Env = append(n.cmd.Env, env...)
 	n.cmd.Dir = "/"
 	n.cmd.Stdin, n.cmd.Stdout, n.cmd.Stderr = stdinR, errW, errW
 	n.cmd.ExtraFiles = []*os.File{nil, logW, logR}

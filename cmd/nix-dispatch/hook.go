@@ -94,7 +94,9 @@ func runHookProcess(ctx context.Context, verbosity string, std stdio, opts hookO
 		in:        hook.NewReader(std.in),
 		log:       hook.NewLog(std.err),
 		buildLog:  os.NewFile(logWriteFD, "build log"),
+		memory:    newOutageMemory(),
 	}
+	h.outage = h.memory.recall()
 	if logReadErr == nil {
 		h.logRead = os.NewFile(logReadFD, "build log, read end")
 	}
@@ -114,6 +116,7 @@ type hookProcess struct {
 	settings  *hook.Settings
 	link      daemonLink
 	outage    outage
+	memory    outageMemory
 	// restartTold is set once the user knows of the daemon's restart.
 	restartTold bool
 	broken      bool // by a panic; nothing is tried any more

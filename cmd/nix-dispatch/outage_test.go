@@ -2,6 +2,7 @@ package main
 
 import (
 	"net"
+	"os"
 	"path/filepath"
 	"strings"
 	"sync/atomic"
@@ -119,5 +120,90 @@ func TestHookAsksARestartedDaemonAnew(t *testing.T) {
 	}
 	if got := calls.Load(); got != 3 {
 		t.Errorf("%d calls, want 3", got)
+	}
+}
+
+func TestHooksOfOneNixTellEachOtherOfAnOutage(t *testing.T) {
+	state := t.TempDir()
+	stock := stockScript(t, "printf '# accept\\nstock://machine\\n' >&2; cat >/dev/null")
+	ended := filepath.Join(state, "outage-999999999-1")
+	if err := os.WriteFile(ended, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	start := func(socket, patience string) *fakeNix {
+		return newFakeNix(t, testSettings(), hookStateEnv+"="+state, stockHookEnv+"="+stock,
+			socketEnv+"="+socket, hookPatienceEnv+"="+patience, hookAnswerEnv+"=300ms")
+	}
+	steps := []struct {
+		patience, reply, said string
+	}{
+		{"1h", "postpone", "out of reach"},
+		{"1ns", "accept", "using Nix's own build hook"}, // has waited long enough already
+		{"1ns", "accept", ""},
+	}
+	for i, step := range steps {
+		n := start("/nonexistent/socket", step.patience)
+		if got, _ := n.try("riscv64-linux", false); got != step.reply {
+			t.Errorf("hook %d: reply = %q, want %q", i, got, step.reply)
+		}
+		n.stdin.Close()
+		n.wait()
+		said := n.said(1)
+		if strings.Count(said, "nix-dispatch:") != min(1, len(step.said)) || !strings.Contains(said, step.said) {
+			t.Errorf("hook %d: said %q, want only %q", i, said, step.said)
+		}
+	}
+	if _, err := os.Stat(ended); !os.IsNotExist(err) {
+		t.Errorf("what a process that has ended left is still there: %v", err)
+	}
+	d := answering(t, replyWith(dispatchv1.Reply_ACTION_DECLINE, "", false))
+	time.Sleep(askAgain) // the daemon is not asked sooner
+	for i, socket := range []string{d.socket, "/nonexistent/socket"} {
+		n := start(socket, "1ns")
+		n.try(testSystem, false)
+		n.stdin.Close()
+		n.wait()
+		if told := strings.Contains(n.said(1), "out of reach"); told != (i == 1) {
+			t.Errorf("after the daemon's return, hook %d: said %q; want a new outage told, no old one", i, n.said(1))
+		}
+	}
+}
+
+func TestOutageMemoryIgnoresWhatItCannotUse(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "outage-1-1")
+	for _, text := range []string{"", "x", "12", "12 perhaps", "99999999999999999999 true"} {
+		if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		m := outageMemory{file: file}
+		if got := m.recall(); got != (outage{}) {
+			t.Errorf("%q: recalled %+v", text, got)
+		}
+	}
+	m := outageMemory{file: file}
+	m.keep(outage{began: time.Now(), stockTold: true})
+	if got := m.recall(); got.began.IsZero() || !got.stockTold || !got.heard {
+		t.Errorf("recalled %+v, want what was kept", got)
+	}
+	long := time.Now().Add(-2 * outageMemoryAge)
+	if err := os.Chtimes(file, long, long); err != nil {
+		t.Fatal(err)
+	}
+	if got := m.recall(); got != (outage{}) {
+		t.Errorf("recalled %+v of long ago", got)
+	}
+	m.forget()
+	if _, err := os.Stat(file); !os.IsNotExist(err) {
+		t.Errorf("forgotten, but there: %v", err)
+	}
+	(&outageMemory{}).keep(outage{began: time.Now()}) // nowhere
+	blocked := outageMemory{file: filepath.Join(file, "x", "outage-1-1")}
+	blocked.keep(outage{began: time.Now()})
+	if err := os.WriteFile(file, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	blocked.keep(outage{began: time.Now()})
+	if got := blocked.recall(); got != (outage{}) {
+		t.Errorf("recalled %+v from a place that cannot be", got)
 	}
 }
