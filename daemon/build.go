@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"slices"
 	"sync"
 	"time"
 
@@ -118,8 +119,13 @@ type noMachineError struct {
 	explanation scheduler.Explanation
 }
 
+// Error tells of the machines that could build it only.
 func (e *noMachineError) Error() string {
-	return fmt.Sprintf("no machine that could build this has been up for %s: %s", e.waited, e.explanation)
+	x := e.explanation
+	x.Machines = slices.DeleteFunc(slices.Clone(x.Machines), func(v scheduler.Verdict) bool {
+		return v.Reason != scheduler.Eligible && v.Reason <= scheduler.NoSlots
+	})
+	return fmt.Sprintf("no machine that could build this has been up for %s: %s", e.waited, x.Text(maxExplained))
 }
 
 // maxAttempts bounds how many machines a build is tried on.

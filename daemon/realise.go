@@ -7,6 +7,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"time"
 
 	"google.golang.org/grpc"
 
@@ -23,6 +24,7 @@ type realisation struct {
 	limits     limits
 	substitute bool
 	keepGoing  bool
+	holdRoots  bool
 
 	sendMu sync.Mutex
 	stream grpc.ServerStreamingServer[dispatchv1.BuildResponse]
@@ -74,6 +76,7 @@ func (s *server) Build(req *dispatchv1.BuildRequest, stream grpc.ServerStreaming
 		limits:      limitsFrom(req.GetLimits()),
 		substitute:  req.GetBuildersUseSubstitutes(),
 		keepGoing:   req.GetKeepGoing(),
+		holdRoots:   req.GetHoldRoots(),
 		known:       make(map[nix.StorePath]nix.PathInfo),
 		outputs:     make(map[nix.StorePath]map[string]nix.StorePath),
 		goals:       make(map[nix.StorePath]*goal),
@@ -140,7 +143,23 @@ func (r *realisation) run(ctx context.Context, targets []target) error {
 	if err := context.Cause(ctx); err != nil && len(r.failed) == 0 {
 		return err
 	}
-	return r.sum(targets)
+	if err := r.sum(targets); err != nil || !r.holdRoots {
+		return err
+	}
+	r.hold()
+	return nil
+}
+
+// rootsHeld bounds how long a caller may take to make roots of its own.
+const rootsHeld = 10 * time.Minute
+
+// hold keeps the temporary roots until the caller ends the call.
+func (r *realisation) hold() {
+	select {
+	case <-r.stream.Context().Done():
+	case <-time.After(rootsHeld):
+	case <-r.d.life.Done():
+	}
 }
 
 // plan asks the local store what there is to do, keeps all of it from the

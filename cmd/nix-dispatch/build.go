@@ -87,6 +87,7 @@ asks for some outputs only. Times are in seconds, or like 1h30m.`)
 		return nil, status, false
 	}
 	opts.socket = *socket
+	req.HoldRoots = opts.outLink != ""
 	if len(operands) == 0 {
 		return nil, usageError(std, "build", "which derivation?"), false
 	}

@@ -319,7 +319,11 @@ type BuildRequest struct {
 	// Whether machines may fetch inputs from their own substituters.
 	BuildersUseSubstitutes bool `protobuf:"varint,3,opt,name=builders_use_substitutes,json=buildersUseSubstitutes,proto3" json:"builders_use_substitutes,omitempty"`
 	// Whether to go on with independent builds after one failed.
-	KeepGoing     bool `protobuf:"varint,4,opt,name=keep_going,json=keepGoing,proto3" json:"keep_going,omitempty"`
+	KeepGoing bool `protobuf:"varint,4,opt,name=keep_going,json=keepGoing,proto3" json:"keep_going,omitempty"`
+	// Whether the call stays open after its Summary, and its outputs safe from the
+	// garbage collector, until the caller ends it: for callers that make roots of
+	// their own. They have ten minutes.
+	HoldRoots     bool `protobuf:"varint,5,opt,name=hold_roots,json=holdRoots,proto3" json:"hold_roots,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -378,6 +382,13 @@ func (x *BuildRequest) GetBuildersUseSubstitutes() bool {
 func (x *BuildRequest) GetKeepGoing() bool {
 	if x != nil {
 		return x.KeepGoing
+	}
+	return false
+}
+
+func (x *BuildRequest) GetHoldRoots() bool {
+	if x != nil {
+		return x.HoldRoots
 	}
 	return false
 }
@@ -2626,13 +2637,15 @@ var File_dispatch_v1_dispatch_proto protoreflect.FileDescriptor
 
 const file_dispatch_v1_dispatch_proto_rawDesc = "" +
 	"\n" +
-	"\x1adispatch/v1/dispatch.proto\x12\x0enixdispatch.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xb9\x01\n" +
+	"\x1adispatch/v1/dispatch.proto\x12\x0enixdispatch.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xd8\x01\n" +
 	"\fBuildRequest\x12 \n" +
 	"\vderivations\x18\x01 \x03(\tR\vderivations\x12.\n" +
 	"\x06limits\x18\x02 \x01(\v2\x16.nixdispatch.v1.LimitsR\x06limits\x128\n" +
 	"\x18builders_use_substitutes\x18\x03 \x01(\bR\x16buildersUseSubstitutes\x12\x1d\n" +
 	"\n" +
-	"keep_going\x18\x04 \x01(\bR\tkeepGoing\"\xa2\x01\n" +
+	"keep_going\x18\x04 \x01(\bR\tkeepGoing\x12\x1d\n" +
+	"\n" +
+	"hold_roots\x18\x05 \x01(\bR\tholdRoots\"\xa2\x01\n" +
 	"\x06Limits\x123\n" +
 	"\atimeout\x18\x01 \x01(\v2\x19.google.protobuf.DurationR\atimeout\x12A\n" +
 	"\x0fmax_silent_time\x18\x02 \x01(\v2\x19.google.protobuf.DurationR\rmaxSilentTime\x12 \n" +

@@ -43,7 +43,8 @@ const (
 type DispatchServiceClient interface {
 	// Build realises derivations of the local store: their missing input
 	// derivations are built (or substituted) first, in dependency order, as
-	// parallel as the machines' slots allow. The stream ends after a Summary.
+	// parallel as the machines' slots allow. The stream ends after a Summary, with
+	// hold_roots when the caller ends it.
 	// Ending the call cancels what nobody else waits for.
 	//
 	// Errors:
@@ -162,7 +163,8 @@ func (c *dispatchServiceClient) Cancel(ctx context.Context, in *CancelRequest, o
 type DispatchServiceServer interface {
 	// Build realises derivations of the local store: their missing input
 	// derivations are built (or substituted) first, in dependency order, as
-	// parallel as the machines' slots allow. The stream ends after a Summary.
+	// parallel as the machines' slots allow. The stream ends after a Summary, with
+	// hold_roots when the caller ends it.
 	// Ending the call cancels what nobody else waits for.
 	//
 	// Errors:
