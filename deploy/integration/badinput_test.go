@@ -1,0 +1,447 @@
+package integration
+
+import (
+	"context"
+	"encoding/base64"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"nixdispatch/deploy/fleet"
+)
+
+// fakes is where a host sees the fake machine's programs, one for each fault.
+const fakes = "/opt/fake"
+
+// A fault is a way in which a machine is broken.
+type fault struct {
+	name   string
+	scheme string // "" for ssh
+	user   string // "" for root and a fake program; others have their own fault
+	// down is set if the machine does not even come up.
+	down bool
+	// final is set if the fault looks like the derivation's own failure.
+	final bool
+	// want is what a person must be told.
+	want []string
+}
+
+func (f fault) feature() string { return f.name + "-" + f.machine().scheme }
+
+// machine takes what asks for the fault's feature, before any good machine, and
+// alone what asks for the feature with "only-" before it.
+func (f fault) machine() machineConfig {
+	m := machineConfig{name: "bad", scheme: f.scheme, user: f.user}
+	if m.scheme == "" {
+		m.scheme = "ssh"
+	}
+	if m.user == "" {
+		m.user = "root"
+		m.name += "?remote-program=" + fakes + "/" + f.name
+	}
+	feature := f.name + "-" + m.scheme
+	m.columns = fmt.Sprintf("x86_64-linux - 1 10 %s,only-%[1]s", feature)
+	return m
+}
+
+var faults = []fault{
+	{name: "bashrc-prints", user: "alice", down: true, want: []string{"hi from the bashrc", "start-up file"}},
+	{name: "command-prints", user: "bob", scheme: "ssh-ng", down: true, want: []string{"Welcome", "start-up file"}},
+	{name: "no-nix", user: "nix", down: true, want: []string{"nix-store", "not found", "PATH", "remote-program"}},
+	{name: "no-nix", user: "nix", scheme: "ssh-ng", down: true, want: []string{"nix-daemon", "not found", "PATH"}},
+	{name: "no-such-program", down: true, want: []string{fakes + "/no-such-program", "not found"}},
+	{name: "ends-early", down: true, want: []string{"before the"}},
+	{name: "too-old", down: true, want: []string{"2.1", "Nix 2.8 or later"}},
+	{name: "too-old", scheme: "ssh-ng", down: true, want: []string{"1.2", "Nix 2.8 or later"}},
+	{name: "too-new", down: true, want: []string{"version 9.0"}},
+	{name: "too-new", scheme: "ssh-ng", down: true, want: []string{"version 9.0"}},
+	{name: "ends-mid-build", want: []string{"No space left on device"}},
+	{name: "ends-mid-build", scheme: "ssh-ng", want: []string{"No space left on device"}},
+	{name: "endless-text", want: []string{"text of length", "longer than permitted"}},
+	{name: "endless-text", scheme: "ssh-ng", want: []string{"text of length", "longer than permitted"}},
+	{name: "endless-list", want: []string{"list of length", "longer than permitted"}},
+	{name: "wrong-hash", want: []string{"hash mismatch"}},
+	{name: "wrong-hash", scheme: "ssh-ng", want: []string{"hash mismatch"}},
+	{name: "wrong-size", want: []string{"copy outputs", "wrong NAR size"}},
+	{name: "no-nar", want: []string{"copy outputs", "bad NAR"}},
+	{name: "no-nar", scheme: "ssh-ng", want: []string{"copy outputs", "bad NAR"}},
+	{name: "endless-file", want: []string{"copy outputs", "wrong NAR size"}},
+	{name: "endless-file", scheme: "ssh-ng", want: []string{"copy outputs", "wrong NAR size"}},
+	{name: "cut-nar", want: []string{"copy outputs", "EOF"}},
+	{name: "cut-nar", scheme: "ssh-ng", want: []string{"copy outputs", "EOF"}},
+	{name: "no-output", want: []string{"-only-no-output-ssh is not valid there"}},
+	{name: "no-output", scheme: "ssh-ng", want: []string{"-only-no-output-ssh-ng is not valid there"}},
+	{name: "other-path", want: []string{"00000000000000000000000000000000-only-other-path-ssh", "not asked for"}},
+	{name: "escapes", final: true, want: []string{"clearedback red"}},
+	{name: "escapes", scheme: "ssh-ng", final: true, want: []string{"clearedback red"}},
+}
+
+// fakePrograms builds the fake machine, under the name of each fault.
+func fakePrograms(t *testing.T) (dir string) {
+	t.Helper()
+	dir = t.TempDir()
+	program := filepath.Join(t.TempDir(), "fakemachine")
+	cmd := exec.Command("go", "build", "-o", program, "./fakemachine")
+	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("build the fake machine: %v\n%s", err, out)
+	}
+	text, err := os.ReadFile(program)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, f := range faults {
+		if f.user != "" || f.name == "no-such-program" {
+			continue
+		}
+		if err := os.WriteFile(filepath.Join(dir, f.name), text, 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return dir
+}
+
+// badSite is a site of a good machine and one that is bad in every way there is.
+func badSite(t *testing.T) *site {
+	fleet.Require(t)
+	var lines strings.Builder
+	good := machineConfig{name: "good"}
+	for _, f := range faults {
+		good.host.SystemFeatures = append(good.host.SystemFeatures, f.feature())
+		lines.WriteString(f.machine().line())
+	}
+	good.columns = "x86_64-linux - 4 1 " + strings.Join(good.host.SystemFeatures, ",")
+	s := newSite(t, siteConfig{
+		daemon: []string{"--machine-wait", "4s"},
+		machines: []machineConfig{good, {name: "bad", host: fleet.HostConfig{
+			Binds:      map[string]string{fakes: fakePrograms(t)},
+			SSHDConfig: "Match User bob\nForceCommand echo Welcome to this machine; eval \"$SSH_ORIGINAL_COMMAND\"",
+		}}},
+	})
+	bad := s.machines["bad"]
+	key, err := bad.ReadFile("/home/alice/.ssh/authorized_keys")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, text := range map[string]string{
+		"/home/bob/.ssh/authorized_keys": string(key),
+		"/home/alice/.bashrc":            "echo hi from the bashrc\n",
+		"/home/nix/.bashrc":              "PATH=/usr/games\n",
+	} {
+		if err := bad.WriteFile(name, []byte(text), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	s.stopDaemon(syscall.SIGTERM)
+	s.write("/etc/nix/machines", lines.String()+good.line())
+	s.startDaemon()
+	return s
+}
+
+// told checks that a text holds what a fault must be explained with.
+func (f fault) told(t *testing.T, where, text string) {
+	t.Helper()
+	for _, want := range f.want {
+		if !strings.Contains(text, want) {
+			t.Errorf("%s says %q, want %q in it", where, text, want)
+		}
+	}
+	if strings.ContainsFunc(text, func(r rune) bool { return r < ' ' && r != '\n' && r != '\t' }) {
+		t.Errorf("%s has control characters: %q", where, text)
+	}
+}
+
+func TestBadMachines(t *testing.T) {
+	s := badSite(t)
+	t.Run("status tells what is wrong", func(t *testing.T) {
+		reasons := make(map[string]string)
+		for _, m := range s.within(t).status().Machines {
+			reasons[m.URI] = m.State + ": " + m.Reason
+		}
+		for _, f := range faults {
+			reason := reasons[f.machine().uri()]
+			if !f.down {
+				if reason != "up: " {
+					t.Errorf("%s: %q, want it up", f.feature(), reason)
+				}
+				continue
+			}
+			if !strings.HasPrefix(reason, "down: ") {
+				t.Errorf("%s: %q, want it down", f.feature(), reason)
+			}
+			f.told(t, "status of "+f.feature(), reason)
+		}
+	})
+	t.Run("a good machine builds instead", func(t *testing.T) { s.within(t).buildsDespiteFaults() })
+	t.Run("without a good machine the build fails and says why", func(t *testing.T) { s.within(t).failsOfFaults() })
+	t.Run("what cannot be asked for", func(t *testing.T) { s.within(t).refusesRequests() })
+	s.idle(time.Minute)
+}
+
+func (s *site) buildsDespiteFaults() {
+	t := s.t
+	var drvs []string
+	for _, f := range faults {
+		if !f.final {
+			drvs = append(drvs, shell("good-"+f.feature(), "echo good > $out", features(f.feature())))
+		}
+	}
+	out, err := s.keepGoing(drvs)
+	if err != nil {
+		t.Errorf("nix-build: %v\n%s", err, out.Stderr)
+	}
+	paths := strings.Fields(out.Stdout)
+	if err == nil && len(paths) != len(drvs) {
+		t.Errorf("%d outputs of %d derivations", len(paths), len(drvs))
+	}
+	s.verify(paths...)
+	for _, p := range paths {
+		s.contents(p, "good\n")
+	}
+}
+
+// keepGoing builds all that can be built, and names what is stuck after some
+// minutes.
+func (s *site) keepGoing(drvs []string) (fleet.Output, error) {
+	ctx, cancel := context.WithCancel(s.t.Context())
+	defer cancel()
+	cmd, out := s.nixBuildCommand(ctx, "alice", "["+strings.Join(drvs, "\n")+"]", "--keep-going")
+	ended := make(chan error, 1)
+	go func() { ended <- cmd.Run() }()
+	select {
+	case err := <-ended:
+		return out(), err
+	case <-time.After(3 * time.Minute):
+		for _, b := range s.status().Builds {
+			s.t.Errorf("still %s on %q after %.0f s: %s", b.Phase, b.Machine, b.Seconds, b.DrvPath)
+		}
+		cancel()
+		return out(), <-ended
+	}
+}
+
+func (s *site) failsOfFaults() {
+	t := s.t
+	var drvs []string
+	for _, f := range faults {
+		drvs = append(drvs, shell("only-"+f.feature(), "echo never > $out", features("only-"+f.feature())))
+	}
+	out, err := s.keepGoing(drvs)
+	if err == nil || strings.TrimSpace(out.Stdout) != "" {
+		t.Errorf("nix-build built %q (%v)", out.Stdout, err)
+	}
+	defer func() {
+		if t.Failed() {
+			t.Logf("nix-build printed:\n%s", out.Stderr)
+		}
+	}()
+	for _, f := range faults {
+		f.told(t, "nix-build about "+f.feature(), failureOf(out.Stderr, "only-"+f.feature()))
+	}
+}
+
+// failureOf is what the hook said of the failure of the derivation with a name,
+// "" if nothing: a line and those that are indented below it.
+func failureOf(stderr, name string) string {
+	var said strings.Builder
+	for line := range strings.Lines(stderr) {
+		switch {
+		case said.Len() > 0 && !strings.HasPrefix(line, "  "):
+			return said.String()
+		case said.Len() > 0, strings.Contains(line, "error: build of '") && strings.Contains(line, "-"+name+".drv'"):
+			said.WriteString(line)
+		}
+	}
+	return said.String()
+}
+
+func (s *site) refusesRequests() {
+	t := s.t
+	inst, err := s.client.Run(t.Context(), "nix-instantiate", "--expr", shell("some", "echo > $out; echo > $doc", `outputs = [ "out" "doc" ];`))
+	if err != nil {
+		t.Fatal(err)
+	}
+	drv := strings.TrimSpace(inst.Stdout)
+	tests := []struct {
+		name, arg string
+		exit      int
+		want      []string
+	}{
+		{"a derivation that is not in the store", "/nix/store/00000000000000000000000000000000-x.drv", 1, []string{"-x.drv is not in the local store"}},
+		{"an output that is unknown", drv + "!nope", 2, []string{`"nope"`, "doc, out"}},
+		{"no derivation", strings.TrimSuffix(drv, ".drv"), 2, []string{"derivation"}},
+		{"no store path", "/etc/passwd", 2, []string{`"/etc/passwd"`}},
+	}
+	for _, tt := range tests {
+		out, err := s.dispatch("build", tt.arg)
+		if code := exitCode(err); code != tt.exit || out.Stdout != "" {
+			t.Errorf("%s: exit %d, stdout %q, want exit %d", tt.name, code, out.Stdout, tt.exit)
+		}
+		for _, want := range tt.want {
+			if !strings.Contains(out.Stderr, want) {
+				t.Errorf("%s: stderr %q, want %q in it", tt.name, out.Stderr, want)
+			}
+		}
+	}
+}
+
+// keySite is a site with one machine and, on the client, a second key that lets
+// in as bob.
+func keySite(t *testing.T) *site {
+	s := newSite(t, siteConfig{nixConf: "sandbox-paths = /bin /usr /lib /lib64\n", machines: []machineConfig{{
+		name: "mac", host: fleet.HostConfig{NixConf: "sandbox-paths = /bin /usr /lib /lib64\n"},
+	}}})
+	_, err := s.client.Run(t.Context(), "ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", "/root/second")
+	if err != nil {
+		t.Fatal(err)
+	}
+	key, err := s.client.ReadFile("/root/second.pub")
+	if err != nil {
+		t.Fatal(err)
+	}
+	mac := s.machines["mac"]
+	if err := mac.WriteFile("/home/bob/.ssh/authorized_keys", key, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if err := mac.WriteFile("/usr/local/bin/other-nix-store", []byte("#!/bin/sh\necho ran >> /srv/other\nexec nix-store \"$@\"\n"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	hosts, err := s.client.ReadFile("/etc/hosts")
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.write("/etc/hosts", string(hosts)+mac.Addr()+" stranger\n")
+	return s
+}
+
+func TestWaysToReachAMachine(t *testing.T) {
+	s := keySite(t)
+	pin := base64.StdEncoding.EncodeToString([]byte(s.machines["mac"].HostKey()))
+	wrongPin := base64.StdEncoding.EncodeToString([]byte(s.client.HostKey()))
+	ways := []struct {
+		name, uri, key, hostKey string
+		refused                 []string // words of the reason; nil if it is let in
+	}{
+		{name: "unknown-host", uri: "ssh://root@stranger", refused: []string{"host key", "known_hosts"}},
+		{name: "pinned", uri: "ssh-ng://root@stranger", hostKey: pin},
+		{name: "wrong-pin", uri: "ssh-ng://root@mac", hostKey: wrongPin, refused: []string{"host key"}},
+		{name: "pin-in-uri", uri: "ssh://nix@stranger?base64-ssh-public-host-key=" + strings.ReplaceAll(pin, "=", "%3D")},
+		{name: "key-refused", uri: "ssh://bob@mac", refused: []string{"bob", "authenticate"}},
+		{name: "key-in-uri", uri: "ssh://bob@mac?ssh-key=/root/second"},
+		{name: "key-in-column", uri: "ssh-ng://bob@mac", key: "/root/second"},
+		{name: "key-not-there", uri: "ssh://root@mac?ssh-key=/root/third", refused: []string{"/root/third"}},
+		{name: "program", uri: "ssh://root@mac?remote-program=/usr/local/bin/other-nix-store"},
+		{name: "store", uri: "ssh://root@mac?remote-store=/srv/store"},
+		{name: "localhost", uri: "ssh://localhost?remote-store=/srv/local"},
+		{name: "localhost-ng", uri: "ssh-ng://localhost?remote-store=/srv/local-ng"},
+	}
+	var lines strings.Builder
+	for _, w := range ways {
+		columns := []string{w.uri, "x86_64-linux", w.key, "1", "1", "big-parallel", w.name, w.hostKey}
+		for i, c := range columns {
+			if c == "" {
+				columns[i] = "-"
+			}
+		}
+		lines.WriteString(strings.Join(columns, " ") + "\n")
+	}
+	s.stopDaemon(syscall.SIGTERM)
+	s.write("/etc/nix/machines", lines.String())
+	for _, h := range []*fleet.Host{s.client, s.machines["mac"]} {
+		s.allowFeatures(h, slices.Collect(func(yield func(string) bool) {
+			for _, w := range ways {
+				if !yield(w.name) {
+					return
+				}
+			}
+		}))
+	}
+	s.startDaemon()
+	status := s.status()
+	for n, w := range ways {
+		t.Run(w.name, func(t *testing.T) {
+			s := s.within(t)
+			m := status.Machines[n]
+			if m.URI != w.uri {
+				t.Fatalf("machine %d is %s", n, m.URI)
+			}
+			if w.refused != nil {
+				if m.State != "down" {
+					t.Errorf("state %q, want down", m.State)
+				}
+				for _, want := range w.refused {
+					if !strings.Contains(m.Reason, want) {
+						t.Errorf("reason %q, want %q in it", m.Reason, want)
+					}
+				}
+				return
+			}
+			if m.State != "up" {
+				t.Fatalf("state %q: %s", m.State, m.Reason)
+			}
+			out, err := s.nixBuild("alice", shell(w.name, "echo "+w.name+" > $out", features(w.name)))
+			if err != nil {
+				t.Fatalf("nix-build: %v\n%s", err, out.Stderr)
+			}
+			if builtOn(out.Stderr)[w.uri] != 1 {
+				t.Errorf("built on %v, want %s", builtOn(out.Stderr), w.uri)
+			}
+			path := strings.TrimSpace(out.Stdout)
+			s.verify(path)
+			s.contents(path, w.name+"\n")
+			s.wayTaken(w.name, path)
+		})
+	}
+}
+
+// wayTaken checks the traces that some ways leave.
+func (s *site) wayTaken(name, path string) {
+	t := s.t
+	t.Helper()
+	find := func(h *fleet.Host, file string) {
+		t.Helper()
+		if _, err := h.ReadFile(file); err != nil {
+			t.Errorf("no trace on %s: %v", h.Name(), err)
+		}
+	}
+	switch name {
+	case "program":
+		find(s.machines["mac"], "/srv/other")
+	case "store":
+		find(s.machines["mac"], "/srv/store"+path)
+	case "localhost":
+		find(s.client, "/srv/local"+path)
+	case "localhost-ng":
+		find(s.client, "/srv/local-ng"+path)
+	}
+}
+
+// allowFeatures gives a host's Nix more system features.
+func (s *site) allowFeatures(h *fleet.Host, names []string) {
+	s.t.Helper()
+	conf, err := h.ReadFile("/etc/nix/nix.conf")
+	if err == nil {
+		err = h.WriteFile("/etc/nix/nix.conf", fmt.Appendf(conf, "\nsystem-features = big-parallel %s\n", strings.Join(names, " ")), 0o644)
+	}
+	if err != nil {
+		s.t.Fatal(err)
+	}
+}
+
+// exitCode is the exit status that an error of a command tells of; 0 without one.
+func exitCode(err error) int {
+	if exit, ok := errors.AsType[*exec.ExitError](err); ok {
+		return exit.ExitCode()
+	}
+	if err != nil {
+		return -1
+	}
+	return 0
+}
