@@ -56,6 +56,8 @@ type Daemon struct {
 	machines   *machines
 	dispatcher *dispatcher
 	metrics    *metrics
+	// ssh says how connections to machines are made and kept.
+	ssh sshpool.Options
 
 	// life is the context of all builds; it ends with errShutdown.
 	life   context.Context //nolint:containedctx // a build outlives the call that asked for it
@@ -78,6 +80,7 @@ func New(opts Options) (*Daemon, error) {
 		machines:   readMachines(opts.Builders, opts.Logger),
 		dispatcher: newDispatcher(opts.Logger),
 	}
+	d.ssh = sshpool.Options{Logger: d.log, OnChange: d.hostChanged}
 	d.life, d.end = context.WithCancelCause(context.Background())
 	d.metrics = newMetrics(opts.Version, d.machines)
 	d.metrics.registry.MustRegister(newStateCollector(d))
@@ -97,7 +100,7 @@ func (d *Daemon) Run(ctx context.Context) error {
 	if err != nil {
 		return errors.Join(err, listener.Close())
 	}
-	pool := sshpool.New(sshpool.Options{Logger: d.log, OnChange: d.hostChanged})
+	pool := sshpool.New(d.ssh)
 	d.machines.connect(pool, d.log)
 	server, healthServer := newGRPCServer(d, gate{own: uint32(os.Geteuid()), group: GroupName}) //nolint:gosec // a uid
 	failed := make(chan error, 2)

@@ -27,6 +27,10 @@ type ServerOptions struct {
 	Authorized  []ssh.PublicKey // empty: everyone with any key
 	MaxSessions int             // on one connection; 0 means 10
 	Linger      time.Duration   // how long a session counts after its command's end
+
+	// Run runs a command in place of those that Server knows, and returns its exit
+	// status. ctx ends when the session is closed or the command is sent a signal.
+	Run func(ctx context.Context, command string, stdin io.Reader, stdout, stderr io.Writer) int
 }
 
 // A Server is an SSH server that is reached through [Server.Dial] only. It may be
@@ -314,6 +318,10 @@ func (s *Server) session(c *serverConn, ch ssh.Channel, reqs <-chan *ssh.Request
 			s.set(func() { s.commands = append(s.commands, arg.Value) })
 			req.Reply(true, nil)
 			command.Go(func() {
+				if s.opts.Run != nil {
+					finish(ch, s.opts.Run(ctx, arg.Value, ch, ch, ch.Stderr()), "")
+					return
+				}
 				status, signal := run(ctx, ch, arg.Value)
 				finish(ch, status, signal)
 			})

@@ -32,12 +32,21 @@ type Server struct {
 	Version wire.Version
 	// Noise is printed before the greeting, as by a careless login script.
 	Noise string
+	// Build is used in place of the store's, if it is not nil.
+	Build func(wiretest.BuildRequest) nix.BuildResult
+}
+
+func (s *Server) runBuild(req wiretest.BuildRequest) nix.BuildResult {
+	if s.Build != nil {
+		return s.Build(req)
+	}
+	return s.Store.RunBuild(req)
 }
 
 // Serve serves one connection until the client's end, or until something fails;
 // as in Nix a failure has no other form than the end of the connection.
 func (s *Server) Serve(r io.Reader, w io.Writer) error {
-	c := &conn{store: s.Store, r: wire.NewReader(r), w: wire.NewWriter(w)}
+	c := &conn{server: s, store: s.Store, r: wire.NewReader(r), w: wire.NewWriter(w)}
 	io.WriteString(c.w, s.Noise) //nolint:errcheck // Flush tells
 	version := s.Version
 	if version == 0 {
@@ -79,6 +88,7 @@ func (s *Server) Start() *wiretest.Conn {
 }
 
 type conn struct {
+	server  *Server
 	store   *wiretest.Store
 	r       *wire.Reader
 	w       *wire.Writer
@@ -173,7 +183,7 @@ func (c *conn) buildDerivation() {
 	if c.r.Err() != nil {
 		return
 	}
-	res := c.store.RunBuild(req)
+	res := c.server.runBuild(req)
 	form := wire.ResultForm{Times: true}
 	switch {
 	case c.version >= wire.MakeVersion(2, 8):
@@ -211,7 +221,7 @@ func (c *conn) buildPaths() {
 		if drv == "" {
 			continue
 		}
-		res := c.store.RunBuild(wiretest.BuildRequest{DrvPath: drv, Options: opts, Log: func(string) {}})
+		res := c.server.runBuild(wiretest.BuildRequest{DrvPath: drv, Options: opts, Log: func(string) {}})
 		if !res.Status.Success() {
 			c.w.Uint64(exitCode(res.Status))
 			c.w.String(res.ErrorMsg)

@@ -189,7 +189,7 @@ func (c *conn) build(drvPath nix.StorePath, drv *nix.BasicDerivation) nix.BuildR
 	c.w.Uint64(0) // a number
 	c.w.Uint64(1)
 	c.w.Uint64(0) // no parent
-	res := c.store.RunBuild(wiretest.BuildRequest{
+	res := c.server.runBuild(wiretest.BuildRequest{
 		DrvPath: drvPath,
 		Drv:     drv,
 		Log:     func(line string) { c.logLine(buildActivity, line) },
@@ -268,19 +268,32 @@ func (c *conn) queryOutputs() {
 }
 
 func (c *conn) queryMissing() {
-	var build, unknown []nix.StorePath
-	for _, target := range c.r.Strings(wire.MaxPaths, wire.MaxStorePath+wire.MaxToken) {
+	targets := c.r.Strings(wire.MaxPaths, wire.MaxStorePath+wire.MaxToken)
+	if c.r.Err() != nil {
+		return
+	}
+	missing := c.server.missing
+	if c.server.Missing != nil {
+		missing = c.server.Missing
+	}
+	m := missing(targets)
+	c.done(nil)
+	c.w.StorePathSet(m.WillBuild)
+	c.w.StorePathSet(m.WillSubstitute)
+	c.w.StorePathSet(m.Unknown)
+	c.w.Uint64(m.DownloadSize)
+	c.w.Uint64(m.NarSize)
+}
+
+func (s *Server) missing(targets []string) worker.Missing {
+	var m worker.Missing
+	for _, target := range targets {
 		drv, path := wiretest.SplitTarget(target)
 		if drv != "" {
-			build = append(build, drv)
-		} else if _, _, ok := c.store.Get(path); !ok {
-			unknown = append(unknown, path)
+			m.WillBuild = append(m.WillBuild, drv)
+		} else if _, _, ok := s.Store.Get(path); !ok {
+			m.Unknown = append(m.Unknown, path)
 		}
 	}
-	c.done(nil)
-	c.w.StorePathSet(build)
-	c.w.StorePathSet(nil)
-	c.w.StorePathSet(unknown)
-	c.w.Uint64(0)
-	c.w.Uint64(0)
+	return m
 }

@@ -8,6 +8,7 @@ import (
 	"sync"
 	"time"
 
+	"nixdispatch/proto/nix"
 	"nixdispatch/proto/nix/nar"
 	"nixdispatch/proto/nix/wire"
 	"nixdispatch/proto/nix/wire/wiretest"
@@ -42,6 +43,18 @@ type Server struct {
 	Refuse string
 	// Options receives what clients set, if it is not nil.
 	Options func(worker.Options)
+	// Build is used in place of the store's, if it is not nil.
+	Build func(wiretest.BuildRequest) nix.BuildResult
+	// Missing answers what it would take to make targets valid. Without it all
+	// derivations are to be built and invalid paths are unknown.
+	Missing func(targets []string) worker.Missing
+}
+
+func (s *Server) runBuild(req wiretest.BuildRequest) nix.BuildResult {
+	if s.Build != nil {
+		return s.Build(req)
+	}
+	return s.Store.RunBuild(req)
 }
 
 // errClose ends a connection after its error was sent.
