@@ -1,17 +1,110 @@
 # Everything is documented by 'make help'.
 
 BIN     ?= bin
+PREFIX  ?= /usr/local
+DESTDIR ?=
+# How long each fuzz target runs.
+FUZZTIME ?= 30s
+
 VERSION ?= $(shell git describe --always --dirty 2>/dev/null || echo unknown)
 # grpcnotrace leaves out request tracing, which nobody reads: a smaller program
 # that starts faster, and one is started for every build.
 GOFLAGS_BUILD = -trimpath -tags grpcnotrace -ldflags '-s -w -X main.version=$(VERSION)'
 
-.PHONY: help build
+# git may distrust a checkout of another user's; VERSION needs no help from Go.
+export GOFLAGS := $(GOFLAGS) -buildvcs=false
+
+STATICCHECK        = honnef.co/go/tools/cmd/staticcheck@v0.8.2
+PROTOC_GEN_GO      = google.golang.org/protobuf/cmd/protoc-gen-go@v1.36.12
+PROTOC_GEN_GO_GRPC = google.golang.org/grpc/cmd/protoc-gen-go-grpc@v1.6.2
+
+# What runs on the fleet takes minutes and wants the machine for itself; the rest
+# is run with the race detector.
+INTEGRATION = ./deploy/integration
+UNIT        = $$(go list ./... | grep -v /deploy/integration)
+
+# Programs the tests need, each with the Debian package that brings it.
+TEST_TOOLS = gcc=gcc as=binutils git=git ssh=openssh-client ssh-keygen=openssh-client \
+	ssh-agent=openssh-client sshd=openssh-server nix-store=nix-bin
+
+# Tests for who asks for them with an environment variable: see docs/hacking.md.
+OPT_IN = ^TestGolden
+
+TOOLS           = $(CURDIR)/bin/tools
+RACE_RUN        = CGO_ENABLED=1 go test -race -count=1 -timeout 15m
+INTEGRATION_RUN = go test -count=1 -timeout 40m
+
+.PHONY: help build demo test unit race integration fuzz lint staticcheck generate check-generated install clean
+.PHONY: tools prepare prepare-tests
 .DEFAULT_GOAL := help
 
 help: ## Show the targets.
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
 
-build: ## Build the programs into bin/.
+build: ## Build the programs into bin/ (BIN=).
 	CGO_ENABLED=0 go build $(GOFLAGS_BUILD) -o $(BIN)/ ./cmd/...
 	ln -f $(BIN)/nix-dispatch $(BIN)/nix-dispatch-hook
+
+demo: build tools prepare ## See it work: real builds on three real machines, made here. Needs root.
+	@$(TOOLS)/demo -bin $(BIN)
+
+test: prepare-tests ## Everything: checks, unit tests with the race detector, integration. Needs root.
+	@NIX_DISPATCH_REQUIRE_FLEET=1 $(TOOLS)/testreport -opt-in '$(OPT_IN)' \
+		'gofmt: test -z "$$(gofmt -l . | tee /dev/stderr)"' \
+		'vet: go vet ./...' \
+		'unit, race: $(RACE_RUN) -json $(UNIT)' \
+		'integration: $(INTEGRATION_RUN) -json $(INTEGRATION)'
+
+unit: ## The tests that need neither root nor other programs, in seconds.
+	go test $(UNIT)
+
+race: ## The same with the race detector.
+	$(RACE_RUN) $(UNIT)
+
+integration: prepare-tests ## The tests on real Nix machines made here. Needs root.
+	NIX_DISPATCH_REQUIRE_FLEET=1 $(INTEGRATION_RUN) $(INTEGRATION)
+
+fuzz: ## Run every fuzz target for a while (FUZZTIME=30s).
+	@set -e; grep -rn --include='*_test.go' '^func Fuzz' . | \
+	sed 's|^\(.*\)/[^/]*_test.go:[0-9]*:func \(Fuzz[A-Za-z0-9_]*\).*|\1 \2|' | sort -u | \
+	while read -r dir name; do \
+		echo "$$dir $$name"; \
+		go test -run '^$$' -fuzz "^$$name\$$" -fuzztime $(FUZZTIME) "$$dir" </dev/null; \
+	done
+
+lint: ## gofmt and go vet.
+	@test -z "$$(gofmt -l . | tee /dev/stderr)"
+	go vet ./...
+
+staticcheck: ## Staticcheck, which is fetched and built first.
+	go run $(STATICCHECK) ./...
+
+generate: ## Make the Go code of the gRPC interface anew.
+	@deploy/install-missing.sh protoc=protobuf-compiler
+	GOBIN=$(TOOLS) go install $(PROTOC_GEN_GO)
+	GOBIN=$(TOOLS) go install $(PROTOC_GEN_GO_GRPC)
+	PATH=$(TOOLS):$$PATH protoc -I proto \
+		--go_out=proto --go_opt=paths=source_relative \
+		--go-grpc_out=proto --go-grpc_opt=paths=source_relative \
+		dispatch/v1/dispatch.proto
+
+check-generated: generate ## Check that the committed Go code is what generate makes.
+	git diff --exit-code -- proto/dispatch/v1
+
+install: build ## Install the programs (PREFIX=/usr/local, DESTDIR=).
+	install -d $(DESTDIR)$(PREFIX)/bin
+	install -m 755 $(BIN)/nix-dispatchd $(BIN)/nix-dispatch $(DESTDIR)$(PREFIX)/bin/
+	ln -sf nix-dispatch $(DESTDIR)$(PREFIX)/bin/nix-dispatch-hook
+
+clean: ## Remove what was built.
+	rm -rf bin
+
+tools:
+	@go build -o $(TOOLS)/ ./deploy/...
+
+prepare: tools
+	@$(TOOLS)/fleet prepare
+
+prepare-tests: tools
+	@deploy/install-missing.sh $(TEST_TOOLS)
+	@$(TOOLS)/fleet prepare

@@ -18,6 +18,9 @@ func (in *invocation) prepare(ctx context.Context, args []string) error {
 	if err != nil {
 		return err
 	}
+	if err := fleet.EnsureTools(ctx); err != nil {
+		return err
+	}
 	return fleet.Prepare(ctx, in.log, suites...)
 }
 

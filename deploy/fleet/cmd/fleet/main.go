@@ -22,7 +22,7 @@ import (
 const usage = `fleet brings up real Nix machines on this host, each with its own root, network,
 sshd and nix-daemon. Needs root. Nothing of it is on this host's own network.
 
-  fleet prepare [SUITE...]          make the base roots (once; a minute or two)
+  fleet prepare [SUITE...]          install tools, make the base roots (once; minutes)
   fleet up [OPTIONS] NAME...        bring up hosts
   fleet run [--user U] HOST CMD...  run a command in a host
   fleet cut|restore HOST...         drop all packets of a host, silently, or no more

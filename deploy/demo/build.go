@@ -1,0 +1,189 @@
+package main
+
+import (
+	"cmp"
+	"context"
+	_ "embed"
+	"fmt"
+	"io"
+	"path"
+	"slices"
+	"strconv"
+	"strings"
+	"text/tabwriter"
+	"time"
+)
+
+//go:embed graph.nix
+var graph string
+
+// graphSize is how many derivations graph.nix has.
+const graphSize = 12
+
+// build runs nix-build as an ordinary user, and shows status in the midst of it.
+func (s *scene) build(ctx context.Context) error {
+	s.say("alice, an ordinary user, builds %d derivations with nix-build", graphSize)
+	const file = "/home/alice/graph.nix"
+	if err := s.client.WriteFile(file, []byte(graph), 0o644); err != nil {
+		return err
+	}
+	fmt.Fprintln(s.out, "alice@client$ nix-build graph.nix")
+	var stdout strings.Builder
+	stderr := &lockedWriter{w: s.out}
+	cmd := s.client.Command(ctx, "alice", "nix-build", "--no-out-link", file)
+	cmd.Stdout, cmd.Stderr = &stdout, stderr
+	started := time.Now()
+	if err := cmd.Start(); err != nil {
+		return fmt.Errorf("start nix-build: %w", err)
+	}
+	done := make(chan struct{})
+	shown := make(chan error, 1)
+	go func() { shown <- s.showProgress(ctx, stderr, done) }()
+	err := cmd.Wait()
+	s.took = time.Since(started)
+	close(done)
+	showErr := <-shown
+	if err != nil {
+		return fmt.Errorf("nix-build: %w", err)
+	}
+	s.result = strings.TrimSpace(stdout.String())
+	fmt.Fprintf(s.out, "%s\n", s.result)
+	return showErr
+}
+
+// showProgress prints the status once, when several builds run, among nix-build's
+// own lines.
+func (s *scene) showProgress(ctx context.Context, out *lockedWriter, done <-chan struct{}) error {
+	for {
+		status, err := s.client.Run(ctx, programs+"/nix-dispatch", "status")
+		if err != nil {
+			return fmt.Errorf("nix-dispatch status: %w", err)
+		}
+		if strings.Count(status.Stdout, " building ") >= 3 {
+			fmt.Fprintf(out, "\nmeanwhile, root@client# nix-dispatch status\n%s\n", status.Stdout)
+			return nil
+		}
+		select {
+		case <-done:
+			return fmt.Errorf("no three builds ran at once; the last status was:\n%s", status.Stdout)
+		case <-time.After(100 * time.Millisecond):
+		}
+	}
+}
+
+// tellWhere shows where each derivation was built, by the machine's own word:
+// every output holds the host name of where it was made.
+func (s *scene) tellWhere(ctx context.Context) error {
+	s.say("Where each was built, as its own output tells")
+	out, err := s.client.Run(ctx, "sh", "-c",
+		`nix-store -q --outputs $(nix-store -q --requisites "$(nix-store -q --deriver "$0")" | grep '\.drv$')`, s.result)
+	if err != nil {
+		return err
+	}
+	s.paths = strings.Fields(out.Stdout)
+	s.builtOn = make(map[string]string)
+	perHost := make(map[string]int)
+	for _, p := range s.paths {
+		host, err := s.client.ReadFile(p + "/built-on")
+		if err != nil {
+			return err
+		}
+		_, name, _ := strings.Cut(path.Base(p), "-")
+		s.builtOn[name] = strings.TrimSpace(string(host))
+		perHost[s.builtOn[name]]++
+	}
+	tw := tabwriter.NewWriter(s.out, 0, 8, 2, ' ', 0)
+	for _, m := range s.machines {
+		var names []string
+		for name, host := range s.builtOn {
+			if host == m.name {
+				names = append(names, name)
+			}
+		}
+		slices.SortFunc(names, func(a, b string) int { return cmp.Compare(a, b) })
+		connections, err := m.host.SSHConnections()
+		if err != nil {
+			return err
+		}
+		fmt.Fprintf(tw, "%s\tNix %s\t%d SSH connection\t%d built:\t%s\n", m.name, m.host.NixVersion(), connections, len(names), strings.Join(names, " "))
+		switch {
+		case len(names) == 0:
+			err = fmt.Errorf("nothing was built on %s", m.name)
+		case connections != 1:
+			err = fmt.Errorf("%d SSH connections to %s, want 1", connections, m.name)
+		}
+		if err != nil {
+			tw.Flush()
+			return err
+		}
+		delete(perHost, m.name)
+	}
+	tw.Flush()
+	if len(s.paths) != graphSize || len(perHost) > 0 {
+		return fmt.Errorf("%d outputs, want %d; built elsewhere: %v", len(s.paths), graphSize, perHost)
+	}
+	if s.builtOn["tests"] != "poochie" {
+		return fmt.Errorf("tests, which asks for the feature big, was built on %s, which lacks it", s.builtOn["tests"])
+	}
+	return nil
+}
+
+// checkStore checks the outputs in the client's store, and the kept log.
+func (s *scene) checkStore(ctx context.Context) error {
+	s.say("The outputs are valid in the client's store, and the logs are kept")
+	for _, p := range s.paths {
+		if _, err := s.client.Run(ctx, "nix-store", "--verify-path", p); err != nil {
+			return fmt.Errorf("verify: %w", err)
+		}
+	}
+	fmt.Fprintf(s.out, "nix-store --verify-path: all %d outputs are as registered\n", len(s.paths))
+	log, err := s.shell(ctx, "alice", "nix log "+s.result)
+	if err != nil {
+		return err
+	}
+	if want := "all parts are in place"; !strings.Contains(log, want) {
+		return fmt.Errorf("the log is %q, want %q in it", log, want)
+	}
+	status, err := s.shell(ctx, "root", "nix-dispatch status")
+	if err != nil {
+		return err
+	}
+	if !strings.Contains(status, "no builds in progress") {
+		return fmt.Errorf("builds are left in nix-dispatch status")
+	}
+	return nil
+}
+
+// metrics shows an excerpt for Prometheus. The hosts have no curl.
+func (s *scene) metrics(ctx context.Context) error {
+	s.say("For Prometheus, from 127.0.0.1:9747/metrics")
+	out, err := s.client.Run(ctx, "bash", "-c",
+		`exec 3<>/dev/tcp/127.0.0.1/9747; printf 'GET /metrics HTTP/1.0\r\n\r\n' >&3; cat <&3`)
+	if err != nil {
+		return err
+	}
+	built := 0
+	for line := range strings.Lines(out.Stdout) {
+		for _, name := range []string{"machine_up", "builds_total", "ssh_connects_total"} {
+			if strings.HasPrefix(line, "nix_dispatch_"+name+"{") {
+				io.WriteString(s.out, line)
+			}
+		}
+		if strings.HasPrefix(line, "nix_dispatch_builds_total{") && strings.Contains(line, `result="built"`) {
+			n, err := strconv.Atoi(strings.Fields(line)[1])
+			if err != nil {
+				return fmt.Errorf("metrics: %q: %w", line, err)
+			}
+			built += n
+		}
+	}
+	if built != graphSize {
+		return fmt.Errorf("the metrics count %d builds, want %d", built, graphSize)
+	}
+	return nil
+}
+
+func (s *scene) summary() string {
+	return fmt.Sprintf("%d derivations built on %d machines in %.1f s, none on the client; every output verified",
+		len(s.paths), len(s.machines), s.took.Seconds())
+}

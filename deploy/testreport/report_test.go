@@ -1,0 +1,84 @@
+package main
+
+import (
+	"bytes"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+)
+
+// emit is a command that prints lines.
+func emit(t *testing.T, exit int, lines ...string) string {
+	t.Helper()
+	name := filepath.Join(t.TempDir(), "out")
+	if err := os.WriteFile(name, []byte(strings.Join(lines, "\n")+"\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return fmt.Sprintf("step: cat %s; exit %d", name, exit)
+}
+
+func TestVerdict(t *testing.T) {
+	const (
+		runA  = `{"Action":"run","Package":"p","Test":"TestA"}`
+		runB  = `{"Action":"run","Package":"p","Test":"TestA/b"}`
+		pass  = `{"Action":"pass","Package":"p","Elapsed":0.1}`
+		fail  = `{"Action":"fail","Package":"p","Elapsed":0.1}`
+		passA = `{"Action":"pass","Package":"p","Test":"TestA"}`
+		passB = `{"Action":"pass","Package":"p","Test":"TestA/b"}`
+		failA = `{"Action":"fail","Package":"p","Test":"TestA"}`
+		saysA = `{"Action":"output","Package":"p","Test":"TestA","Output":"    a_test.go:7: want 1\n"}`
+		says  = `{"Action":"output","Package":"p","Output":"panic: no\n"}`
+		skipA = `{"Action":"skip","Package":"p","Test":"TestA"}`
+		skip  = `{"Action":"skip","Package":"p"}`
+		build = `{"ImportPath":"p.test","Action":"build-output","Output":"p.go:1: no\n"}`
+		bad   = `{"Action":"fail","Package":"p","FailedBuild":"p.test"}`
+	)
+	for name, tc := range map[string]struct {
+		steps   []string
+		status  int
+		verdict string
+		shows   []string
+	}{
+		"all pass":                {[]string{emit(t, 0, runA, runB, passB, passA, pass)}, 0, "2 passed, 0 failed", []string{"p (2)"}},
+		"steps add up":            {[]string{emit(t, 0, runA, passA, pass), "vet: true"}, 0, "2 passed, 0 failed", nil},
+		"a test fails":            {[]string{emit(t, 1, runA, saysA, failA, fail)}, 1, "0 passed, 1 failed", []string{"a_test.go:7: want 1", "failed: p TestA"}},
+		"a package fails":         {[]string{emit(t, 1, runA, passA, says, fail)}, 1, "1 passed, 1 failed", []string{"panic: no"}},
+		"does not compile":        {[]string{emit(t, 1, build, bad)}, 1, "0 passed, 1 failed", []string{"p.go:1: no"}},
+		"a test never ends":       {[]string{emit(t, 1, runA, saysA, fail)}, 1, "0 passed, 1 failed", []string{"TestA (did not end)", "want 1"}},
+		"output breaks off":       {[]string{emit(t, 0, runA)}, 1, "0 passed, 1 failed", []string{"did not end"}},
+		"status alone fails":      {[]string{emit(t, 1, runA, passA, pass)}, 1, "1 passed, 1 failed", []string{"exit status 1"}},
+		"no tests":                {[]string{emit(t, 0, skip)}, 1, "0 passed, 1 failed", []string{"ran no tests"}},
+		"a check fails":           {[]string{"vet: echo bad; false"}, 1, "0 passed, 1 failed", []string{"bad", "failed: vet"}},
+		"a skip is no pass":       {[]string{emit(t, 0, runA, saysA, skipA, pass)}, 1, "0 passed, 0 failed, 1 skipped", []string{"p TestA: a_test.go:7: want 1"}},
+		"a skip by name":          {[]string{"-opt-in=^TestA$", emit(t, 0, runA, saysA, skipA, runB, passB, pass)}, 0, "1 passed, 0 failed", []string{"left out  TestA"}},
+		"goes on after a failure": {[]string{"a: false", "b: true"}, 1, "1 passed, 1 failed", nil},
+	} {
+		t.Run(name, func(t *testing.T) {
+			var out, errs bytes.Buffer
+			status := run(t.Context(), tc.steps, &out, &errs)
+			if status != tc.status {
+				t.Errorf("status = %d, want %d", status, tc.status)
+			}
+			lines := strings.Split(strings.TrimSpace(out.String()), "\n")
+			if last := lines[len(lines)-1]; last != tc.verdict {
+				t.Errorf("last line = %q, want %q", last, tc.verdict)
+			}
+			for _, want := range tc.shows {
+				if !strings.Contains(out.String(), want) {
+					t.Errorf("output lacks %q:\n%s", want, out.String())
+				}
+			}
+		})
+	}
+}
+
+func TestUsage(t *testing.T) {
+	for _, args := range [][]string{nil, {"no colon"}, {"-opt-in=(", "a: true"}, {"-odd"}} {
+		var out, errs bytes.Buffer
+		if status := run(t.Context(), args, &out, &errs); status != 2 {
+			t.Errorf("run(%q) = %d, want 2", args, status)
+		}
+	}
+}
