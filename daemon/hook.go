@@ -4,7 +4,6 @@ import (
 	"cmp"
 	"context"
 	"fmt"
-	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -16,6 +15,7 @@ import (
 
 	dispatchv1 "nixdispatch/proto/dispatch/v1"
 	"nixdispatch/proto/nix"
+	"nixdispatch/proto/nix/hook"
 	"nixdispatch/scheduler"
 )
 
@@ -234,21 +234,14 @@ func (h *hookConversation) offer(try *dispatchv1.Try, drvPath nix.StorePath, drv
 // maxExplained bounds how many machines a message tells about.
 const maxExplained = 20
 
-// couldBuildLocally follows the stock hook (src/nix/build-remote/build-remote.cc),
-// but knows that every Nix builds "builtin".
+// couldBuildLocally tells whether the asking Nix could build it by itself.
 func (h *hookConversation) couldBuildLocally(drv *nix.Derivation) bool {
-	if h.settings.GetMaxJobs() == 0 {
-		return false
+	local := hook.Settings{
+		MaxJobs:        h.settings.GetMaxJobs(),
+		Systems:        h.settings.GetLocalSystems(),
+		SystemFeatures: h.settings.GetLocalFeatures(),
 	}
-	if drv.Platform != "builtin" && !slices.Contains(h.settings.GetLocalSystems(), drv.Platform) {
-		return false
-	}
-	for _, f := range drv.RequiredSystemFeatures() {
-		if !slices.Contains(h.settings.GetLocalFeatures(), f) {
-			return false
-		}
-	}
-	return true
+	return local.CouldBuildLocally(&hook.Try{System: drv.Platform, RequiredFeatures: drv.RequiredSystemFeatures()})
 }
 
 func reply(action dispatchv1.Reply_Action, reason string) *dispatchv1.Reply {
