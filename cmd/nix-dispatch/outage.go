@@ -77,17 +77,17 @@ func (m *outageMemory) recall() outage {
 		return outage{}
 	}
 	m.used = true
-	var began int64
-	o := outage{heard: true}
 	st, err := os.Stat(m.file)
 	if err != nil || time.Since(st.ModTime()) > outageMemoryAge {
 		return outage{}
 	}
-	if n, _ := fmt.Sscan(string(text), &began, &o.stockTold); n != 2 {
+	began, told, _ := strings.Cut(strings.TrimSpace(string(text)), " ")
+	nanoseconds, err1 := strconv.ParseInt(began, 10, 64)
+	stockTold, err2 := strconv.ParseBool(told)
+	if err1 != nil || err2 != nil {
 		return outage{}
 	}
-	o.began, o.asked = time.Unix(0, began), st.ModTime()
-	return o
+	return outage{began: time.Unix(0, nanoseconds), asked: st.ModTime(), heard: true, stockTold: stockTold}
 }
 
 // keep tells the hook processes to come.
