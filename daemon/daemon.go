@@ -56,6 +56,7 @@ type Daemon struct {
 	machines   *machines
 	dispatcher *dispatcher
 	metrics    *metrics
+	leftLocal  leftLocal
 	// ssh says how connections to machines are made and kept.
 	ssh sshpool.Options
 

@@ -147,6 +147,7 @@ func (g *goal) askLocalNix(ctx context.Context, b *build) outcome {
 		return outcomeOf(err)
 	}
 	defer conn.Close()
+	defer g.r.d.leftLocal.add(g.drvPath)()
 	result, err := buildAll(conn.Client, g.drvPath)
 	if err != nil {
 		return outcomeOf(&localError{doing: "build", err: contextCause(ctx, err)})

@@ -212,6 +212,9 @@ func (h *hookConversation) foreign() string {
 func (h *hookConversation) offer(try *dispatchv1.Try, drvPath nix.StorePath, drv *nix.Derivation) (*dispatchv1.Reply, *hookFollower) {
 	b := h.d.newBuild(drvPath, drv, h.settings.GetBuildersUseSubstitutes(), h.caller)
 	b.local = h.couldBuildLocally(drv)
+	if b.local && h.d.leftLocal.has(drvPath) {
+		return reply(dispatchv1.Reply_ACTION_DECLINE, "nix-dispatch build left it to the local Nix"), nil
+	}
 	f := &hookFollower{follower: &follower{limits: limitsFrom(h.settings.GetLimits())}}
 	decision := h.d.offerHook(b, f, try.GetAmWilling())
 	switch decision.Reply {

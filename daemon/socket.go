@@ -21,7 +21,7 @@ import (
 // and only then renamed into place: there is no moment at which it answers to
 // the wrong people, nor one at which the path is missing during a restart.
 func listenUnix(ctx context.Context, path, group string) (net.Listener, error) {
-	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+	if err := makeSocketDir(filepath.Dir(path)); err != nil {
 		return nil, fmt.Errorf("listen on %s: %w", path, err)
 	}
 	if err := refuseLiveSocket(ctx, path); err != nil {
@@ -44,6 +44,18 @@ func listenUnix(ctx context.Context, path, group string) (net.Listener, error) {
 		return nil, errors.Join(fmt.Errorf("listen on %s: %w", path, err), l.Close())
 	}
 	return l, nil
+}
+
+// makeSocketDir makes the directory if it is missing, for all to pass through
+// whatever the umask: who may connect is the socket's own business.
+func makeSocketDir(dir string) error {
+	if _, err := os.Stat(dir); !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return err
+	}
+	return os.Chmod(dir, 0o755)
 }
 
 func refuseLiveSocket(ctx context.Context, path string) error {
