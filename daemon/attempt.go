@@ -46,7 +46,7 @@ func (a *attempt) run(ctx context.Context) (outcome, error) {
 		return outcome{}, a.distrust(err, "")
 	}
 	at := scheduler.MachineID(a.m.line.StoreURI)
-	a.d.dispatcher.do(func(q *scheduler.Queue) []scheduler.Order { return q.Staged(a.b.id, at) })
+	a.d.dispatcher.staged(a.b, at)
 	if err := a.d.dispatcher.awaitSlot(ctx, a.b, at); err != nil {
 		return outcome{}, err
 	}

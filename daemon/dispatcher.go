@@ -122,6 +122,16 @@ func (d *dispatcher) awaitPlace(ctx context.Context, b *build) (placement, error
 	}
 }
 
+// staged notes that the build's inputs are on its machine. A build that has its
+// slot already is on a further attempt there.
+func (d *dispatcher) staged(b *build, at scheduler.MachineID) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if !b.place.granted {
+		d.carryOutLocked(d.queue.Staged(b.id, at))
+	}
+}
+
 // awaitSlot waits until the build may start on its machine. It returns errMoved
 // when it has been given another one.
 func (d *dispatcher) awaitSlot(ctx context.Context, b *build, at scheduler.MachineID) error {

@@ -133,6 +133,11 @@ func (s *site) run() {
 		})
 	}
 	s.t.Cleanup(s.stop)
+	// A client that came too early would wait a second before it tries again.
+	s.eventually("the socket is there", func() bool {
+		_, err := os.Stat(s.d.opts.Socket)
+		return err == nil
+	})
 	conn, err := grpc.NewClient("unix:"+s.d.opts.Socket, grpc.WithTransportCredentials(insecure.NewCredentials()))
 	if err != nil {
 		s.t.Fatal(err)
@@ -155,7 +160,11 @@ func (s *site) dial(ctx context.Context, network, addr string) (net.Conn, error)
 	if err != nil {
 		return nil, err
 	}
-	return s.machines[host].ssh.Dial(ctx, network, addr)
+	m := s.machines[host]
+	if m == nil {
+		return nil, &net.DNSError{Err: "no such host", Name: host, IsNotFound: true}
+	}
+	return m.ssh.Dial(ctx, network, addr)
 }
 
 // eventually waits until ok.

@@ -61,10 +61,15 @@ func (a *attempt) copyInputs(ctx context.Context, paths []nix.StorePath) error {
 		return err
 	}
 	defer conn.Close()
-	infos, err := conn.QueryPathInfos(lacking)
-	if err == nil {
-		infos, err = nix.TopoSort(infos)
+	known := make(map[nix.StorePath]nix.PathInfo)
+	if err := conn.learn(known, lacking); err != nil {
+		return err
 	}
+	infos := make([]nix.PathInfo, len(lacking))
+	for n, p := range lacking {
+		infos[n] = known[p]
+	}
+	infos, err = nix.TopoSort(infos)
 	if err != nil {
 		return &localError{doing: "query inputs", err: err}
 	}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"strconv"
 	"sync"
@@ -181,12 +182,19 @@ func (c *conn) kill(cause error) {
 // markLost notes the cause before anybody can see the effect: x/crypto gives
 // readers of a channel the same io.EOF when the transport fails as when the
 // command closes its output.
+//
+// To whoever reads a stream, io.EOF is its clean end: no cause may match it.
 func (c *conn) markLost(cause error) {
 	c.killOnce.Do(func() {
+		if errors.Is(cause, io.EOF) {
+			cause = errPeerClosed
+		}
 		c.cause = cause
 		close(c.dying)
 	})
 }
+
+var errPeerClosed = errors.New("closed by the peer")
 
 // lost returns the error for those whose session the connection's end ended. It
 // may be called once dying is closed.
