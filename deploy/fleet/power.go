@@ -119,7 +119,12 @@ func (h *Host) kill(ctx context.Context) error {
 	defer cancel()
 	init, mounts := h.snapshot().Init, ""
 	if init.alive() {
-		mounts = namespace(init.PID, "mnt")
+		// Held open: the kernel gives the number of a namespace that is gone to the
+		// next one made.
+		if held, err := os.Open(fmt.Sprintf("/proc/%d/ns/mnt", init.PID)); err == nil {
+			defer held.Close()
+			mounts = namespace(init.PID, "mnt")
+		}
 	}
 	// The cable first: dying processes would close their connections properly.
 	h.fleet.disconnect(ctx, h)
