@@ -100,6 +100,7 @@ func (s *site) doom(c cancelCase, protocol, marker string) doomed {
 // TestCancel cancels a build for all its callers: they are told, and the machine
 // is rid of it.
 func TestCancel(t *testing.T) {
+	t.Parallel()
 	s := newSite(t, siteConfig{machines: protocolMachines(1, 1)})
 	for n, protocol := range protocols {
 		c := s.doom(cancelCase{name: "cancelled"}, protocol, fmt.Sprintf("sleep 8100%d", n))

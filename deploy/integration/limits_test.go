@@ -89,6 +89,7 @@ func TestLimits(t *testing.T) {
 
 // TestLimitsOfDispatch sets the limits of nix-dispatch build.
 func TestLimitsOfDispatch(t *testing.T) {
+	t.Parallel()
 	s := newSite(t, siteConfig{machines: protocolMachines(1, len(limitCases))})
 	for _, protocol := range protocols {
 		for _, c := range limitCases {
@@ -112,6 +113,7 @@ func TestLimitsOfDispatch(t *testing.T) {
 // TestLimitsAreEachCallers has two callers follow one build. The one whose limit
 // it passes is sent away; the other gets the build.
 func TestLimitsAreEachCallers(t *testing.T) {
+	t.Parallel()
 	s := newSite(t, siteConfig{machines: protocolMachines(1, 1)})
 	for _, protocol := range protocols {
 		r := recipe{name: "shared-" + protocol, feature: protocol}

@@ -133,6 +133,7 @@ func (s *site) gets(output, builtOn string) {
 // TestLocks interferes between the handover of an output's lock and the import
 // of the output.
 func TestLocks(t *testing.T) {
+	t.Parallel()
 	for n, suite := range suites {
 		t.Run("client="+suite, func(t *testing.T) {
 			t.Parallel()
@@ -269,6 +270,7 @@ func TestSameDerivation(t *testing.T) {
 // TestStoppedHook has a hook that shares a build stop while its Nix holds the
 // output's lock. The others wait as for any Nix that holds it, and no longer.
 func TestStoppedHook(t *testing.T) {
+	t.Parallel()
 	s := newSite(t, siteConfig{machines: protocolMachines(1, 2)})
 	for _, sig := range []syscall.Signal{syscall.SIGCONT, syscall.SIGKILL} {
 		for _, protocol := range protocols {

@@ -19,6 +19,7 @@ var protocols = []string{"ssh", "ssh-ng"}
 
 // eachClient runs a test for clients of every Nix version.
 func eachClient(t *testing.T, test func(t *testing.T, suite string)) {
+	t.Parallel()
 	for _, suite := range suites {
 		t.Run("client="+suite, func(t *testing.T) {
 			t.Parallel()
