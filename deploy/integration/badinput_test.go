@@ -8,7 +8,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -294,10 +293,12 @@ func (s *site) refusesRequests() {
 
 // keySite is a site with one machine and, on the client, a second key that lets
 // in as bob.
-func keySite(t *testing.T) *site {
-	s := newSite(t, siteConfig{nixConf: "sandbox-paths = /bin /usr /lib /lib64\n", machines: []machineConfig{{
-		name: "mac", host: fleet.HostConfig{NixConf: "sandbox-paths = /bin /usr /lib /lib64\n"},
-	}}})
+func keySite(t *testing.T, features []string) *site {
+	const paths = "sandbox-paths = /bin /usr /lib /lib64\n"
+	s := newSite(t, siteConfig{
+		nixConf:  paths + "system-features = " + strings.Join(features, " ") + "\n",
+		machines: []machineConfig{{name: "mac", host: fleet.HostConfig{NixConf: paths, SystemFeatures: features}}},
+	})
 	_, err := s.client.Run(t.Context(), "ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", "/root/second")
 	if err != nil {
 		t.Fatal(err)
@@ -322,17 +323,15 @@ func keySite(t *testing.T) *site {
 }
 
 func TestWaysToReachAMachine(t *testing.T) {
-	s := keySite(t)
-	pin := base64.StdEncoding.EncodeToString([]byte(s.machines["mac"].HostKey()))
-	wrongPin := base64.StdEncoding.EncodeToString([]byte(s.client.HostKey()))
 	ways := []struct {
 		name, uri, key, hostKey string
 		refused                 []string // words of the reason; nil if it is let in
 	}{
+		// PIN stands for the machine's host key, WRONG for another.
 		{name: "unknown-host", uri: "ssh://root@stranger", refused: []string{"host key", "known_hosts"}},
-		{name: "pinned", uri: "ssh-ng://root@stranger", hostKey: pin},
-		{name: "wrong-pin", uri: "ssh-ng://root@mac", hostKey: wrongPin, refused: []string{"host key"}},
-		{name: "pin-in-uri", uri: "ssh://nix@stranger?base64-ssh-public-host-key=" + strings.ReplaceAll(pin, "=", "%3D")},
+		{name: "pinned", uri: "ssh-ng://root@stranger", hostKey: "PIN"},
+		{name: "wrong-pin", uri: "ssh-ng://root@mac", hostKey: "WRONG", refused: []string{"host key"}},
+		{name: "pin-in-uri", uri: "ssh://nix@stranger?base64-ssh-public-host-key=PIN"},
 		{name: "key-refused", uri: "ssh://bob@mac", refused: []string{"bob", "authenticate"}},
 		{name: "key-in-uri", uri: "ssh://bob@mac?ssh-key=/root/second"},
 		{name: "key-in-column", uri: "ssh-ng://bob@mac", key: "/root/second"},
@@ -342,27 +341,27 @@ func TestWaysToReachAMachine(t *testing.T) {
 		{name: "localhost", uri: "ssh://localhost?remote-store=/srv/local"},
 		{name: "localhost-ng", uri: "ssh-ng://localhost?remote-store=/srv/local-ng"},
 	}
+	names := make([]string, len(ways))
+	for n, w := range ways {
+		names[n] = w.name
+	}
+	s := keySite(t, names)
+	keys := strings.NewReplacer(
+		"PIN", base64.RawStdEncoding.EncodeToString([]byte(s.machines["mac"].HostKey())),
+		"WRONG", base64.RawStdEncoding.EncodeToString([]byte(s.client.HostKey())))
 	var lines strings.Builder
-	for _, w := range ways {
-		columns := []string{w.uri, "x86_64-linux", w.key, "1", "1", "big-parallel", w.name, w.hostKey}
+	for n, w := range ways {
+		ways[n].uri = keys.Replace(w.uri)
+		columns := []string{w.uri, "x86_64-linux", w.key, "1", "1", "-", w.name, w.hostKey}
 		for i, c := range columns {
 			if c == "" {
 				columns[i] = "-"
 			}
 		}
-		lines.WriteString(strings.Join(columns, " ") + "\n")
+		lines.WriteString(keys.Replace(strings.Join(columns, " ")) + "\n")
 	}
 	s.stopDaemon(syscall.SIGTERM)
 	s.write("/etc/nix/machines", lines.String())
-	for _, h := range []*fleet.Host{s.client, s.machines["mac"]} {
-		s.allowFeatures(h, slices.Collect(func(yield func(string) bool) {
-			for _, w := range ways {
-				if !yield(w.name) {
-					return
-				}
-			}
-		}))
-	}
 	s.startDaemon()
 	status := s.status()
 	for n, w := range ways {
@@ -420,18 +419,6 @@ func (s *site) wayTaken(name, path string) {
 		find(s.client, "/srv/local"+path)
 	case "localhost-ng":
 		find(s.client, "/srv/local-ng"+path)
-	}
-}
-
-// allowFeatures gives a host's Nix more system features.
-func (s *site) allowFeatures(h *fleet.Host, names []string) {
-	s.t.Helper()
-	conf, err := h.ReadFile("/etc/nix/nix.conf")
-	if err == nil {
-		err = h.WriteFile("/etc/nix/nix.conf", fmt.Appendf(conf, "\nsystem-features = big-parallel %s\n", strings.Join(names, " ")), 0o644)
-	}
-	if err != nil {
-		s.t.Fatal(err)
 	}
 }
 
