@@ -166,10 +166,12 @@ func (d *Daemon) attempts(ctx context.Context, b *build, log *slog.Logger) (outc
 	for failed := 0; ; {
 		o, err := d.attempt(ctx, b)
 		switch {
+		case err == nil && o.success():
+			return o, nil
+		case ctx.Err() != nil: // a machine may call the end that we made a failure
+			return o, context.Cause(ctx)
 		case err == nil:
 			return o, nil
-		case ctx.Err() != nil:
-			return o, context.Cause(ctx)
 		case errors.Is(err, errMoved), errors.Is(err, errDistrusted), errors.Is(err, errStale):
 			log.Debug("attempt broken off", "reason", err)
 			continue

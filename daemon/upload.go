@@ -46,6 +46,7 @@ func (a *attempt) inputs(ctx context.Context) ([]nix.StorePath, error) {
 // copyInputs brings paths to the machine. Each travels once, whichever of the
 // builds that need it carries it.
 func (a *attempt) copyInputs(ctx context.Context, paths []nix.StorePath) error {
+	asked := a.m.uploads.moment()
 	lacking, err := a.r.store.missing(paths, a.b.substitute)
 	if err != nil && a.r.builds > 1 {
 		return errStale
@@ -77,6 +78,7 @@ func (a *attempt) copyInputs(ctx context.Context, paths []nix.StorePath) error {
 		attempt:  a,
 		conn:     conn,
 		held:     make(map[nix.StorePath]*claim),
+		asked:    asked,
 		progress: newTransfer(a.b, a.d.metrics.sent(a.m.line.StoreURI), uploading, infos),
 	}
 	defer u.abandon()
@@ -93,6 +95,7 @@ type upload struct {
 	*attempt
 	conn     *localConn
 	held     map[nix.StorePath]*claim
+	asked    uint64 // the moment after which the machine was asked what it lacks
 	progress *transfer
 }
 
@@ -102,28 +105,64 @@ func (u *upload) abandon() {
 	for p := range u.held {
 		rest = append(rest, p)
 	}
-	u.m.uploads.release(rest, u.held)
+	u.m.uploads.release(rest, u.held, false)
 }
 
 // run sends infos, references first, until none is missing.
 func (u *upload) run(ctx context.Context, infos []nix.PathInfo) error {
 	for len(infos) > 0 {
-		theirs, released := u.m.uploads.take(pathsOf(infos), u.held)
-		ready, rest := split(infos, theirs)
+		t := u.m.uploads.take(pathsOf(infos), u.held)
+		if len(t.mine) > 0 && t.moment != u.asked {
+			var err error
+			if infos, err = u.askAgain(infos, t); err != nil {
+				return err
+			}
+		}
+		ready, rest := split(infos, t.theirs)
 		if len(ready) > 0 {
 			if err := u.send(ready); err != nil {
 				return err
 			}
-			u.m.uploads.release(pathsOf(ready), u.held)
+			u.m.uploads.release(pathsOf(ready), u.held, true)
 			infos = rest
 			continue
 		}
+		if len(rest) == 0 {
+			return nil
+		}
 		var err error
-		if infos, err = u.awaitOthers(ctx, infos, theirs, released); err != nil {
+		if infos, err = u.awaitOthers(ctx, rest, t); err != nil {
 			return err
 		}
 	}
 	return nil
+}
+
+// askAgain leaves out of infos what somebody has brought between the last
+// question and our claim.
+func (u *upload) askAgain(infos []nix.PathInfo, t taking) ([]nix.PathInfo, error) {
+	missing, err := u.r.store.missing(t.mine, false)
+	if err != nil {
+		return nil, u.fault("ask which inputs are missing", err)
+	}
+	u.asked = t.moment
+	there := without(t.mine, missing)
+	u.m.uploads.release(there, u.held, true)
+	return u.leaveOut(infos, there), nil
+}
+
+// leaveOut takes out of infos the paths that somebody else has brought.
+func (u *upload) leaveOut(infos []nix.PathInfo, there []nix.StorePath) []nix.PathInfo {
+	out := make(map[nix.StorePath]bool, len(there))
+	for _, p := range there {
+		out[p] = true
+	}
+	return slices.DeleteFunc(infos, func(i nix.PathInfo) bool {
+		if out[i.Path] {
+			u.progress.skip(i)
+		}
+		return out[i.Path]
+	})
 }
 
 // split separates, of paths in reference order, those that can be sent now from
@@ -164,37 +203,22 @@ func (u *upload) send(infos []nix.PathInfo) error {
 	}
 }
 
-// awaitOthers waits until other builds have finished with some of the paths, and
-// returns what is still missing then. An owner that failed leaves its paths to
-// be claimed anew.
-func (u *upload) awaitOthers(ctx context.Context, infos []nix.PathInfo, theirs map[nix.StorePath]*claim, released <-chan struct{}) ([]nix.PathInfo, error) {
+// awaitOthers waits until another build has finished with some path, and returns
+// what is still missing then. An owner that failed leaves its paths to be claimed
+// anew.
+func (u *upload) awaitOthers(ctx context.Context, infos []nix.PathInfo, t taking) ([]nix.PathInfo, error) {
 	select {
-	case <-released:
+	case <-t.released:
 	case <-ctx.Done():
 		return nil, context.Cause(ctx)
 	}
-	var done []nix.StorePath
-	for p, c := range theirs {
-		if c.over() {
-			done = append(done, p)
+	var sent []nix.StorePath
+	for p, c := range t.theirs {
+		if c.over() && c.sent {
+			sent = append(sent, p)
 		}
 	}
-	if len(done) == 0 {
-		return infos, nil
-	}
-	missing, err := u.r.store.missing(done, false)
-	if err != nil {
-		return nil, u.fault("ask which inputs are missing", err)
-	}
-	arrived := func(i nix.PathInfo) bool {
-		return slices.Contains(done, i.Path) && !slices.Contains(missing, i.Path)
-	}
-	for _, i := range infos {
-		if arrived(i) {
-			u.progress.skip(i)
-		}
-	}
-	return slices.DeleteFunc(infos, arrived), nil
+	return u.leaveOut(infos, sent), nil
 }
 
 func pathsOf(infos []nix.PathInfo) []nix.StorePath {
