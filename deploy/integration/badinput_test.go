@@ -296,6 +296,7 @@ func (s *site) refusesRequests() {
 func keySite(t *testing.T, features []string) *site {
 	const paths = "sandbox-paths = /bin /usr /lib /lib64\n"
 	s := newSite(t, siteConfig{
+		jobs:     1, // for the machines that are the client itself
 		nixConf:  paths + "system-features = " + strings.Join(features, " ") + "\n",
 		machines: []machineConfig{{name: "mac", host: fleet.HostConfig{NixConf: paths, SystemFeatures: features}}},
 	})
