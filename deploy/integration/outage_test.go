@@ -177,7 +177,7 @@ func TestMachinesOutOfReach(t *testing.T) {
 	}
 	took := s.startUnready()
 	t.Logf("nix-dispatchd answers after %v", took.Round(time.Millisecond))
-	if took > 2*time.Second {
+	if took > 5*time.Second { // reaching for one of them takes 15
 		t.Errorf("nix-dispatchd answers after %v, with its machines out of reach", took)
 	}
 	for _, m := range s.status().Machines {
