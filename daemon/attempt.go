@@ -8,6 +8,7 @@ import (
 
 	dispatchv1 "nixdispatch/proto/dispatch/v1"
 	"nixdispatch/proto/nix"
+	"nixdispatch/proto/nix/worker"
 	"nixdispatch/scheduler"
 	"nixdispatch/sshpool"
 )
@@ -20,6 +21,12 @@ type attempt struct {
 	b *build
 	m *machine
 	r *remote
+	// place is what the scheduler decided; running is set while the build has its
+	// slot and may be running.
+	place   placement
+	running bool
+	// given is the closure of the derivation's inputs.
+	given []nix.StorePath
 	// whole is set for machines that do not trust us: they build only what
 	// follows from derivations they have, so all of those go up, and the inputs
 	// that need no trust. That holds for fixed outputs too: anybody may build
@@ -43,38 +50,89 @@ func (a *attempt) run(ctx context.Context) (outcome, error) {
 		return outcome{}, err
 	}
 	if err := a.copyInputs(ctx, paths); err != nil {
-		return outcome{}, a.distrust(err, "")
+		return outcome{}, a.distrust(err)
 	}
-	at := scheduler.MachineID(a.m.line.StoreURI)
-	a.d.dispatcher.staged(a.b, at)
-	if err := a.d.dispatcher.awaitSlot(ctx, a.b, at); err != nil {
+	if err := a.awaitSlot(ctx); err != nil {
 		return outcome{}, err
 	}
 	result, took, err := a.build()
-	if _, lost := errors.AsType[*sshpool.LostError](err); lost {
-		a.d.holdSlot(a.b, at)
-		return outcome{}, err
-	}
 	if err != nil {
-		return outcome{}, a.distrust(err, "")
+		return outcome{}, a.lostOrDistrusted(err)
 	}
-	if !result.Status.Success() {
-		if err := a.distrust(nil, result.ErrorMsg); err != nil {
+	a.running = false
+	if !result.Status.Success() && a.refused(firstLine(result.ErrorMsg)) {
+		a.d.dispatcher.restart(a.b)
+		return outcome{}, errDistrusted
+	}
+	if a.diskFull(result) {
+		return outcome{}, a.m.fault("build", errors.New(nix.PlainText(result.ErrorMsg)))
+	}
+	if result.Status.Success() {
+		a.d.dispatcher.do(func(q *scheduler.Queue) []scheduler.Order { return q.Built(a.b.id) })
+		if err := a.fetchOutputs(ctx); err != nil {
 			return outcome{}, err
 		}
-		return a.outcome(result, took), nil
-	}
-	a.d.dispatcher.do(func(q *scheduler.Queue) []scheduler.Order { return q.Built(a.b.id) })
-	if err := a.fetchOutputs(ctx); err != nil {
-		return outcome{}, err
 	}
 	return a.outcome(result, took), nil
+}
+
+// errSessionGone ends an attempt whose remote process ended while the build
+// waited there for a slot. Nothing was tried, so nothing has failed.
+var errSessionGone = errors.New("the remote process ended while the build waited for a slot")
+
+// awaitSlot tells the scheduler that the inputs are there and waits for its
+// leave to build.
+func (a *attempt) awaitSlot(ctx context.Context) error {
+	a.d.dispatcher.do(func(q *scheduler.Queue) []scheduler.Order { return q.Staged(a.b.id, a.place.machine) })
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	gone := make(chan struct{})
+	go func() {
+		defer close(gone)
+		select {
+		case <-a.r.session.Done():
+			cancel(a.fault("wait for a slot", errSessionGone))
+		case <-ctx.Done():
+		}
+	}()
+	err := a.d.dispatcher.awaitSlot(ctx, a.b, a.place)
+	cancel(nil)
+	<-gone
+	a.running = err == nil
+	return err
+}
+
+// lostOrDistrusted says what the failure of a running build means for its slot.
+func (a *attempt) lostOrDistrusted(err error) error {
+	if _, lost := errors.AsType[*sshpool.LostError](err); lost {
+		a.loseSlot()
+		return err
+	}
+	a.running = false
+	if err = a.distrust(err); errors.Is(err, errDistrusted) {
+		a.d.dispatcher.restart(a.b)
+	}
+	return err
+}
+
+// loseSlot keeps the slot taken: nobody knows whether the build still runs.
+func (a *attempt) loseSlot() {
+	a.running = false
+	a.d.holdSlot(a.b, a.place.machine)
+}
+
+// diskFull tells whether a failure is the machine's: Nix calls a failure
+// transient when the disk was full, and always for fixed outputs without a
+// sandbox (src/libstore/unix/build/derivation-builder.cc).
+func (a *attempt) diskFull(r nix.BuildResult) bool {
+	return r.Status == nix.TransientFailure &&
+		(!a.b.drv.ContentAddressed() || strings.Contains(r.ErrorMsg, "No space left on device"))
 }
 
 func (a *attempt) outcome(r nix.BuildResult, took time.Duration) outcome {
 	return outcome{
 		status:   buildStatus(r.Status),
-		err:      r.ErrorMsg,
+		err:      nix.PlainText(r.ErrorMsg),
 		machine:  a.m.line.StoreURI,
 		duration: took,
 	}
@@ -95,8 +153,7 @@ func (a *attempt) build() (nix.BuildResult, time.Duration, error) {
 	if a.whole {
 		result, err = a.r.store.realise(a.b.drvPath, nix.BuildOptions{})
 	} else {
-		paths, _ := a.b.inputs.await(context.Background()) // they were there when the attempt began
-		result, err = a.r.store.build(a.b.drvPath, a.b.drv.Basic(paths), nix.BuildOptions{})
+		result, err = a.r.store.build(a.b.drvPath, a.b.drv.Basic(a.given), nix.BuildOptions{})
 	}
 	took := time.Since(start)
 	if err != nil {
@@ -110,32 +167,51 @@ func (a *attempt) fault(doing string, err error) error {
 	return a.m.fault(doing, withStderr(err, a.r.stderr))
 }
 
-// refusals are what a Nix daemon says to a user it does not trust: 2.8, then
-// later ones (src/libstore/local-store.cc and daemon.cc).
-var refusals = []string{
-	"lacks a valid signature",
-	"lacks a signature by a trusted key",
-	"you are not privileged to build input-addressed derivations",
-	"you are not privileged to build derivations",
-}
-
-// distrust looks for a refusal in an error, in the machine's own words: the
-// serve protocol cannot say beforehand whether a user is trusted. The first
-// refusal of a machine is remembered and becomes errDistrusted.
-func (a *attempt) distrust(err error, words string) error {
-	if err != nil {
-		words = err.Error()
+// distrust looks for a refusal of our user in an error of the machine's Nix: the
+// serve protocol cannot say beforehand whether a user is trusted, nor can old
+// Nix daemons. The first refusal is remembered, until the machine is probed
+// again, and becomes errDistrusted.
+func (a *attempt) distrust(err error) error {
+	words := a.r.stderr.last()
+	if remote, ok := errors.AsType[*worker.RemoteError](err); ok {
+		words = remote.Message
 	}
-	if a.whole {
-		return err
-	}
-	for _, refusal := range refusals {
-		if strings.Contains(words, refusal) {
-			a.m.untrusted.Store(true)
-			a.m.log.Warn("the SSH user is not trusted on the machine: derivations are sent whole",
-				"hint", "add the user to trusted-users in the machine's nix.conf")
-			return errDistrusted
-		}
+	if a.refused(words) {
+		return errDistrusted
 	}
 	return err
+}
+
+// refused looks for a refusal in the words of the machine's Nix, and remembers it.
+func (a *attempt) refused(words string) bool {
+	if a.whole || a.r.store.trust() == worker.Trusted || !refuses(words) {
+		return false
+	}
+	a.m.untrusted.Store(true)
+	a.m.log.Warn("the SSH user is not trusted on the machine: derivations are sent whole",
+		"hint", "add the user to trusted-users in the machine's nix.conf")
+	return true
+}
+
+// firstLine is the part of a failed build's message that is Nix's own: the
+// builder's last words follow it.
+func firstLine(message string) string {
+	line, _, _ := strings.Cut(message, "\n")
+	return line
+}
+
+// refuses tells whether a line of a Nix daemon's words says that it does not
+// trust the user (src/libstore/local-store.cc and daemon.cc; Nix 2.8 has "a valid
+// signature"). What a builder prints has no such beginning of a line, unless it
+// means to.
+func refuses(words string) bool {
+	for line := range strings.Lines(nix.PlainText(words)) {
+		line = strings.TrimPrefix(strings.TrimSpace(line), "error: ")
+		if strings.HasPrefix(line, "you are not privileged to build ") ||
+			strings.HasPrefix(line, "cannot add path '") &&
+				(strings.Contains(line, "lacks a valid signature") || strings.Contains(line, "lacks a signature by a trusted key")) {
+			return true
+		}
+	}
+	return false
 }

@@ -61,6 +61,7 @@ func (b *build) request() scheduler.Request {
 
 func (b *build) setPlaceLocked(p placement) {
 	close(b.place.changed)
+	p.changed = make(chan struct{})
 	b.place = p
 }
 
@@ -153,7 +154,7 @@ func (d *Daemon) run(ctx context.Context, b *build) {
 	if err != nil {
 		o = outcomeOf(err)
 	}
-	d.dispatcher.leave(b)
+	d.dispatcher.remove(b)
 	d.metrics.buildEnded(b, o)
 	log.Info("build ended", "status", o.status, "machine", o.machine, "err", o.err)
 	b.feed.finish(o)
@@ -166,7 +167,7 @@ func (d *Daemon) attempts(ctx context.Context, b *build, log *slog.Logger) (outc
 	for failed := 0; ; {
 		o, err := d.attempt(ctx, b)
 		switch {
-		case err == nil && o.success():
+		case err == nil && o.status.Succeeded():
 			return o, nil
 		case ctx.Err() != nil: // a machine may call the end that we made a failure
 			return o, context.Cause(ctx)
@@ -180,9 +181,9 @@ func (d *Daemon) attempts(ctx context.Context, b *build, log *slog.Logger) (outc
 		if !ok {
 			return o, err
 		}
-		if errors.Is(err, sshpool.ErrNotUp) {
-			// Placed a moment before the connection was found dead: nothing was
-			// tried, so nothing has failed. The scheduler hears of it presently.
+		if errors.Is(err, sshpool.ErrNotUp) || errors.Is(err, errSessionGone) {
+			// The connection was found dead before anything was tried, so nothing
+			// has failed. The scheduler hears of it presently.
 			if err := sleep(ctx, notUpPause); err != nil {
 				return o, err
 			}
@@ -219,15 +220,19 @@ func (d *Daemon) attempt(ctx context.Context, b *build) (outcome, error) {
 	}
 	b.postPlaced(place)
 	m := d.machines.get(place.machine)
-	ctx, stop := d.untilMoved(ctx, b, place.machine)
+	ctx, stop := d.untilMoved(ctx, b, place)
 	defer stop()
 	// nix-store --serve substitutes nothing any more after its first build.
 	r, err := m.open(ctx, b.substitute && !m.ng)
 	if err != nil {
 		return outcome{}, contextCause(ctx, err)
 	}
-	defer r.close()
-	a := &attempt{d: d, b: b, m: m, r: r}
+	a := &attempt{d: d, b: b, m: m, r: r, place: place}
+	defer func() {
+		if confirmed := r.close(); !confirmed && a.running {
+			a.loseSlot()
+		}
+	}()
 	o, err := a.run(ctx)
 	if err != nil {
 		return outcome{}, contextCause(ctx, err)
@@ -258,14 +263,14 @@ func (b *build) postPlaced(p placement) {
 }
 
 // untilMoved returns a context that ends, with errMoved, when the build is given
-// another machine. The caller must call stop, which waits for the watcher.
-func (d *Daemon) untilMoved(ctx context.Context, b *build, at scheduler.MachineID) (_ context.Context, stop func()) {
+// another place. The caller must call stop, which waits for the watcher.
+func (d *Daemon) untilMoved(ctx context.Context, b *build, at placement) (_ context.Context, stop func()) {
 	ctx, cancel := context.WithCancelCause(ctx)
 	var watcher sync.WaitGroup
 	watcher.Go(func() {
 		for {
 			p := d.dispatcher.place(b)
-			if p.machine != at {
+			if p.visit != at.visit {
 				cancel(errMoved)
 				return
 			}

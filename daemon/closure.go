@@ -1,7 +1,9 @@
 package daemon
 
 import (
+	"context"
 	"fmt"
+	"slices"
 
 	"nixdispatch/proto/nix"
 )
@@ -31,6 +33,52 @@ func (c *localConn) closure(known map[nix.StorePath]nix.PathInfo, roots []nix.St
 		level = next
 	}
 	return out, nil
+}
+
+// inputRoots are the paths that a derivation names as its inputs. outputsOf tells
+// the outputs of a derivation.
+func inputRoots(drv *nix.Derivation, outputsOf func(nix.StorePath) (map[string]nix.StorePath, error)) ([]nix.StorePath, error) {
+	roots := slices.Clone(drv.InputSrcs)
+	for input, names := range drv.InputDrvs {
+		outputs, err := outputsOf(input)
+		if err != nil {
+			return nil, err
+		}
+		for _, name := range names {
+			p := outputs[name]
+			if p == "" {
+				return nil, fmt.Errorf("output %q of %s, which is an input, is not known", name, input)
+			}
+			roots = append(roots, p)
+		}
+	}
+	return roots, nil
+}
+
+// inputClosure is the closure of a derivation's inputs by the local store's own
+// knowledge.
+func (s localStore) inputClosure(ctx context.Context, drv *nix.Derivation) ([]nix.StorePath, error) {
+	roots, err := inputRoots(drv, func(p nix.StorePath) (map[string]nix.StorePath, error) {
+		input, err := s.derivation(p)
+		if err != nil {
+			return nil, err
+		}
+		return input.OutputPaths(), nil
+	})
+	if err != nil {
+		return nil, err
+	}
+	conn, err := s.open(ctx)
+	if err != nil {
+		return nil, err
+	}
+	defer conn.Close()
+	infos, err := conn.closure(nil, roots)
+	if err != nil {
+		return nil, err
+	}
+	conn.clean = true
+	return pathsOf(infos), nil
 }
 
 // learn asks for the infos of those of paths that are not known, all at once.

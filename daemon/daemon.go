@@ -96,7 +96,6 @@ func (d *Daemon) Run(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	defer os.Remove(d.opts.Socket)
 	metricsListener, err := d.listenMetrics(ctx)
 	if err != nil {
 		return errors.Join(err, listener.Close())
@@ -157,7 +156,9 @@ const stopGrace = 5 * time.Second
 func (d *Daemon) shutDown(server *grpc.Server, h *health.Server, web *http.Server, pool *sshpool.Pool) {
 	d.log.Info("shutting down")
 	h.SetServingStatus("", healthpb.HealthCheckResponse_NOT_SERVING)
+	d.dispatcher.mu.Lock() // no build starts after this
 	d.end(errShutdown)
+	d.dispatcher.mu.Unlock()
 	d.builds.Wait()
 	told := make(chan struct{})
 	go func() {

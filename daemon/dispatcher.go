@@ -23,6 +23,7 @@ type dispatcher struct {
 	// byDrv finds the build that callers of the same derivation share.
 	byDrv  map[nix.StorePath]*build
 	lastID scheduler.BuildID
+	visits uint64
 }
 
 func newDispatcher(log *slog.Logger) *dispatcher {
@@ -39,6 +40,7 @@ type placement struct {
 	machine scheduler.MachineID // "" while it waits
 	granted bool                // whether it has a build slot
 	why     string
+	visit   uint64        // counts the builds' stays on machines: a grant begins none
 	changed chan struct{} // closed when this is no longer so
 }
 
@@ -46,12 +48,12 @@ type placement struct {
 func (d *dispatcher) carryOutLocked(orders []scheduler.Order) {
 	for _, o := range orders {
 		b := d.builds[o.Build]
-		b.setPlaceLocked(placement{
-			machine: o.Machine,
-			granted: o.Kind == scheduler.Grant,
-			why:     o.Why,
-			changed: make(chan struct{}),
-		})
+		next := placement{machine: o.Machine, why: o.Why, visit: b.place.visit}
+		if next.granted = o.Kind == scheduler.Grant; !next.granted {
+			d.visits++
+			next.visit = d.visits
+		}
+		b.setPlaceLocked(next)
 		d.log.Debug("order", "build_id", o.Build, "kind", o.Kind, "machine", o.Machine, "why", o.Why)
 	}
 }
@@ -74,8 +76,8 @@ func (d *dispatcher) submitLocked(b *build) {
 	d.carryOutLocked(d.queue.Enqueue(b.request()))
 }
 
-// leave takes a build out for good, whatever it held.
-func (d *dispatcher) leave(b *build) {
+// remove takes a build out for good, whatever it held.
+func (d *dispatcher) remove(b *build) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	d.forgetLocked(b)
@@ -95,9 +97,19 @@ func (d *dispatcher) requeue(b *build, failed scheduler.MachineID) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if b.place.machine == failed {
-		b.setPlaceLocked(placement{changed: make(chan struct{})})
+		b.setPlaceLocked(placement{})
 	}
 	d.carryOutLocked(d.queue.Requeue(b.id, failed))
+}
+
+// restart puts a build that had its slot back to the beginning, for an attempt
+// in another way.
+func (d *dispatcher) restart(b *build) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	b.setPlaceLocked(placement{})
+	d.carryOutLocked(d.queue.Remove(b.id))
+	d.carryOutLocked(d.queue.Enqueue(b.request()))
 }
 
 // place is what is decided for a build now.
@@ -122,23 +134,13 @@ func (d *dispatcher) awaitPlace(ctx context.Context, b *build) (placement, error
 	}
 }
 
-// staged notes that the build's inputs are on its machine. A build that has its
-// slot already is on a further attempt there.
-func (d *dispatcher) staged(b *build, at scheduler.MachineID) {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	if !b.place.granted {
-		d.carryOutLocked(d.queue.Staged(b.id, at))
-	}
-}
-
-// awaitSlot waits until the build may start on its machine. It returns errMoved
-// when it has been given another one.
-func (d *dispatcher) awaitSlot(ctx context.Context, b *build, at scheduler.MachineID) error {
+// awaitSlot waits until the build may start where it was placed. It returns
+// errMoved when it has been given another place.
+func (d *dispatcher) awaitSlot(ctx context.Context, b *build, at placement) error {
 	for {
 		p := d.place(b)
 		switch {
-		case p.machine != at:
+		case p.visit != at.visit:
 			return errMoved
 		case p.granted:
 			return nil

@@ -50,18 +50,6 @@ type outcome struct {
 	duration time.Duration
 }
 
-func (o outcome) success() bool {
-	switch o.status {
-	case dispatchv1.BuildStatus_BUILD_STATUS_BUILT,
-		dispatchv1.BuildStatus_BUILD_STATUS_SUBSTITUTED,
-		dispatchv1.BuildStatus_BUILD_STATUS_ALREADY_VALID,
-		dispatchv1.BuildStatus_BUILD_STATUS_RESOLVES_TO_ALREADY_VALID:
-		return true
-	default:
-		return false
-	}
-}
-
 // buildStatus is Nix's status in the API's numbering, which keeps 0 free. A
 // status of a newer Nix that the API does not know is a failure of unknown kind.
 func buildStatus(s nix.BuildStatus) dispatchv1.BuildStatus {
@@ -76,6 +64,9 @@ func outcomeOf(err error) outcome {
 	o := outcome{status: dispatchv1.BuildStatus_BUILD_STATUS_MISC_FAILURE, err: err.Error()}
 	if errors.Is(err, errCancelled) || errors.Is(err, errShutdown) {
 		o.status = dispatchv1.BuildStatus_BUILD_STATUS_CANCELLED
+	}
+	if over, ok := errors.AsType[*limitError](err); ok {
+		o.status = over.status
 	}
 	if m, ok := errors.AsType[*machineError](err); ok {
 		o.machine = m.machine

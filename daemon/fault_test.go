@@ -78,7 +78,7 @@ func TestMachineFaultsMoveTheBuild(t *testing.T) {
 				return untilGone(ctx, req)
 			}
 		}},
-		{name: "vanishes during the download", twice: true, error: "copy outputs", size: 8 << 20, after: func(s *site, m *fakeMachine) {
+		{name: "vanishes during the download", twice: true, error: "copy outputs", size: 5 << 20, after: func(s *site, m *fakeMachine) {
 			var once sync.Once
 			s.local.beforeImport = func(nix.PathInfo) error { once.Do(m.vanish); return nil }
 		}},

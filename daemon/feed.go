@@ -38,7 +38,6 @@ type cursor struct {
 type reading struct {
 	events   []*dispatchv1.BuildEvent // shared: not to be changed
 	progress *dispatchv1.BuildEvent
-	hasLog   bool
 	handOver []string
 	outcome  *outcome
 	changed  <-chan struct{}
@@ -54,7 +53,6 @@ func (f *feed) read(c *cursor) reading {
 		handOver: f.handOver,
 		outcome:  f.outcome,
 		changed:  f.changed,
-		hasLog:   f.log.length() > c.log,
 	}
 	if f.version > c.version {
 		r.progress = f.progress

@@ -26,9 +26,13 @@ const (
 	handOverWait = 5 * time.Second
 	// lockPoll is how often a lock that somebody else holds is looked at.
 	lockPoll = 100 * time.Millisecond
-	// importStall is how long an import may make no progress before it is
-	// suspected of waiting for a lock and begun anew.
+	// lockReminder is after how many looks the log says that it is still held.
+	lockReminder = 600
+	// importStall is how long nix-daemon may take nothing of an import before it is
+	// suspected of waiting for a lock, and the import is begun anew; diskStall the
+	// same for an import that has its lock.
 	importStall = 20 * time.Second
+	diskStall   = 10 * time.Minute
 	// maxImports bounds how often that happens.
 	maxImports = 5
 )
@@ -151,18 +155,21 @@ var errStalled = errors.New("nix-daemon made no progress")
 // valid. Importing while another process holds it would wait for that process
 // inside nix-daemon, where nothing can be seen or asked.
 func (f *fetch) awaitLock(ctx context.Context, p nix.StorePath) (valid bool, err error) {
-	for waited := false; ; waited = true {
+	for polls := 0; ; polls++ {
 		held, err := lockHeld(filepath.Join(f.d.local.dir, p.Base()+".lock"))
 		if err != nil {
 			return false, &localError{doing: "look at output lock", err: err}
 		}
-		if waited {
+		if polls > 0 {
 			if valid, err := f.conn.IsValidPath(p); err != nil || valid {
 				return valid, err
 			}
 		}
 		if !held {
 			return false, nil
+		}
+		if polls%lockReminder == lockReminder-1 {
+			f.m.log.Warn("another process holds the lock of an output", "build_id", f.b.id, "path", p)
 		}
 		select {
 		case <-time.After(lockPoll):
@@ -198,15 +205,16 @@ func lockHeld(lockFile string) (bool, error) {
 
 // importOnce streams one output from the machine into the local store.
 func (f *fetch) importOnce(ctx context.Context, info nix.PathInfo) error {
-	watch := watchStart(importStall, f.conn.abort)
-	defer watch.stop()
+	watch := newImportWatch(f.conn.abort)
+	defer watch.pause()
 	var remoteErr error
 	err := f.conn.AddToStoreNar(&info, true, func(_ *nix.PathInfo, w io.Writer) error {
-		out := f.progress.begin(info, &startWriter{startWatch: watch, w: w})
+		out := f.progress.begin(info, &watchedWriter{importWatch: watch, w: w})
 		err := f.r.store.dump(info, out)
 		if err != nil && out.err == nil {
 			remoteErr = err // reading failed, not writing
 		}
+		watch.waiting() // for nix-daemon's last word
 		return err
 	})
 	switch {
@@ -243,43 +251,54 @@ func (f *fetch) importFault(info nix.PathInfo, err error) error {
 // takes the lock before it reads the NAR.
 const pastLock = 1 << 20
 
-// A startWatch ends an import that does not get going. Once nix-daemon has begun
-// to read, it has the lock, and may take the time that the link and the disk
-// need. Safe for concurrent use.
-type startWatch struct {
+// An importWatch ends an import that nix-daemon makes no progress with: while a
+// write to it is blocked, or its last word is awaited. The time the link to the
+// machine needs does not count. Until nix-daemon has surely got the lock it has
+// importStall, then diskStall. Used by one goroutine but for the timer.
+type importWatch struct {
 	timer *time.Timer
 	fired atomic.Bool
 	taken int64
 }
 
-func watchStart(limit time.Duration, abort func()) *startWatch {
-	w := &startWatch{}
-	w.timer = time.AfterFunc(limit, func() {
+func newImportWatch(abort func()) *importWatch {
+	w := &importWatch{}
+	w.timer = time.AfterFunc(diskStall, func() {
 		w.fired.Store(true)
 		abort()
 	})
+	w.timer.Stop()
 	return w
 }
 
-func (w *startWatch) stalled() bool { return w.fired.Load() }
-func (w *startWatch) stop()         { w.timer.Stop() }
+func (w *importWatch) stalled() bool { return w.fired.Load() }
 
-// A startWriter disarms the watch when enough has passed. After a stall it lets
-// the rest of the NAR pass into nothing, so that the remote process can be used
-// on.
-type startWriter struct {
-	*startWatch
+// waiting begins a wait for nix-daemon; pause ends it.
+func (w *importWatch) waiting() {
+	if w.taken > pastLock {
+		w.timer.Reset(diskStall)
+	} else {
+		w.timer.Reset(importStall)
+	}
+}
+
+func (w *importWatch) pause() { w.timer.Stop() }
+
+// A watchedWriter times the writes to nix-daemon. After a stall it lets the rest
+// of the NAR pass into nothing, so that the remote process can be used on.
+type watchedWriter struct {
+	*importWatch
 	w io.Writer
 }
 
-func (s *startWriter) Write(p []byte) (int, error) {
+func (s *watchedWriter) Write(p []byte) (int, error) {
 	if s.stalled() {
 		return len(p), nil
 	}
+	s.waiting()
 	n, err := s.w.Write(p)
-	if s.taken += int64(n); s.taken > pastLock {
-		s.stop()
-	}
+	s.pause()
+	s.taken += int64(n)
 	if err != nil && s.stalled() {
 		return len(p), nil
 	}

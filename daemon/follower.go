@@ -27,6 +27,9 @@ func limitsFrom(l *dispatchv1.Limits) limits {
 type follower struct {
 	b      *build
 	limits limits
+	// leave ends the interest; the build's last follower to leave cancels it, for
+	// the reason given. It may be called more than once.
+	leave func(why error)
 
 	// Those below belong to follow.
 
@@ -97,7 +100,7 @@ func (f *follower) pass(ctx context.Context, r reading, buf []byte, send func(*d
 			return fmt.Errorf("read the build's log: %w", err)
 		}
 		if n == 0 {
-			return nil
+			break
 		}
 		f.cursor.log += int64(n)
 		e := f.b.event()
@@ -105,6 +108,11 @@ func (f *follower) pass(ctx context.Context, r reading, buf []byte, send func(*d
 		if err := send(e); err != nil {
 			return err
 		}
+	}
+	if lost := f.b.feed.log.lost(); r.outcome != nil && lost != nil {
+		e := f.b.event()
+		e.Event = &dispatchv1.BuildEvent_Log{Log: &dispatchv1.Log{Data: []byte("\n" + lost.Error() + "\n")}}
+		return send(e)
 	}
 	return nil
 }
@@ -130,6 +138,8 @@ func (f *follower) enforce(ctx context.Context, cancel context.CancelCauseFunc) 
 		if !since.IsZero() {
 			var over *limitError
 			if wait, over = f.limits.check(since, f.b.feed.log, time.Now()); over != nil {
+				// At once, for the caller may read nothing for a long time.
+				f.leave(over)
 				cancel(over)
 				return
 			}

@@ -3,7 +3,6 @@ package daemon
 import (
 	"context"
 	"errors"
-	"fmt"
 
 	"nixdispatch/proto/nix"
 	"nixdispatch/scheduler"
@@ -71,7 +70,7 @@ var errFirstFailure = errors.New("another derivation failed")
 // ended. A build that was cut off by the end of the realisation has not failed.
 func (g *goal) realise(ctx context.Context) (ok bool) {
 	b := g.r.d.newBuild(g.drvPath, g.drv, g.r.substitute, g.r.caller)
-	o, err := g.build(ctx, b)
+	followed, o, err := g.build(ctx, b)
 	if err != nil {
 		if ctx.Err() != nil {
 			return true
@@ -79,26 +78,33 @@ func (g *goal) realise(ctx context.Context) (ok bool) {
 		o = outcomeOf(err)
 	}
 	// The stream's end ends the context, too.
-	_ = g.r.sendEvent(finished(b, o))
-	return o.success()
+	_ = g.r.sendEvent(finished(followed, o))
+	return o.status.Succeeded()
 }
 
-func (g *goal) build(ctx context.Context, b *build) (outcome, error) {
+// build returns the build that was followed, which may be one that another
+// caller had begun.
+func (g *goal) build(ctx context.Context, b *build) (*build, outcome, error) {
 	select {
 	case <-g.r.substituted:
 	case <-ctx.Done():
-		return outcome{}, context.Cause(ctx)
+		return b, outcome{}, context.Cause(ctx)
 	}
 	if g.local(b) {
-		return g.buildLocally(ctx, b)
+		o, err := g.buildLocally(ctx, b)
+		return b, o, err
 	}
 	inputs, err := g.inputs()
 	if err != nil {
-		return outcome{}, err
+		return b, outcome{}, err
 	}
-	f := g.r.d.submit(b, g.r.limits, inputs)
-	defer g.r.d.unfollow(f)
-	return f.follow(ctx, g.r.sendEvent, nil)
+	f, err := g.r.d.submit(b, g.r.limits, inputs)
+	if err != nil {
+		return b, outcome{}, err
+	}
+	defer f.leave(errCancelled)
+	o, err := f.follow(ctx, g.r.sendEvent, nil)
+	return f.b, o, err
 }
 
 // local tells whether the derivation is left to the local Nix: because no
@@ -137,7 +143,7 @@ func (g *goal) buildLocally(ctx context.Context, b *build) (outcome, error) {
 		<-ended
 		b.feed.log.close()
 	}()
-	f := &follower{b: b, limits: g.r.limits}
+	f := &follower{b: b, limits: g.r.limits, leave: func(error) { cancel() }}
 	return f.follow(ctx, g.r.sendEvent, nil)
 }
 
@@ -160,23 +166,13 @@ func (g *goal) inputs() ([]nix.StorePath, error) {
 	r := g.r
 	r.rootsMu.Lock()
 	defer r.rootsMu.Unlock()
-	roots := append([]nix.StorePath(nil), g.drv.InputSrcs...)
-	for input, names := range g.drv.InputDrvs {
-		outputs, err := r.outputsLocked(input)
-		if err != nil {
-			return nil, err
-		}
-		for _, name := range names {
-			p, ok := outputs[name]
-			if !ok || p == "" {
-				return nil, fmt.Errorf("derivation %s needs output %q of %s, which has none", g.drvPath, name, input)
-			}
-			roots = append(roots, p)
-		}
+	roots, err := inputRoots(g.drv, r.outputsLocked)
+	if err != nil {
+		return nil, err
 	}
 	infos, err := r.conn.closure(r.known, roots)
 	if err != nil {
-		return nil, err
+		return nil, errors.Join(err, r.substitution)
 	}
 	return pathsOf(infos), nil
 }

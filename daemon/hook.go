@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"context"
 	"fmt"
+	"os"
 	"strings"
 	"sync"
 	"time"
@@ -104,7 +105,7 @@ type hookFollower struct{ *follower }
 
 // follow accepts and stays with the hook until its build has ended.
 func (h *hookConversation) follow(f *hookFollower, accept *dispatchv1.Reply) error {
-	defer h.d.unfollow(f.follower)
+	defer f.leave(errCancelled)
 	defer h.d.dispatcher.noLocks(f)
 	if err := h.sendReply(accept); err != nil {
 		return err
@@ -142,11 +143,12 @@ func (h *hookConversation) listen(ctx context.Context, f *hookFollower, cancel c
 			return
 		}
 		switch m := msg.GetMessage().(type) {
-		case nil: // gone
+		case nil:
+			cancel(status.Error(codes.InvalidArgument, "the hook has nothing more to say")) // or is gone
 			return
 		case *dispatchv1.HookRequest_Start:
 			late.Stop()
-			paths, err := storePaths(m.Start.GetInputs())
+			paths, err := h.inputs(ctx, f.b.drv, m.Start)
 			if err != nil {
 				cancel(status.Error(codes.InvalidArgument, err.Error()))
 				return
@@ -159,6 +161,16 @@ func (h *hookConversation) listen(ctx context.Context, f *hookFollower, cancel c
 			return
 		}
 	}
+}
+
+// inputs are what the build may see. Those who own the store are believed: their
+// Nix has worked them out. Others could have outputs built from something else
+// than the derivation says.
+func (h *hookConversation) inputs(ctx context.Context, drv *nix.Derivation, start *dispatchv1.Start) ([]nix.StorePath, error) {
+	if h.caller.uid == 0 || h.caller.uid == uint32(os.Geteuid()) { //nolint:gosec // a uid
+		return storePaths(start.GetInputs())
+	}
+	return h.d.local.inputClosure(ctx, drv)
 }
 
 func finished(b *build, o outcome) *dispatchv1.BuildEvent {
@@ -225,7 +237,7 @@ func (h *hookConversation) offer(try *dispatchv1.Try, drvPath nix.StorePath, drv
 	case scheduler.Postpone:
 		return reply(dispatchv1.Reply_ACTION_POSTPONE, decision.Why), nil
 	default:
-		if h.d.machines.unsupportedCouldRun(drv) {
+		if decision.Situation == scheduler.Impossible && h.d.machines.unsupportedCouldRun(drv) {
 			return reply(dispatchv1.Reply_ACTION_STOCK, "only a machine of a kind that nix-dispatch does not serve could build it"), nil
 		}
 		r := reply(dispatchv1.Reply_ACTION_DECLINE, h.d.dispatcher.explain(b.request()).Text(maxExplained))

@@ -12,9 +12,14 @@ type idlePool[T comparable] struct {
 	end func(T) // ends one that nobody took in time; it may take a while
 
 	mu     sync.Mutex
-	idle   []T // the last one put is the first one taken
+	idle   []idler[T] // the last one put is the first one taken
 	closed bool
 	ending sync.WaitGroup
+}
+
+type idler[T comparable] struct {
+	x     T
+	timer *time.Timer
 }
 
 // put hands over x, for ttl at most.
@@ -25,8 +30,7 @@ func (p *idlePool[T]) put(x T) {
 		p.ending.Go(func() { p.end(x) })
 		return
 	}
-	p.idle = append(p.idle, x)
-	time.AfterFunc(p.ttl, func() { p.expire(x) })
+	p.idle = append(p.idle, idler[T]{x, time.AfterFunc(p.ttl, func() { p.expire(x) })})
 }
 
 // take returns the newest of what is there.
@@ -37,18 +41,19 @@ func (p *idlePool[T]) take() (x T, ok bool) {
 	if n == 0 {
 		return x, false
 	}
-	x = p.idle[n-1]
+	last := p.idle[n-1]
 	p.idle = p.idle[:n-1]
-	return x, true
+	last.timer.Stop()
+	return last.x, true
 }
 
-// expire ends x if it is still there: it may have been taken, and even put back,
-// in which case a later timer is its own.
+// expire ends x if it is still there. A timer that fires while x is taken finds
+// nothing; one that fires just as x is put back ends it early, which does no harm.
 func (p *idlePool[T]) expire(x T) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	for n, other := range p.idle {
-		if other == x {
+		if other.x == x {
 			p.idle = append(p.idle[:n], p.idle[n+1:]...)
 			p.ending.Go(func() { p.end(x) })
 			return
@@ -60,8 +65,9 @@ func (p *idlePool[T]) expire(x T) {
 func (p *idlePool[T]) close() {
 	p.mu.Lock()
 	p.closed = true
-	for _, x := range p.idle {
-		p.ending.Go(func() { p.end(x) })
+	for _, i := range p.idle {
+		i.timer.Stop()
+		p.ending.Go(func() { p.end(i.x) })
 	}
 	p.idle = nil
 	p.mu.Unlock()

@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -165,7 +166,8 @@ func (s localStore) dial(ctx context.Context) (io.ReadWriteCloser, error) {
 type childDaemon struct {
 	io.Reader
 	io.WriteCloser
-	cmd *exec.Cmd
+	cmd  *exec.Cmd
+	once sync.Once
 }
 
 func startStdioDaemon() (io.ReadWriteCloser, error) {
@@ -184,12 +186,15 @@ func startStdioDaemon() (io.ReadWriteCloser, error) {
 	return &childDaemon{Reader: stdout, WriteCloser: stdin, cmd: cmd}, nil
 }
 
-// Close ends the child and waits for it.
+// Close ends the child and waits for it. It may be called more than once, also
+// at the same time.
 func (c *childDaemon) Close() error {
-	err := c.WriteCloser.Close()
-	_ = c.cmd.Process.Kill() // it may have ended by itself
-	_ = c.cmd.Wait()         // killed: its status says nothing
-	return err
+	c.once.Do(func() {
+		_ = c.WriteCloser.Close()
+		_ = c.cmd.Process.Kill() // it may have ended by itself
+		_ = c.cmd.Wait()         // killed: its status says nothing
+	})
+	return nil
 }
 
 // errNotInStore says that a derivation's file is not in the local store.

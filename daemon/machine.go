@@ -22,8 +22,8 @@ type machine struct {
 	idle    *idlePool[*remote]
 	log     *slog.Logger
 
-	// untrusted is learned: from the worker protocol's handshake, or from the
-	// words of a refusal where the protocol cannot tell.
+	// untrusted is learned: from the worker protocol's handshake at each probe, or
+	// from the words of a refusal where the protocol cannot tell.
 	untrusted atomic.Bool
 }
 
@@ -45,7 +45,7 @@ func newMachine(line nix.Machine, pool *sshpool.Pool, log *slog.Logger) *machine
 		ng:      line.Ref.Scheme == "ssh-ng",
 		command: remoteCommand(line.Ref),
 		uploads: newClaims(),
-		idle:    &idlePool[*remote]{ttl: maxRemoteIdle, end: (*remote).hangUp},
+		idle:    &idlePool[*remote]{ttl: maxRemoteIdle, end: func(r *remote) { r.hangUp() }},
 		log:     log.With("machine", line.StoreURI),
 	}
 	m.host = pool.Add(m.sshConfig())
@@ -124,9 +124,12 @@ func (m *machine) probe(ctx context.Context, s *sshpool.Session) error {
 // the remote process.
 func (m *machine) open(ctx context.Context, fresh bool) (*remote, error) {
 	if !fresh {
-		if r, ok := m.idle.take(); ok {
-			r.bind(ctx)
-			return r, nil
+		for r, ok := m.idle.take(); ok; r, ok = m.idle.take() {
+			if r.alive() {
+				r.bind(ctx)
+				return r, nil
+			}
+			r.hangUp()
 		}
 	}
 	s, err := m.host.Session(ctx, m.command)

@@ -15,15 +15,16 @@ import (
 	"nixdispatch/sshpool"
 )
 
-// machines are the machines of the builders setting. The set does not change
-// after it was made; it is safe for concurrent use.
+// machines are the machines of the builders setting. Once connect has been called
+// the set does not change, and is safe for concurrent use.
 type machines struct {
 	builders string // the setting, verbatim
 	lines    []nix.Machine
 	errs     []*nix.MachineError
 	byURI    map[string]*machine
-	// others are machines of kinds that the daemon cannot serve.
-	others []nix.Machine
+	// others are machines of kinds that the daemon cannot serve; all are lines and
+	// others in the list's order.
+	others, all []nix.Machine
 }
 
 // readMachines parses the builders setting. Bad entries are reported and left
@@ -44,9 +45,11 @@ func readMachines(builders string, log *slog.Logger) *machines {
 			seen[line.StoreURI] = true
 			log.Warn("machine is left to the stock hook", "machine", line.StoreURI, "reason", unsupported(line))
 			set.others = append(set.others, line)
+			set.all = append(set.all, line)
 		default:
 			seen[line.StoreURI] = true
 			set.lines = append(set.lines, line)
+			set.all = append(set.all, line)
 		}
 	}
 	for _, err := range set.errs {
@@ -104,8 +107,8 @@ func (s *machines) forScheduler() []scheduler.Machine {
 	return out
 }
 
-// errors are the entries left out, for the API.
-func (s *machines) errors() []*dispatchv1.MachineError {
+// badEntries are the entries left out, for the API.
+func (s *machines) badEntries() []*dispatchv1.MachineError {
 	out := make([]*dispatchv1.MachineError, len(s.errs))
 	for n, e := range s.errs {
 		out[n] = &dispatchv1.MachineError{
@@ -128,7 +131,7 @@ func (s *machines) sameList(builders string) bool {
 		return false
 	}
 	lines, errs := nix.ParseMachines(builders, nix.MachinesOptions{DefaultSystems: []string{nixSystem()}})
-	return len(errs) == 0 && slices.EqualFunc(lines, append(slices.Clone(s.lines), s.others...), sameMachine)
+	return len(errs) == 0 && slices.EqualFunc(lines, s.all, sameMachine)
 }
 
 func sameMachine(a, b nix.Machine) bool {

@@ -8,6 +8,7 @@ import (
 	"os/user"
 	"slices"
 	"strconv"
+	"strings"
 	"syscall"
 
 	"golang.org/x/sys/unix"
@@ -121,11 +122,14 @@ func (g gate) allows(c caller) bool {
 const healthService = "/grpc.health.v1.Health/"
 
 func (g gate) check(ctx context.Context, method string) error {
-	if len(method) >= len(healthService) && method[:len(healthService)] == healthService {
+	if strings.HasPrefix(method, healthService) {
 		return nil
 	}
 	c, ok := callerFrom(ctx)
-	if !ok || !g.allows(c) {
+	if !ok {
+		return status.Error(codes.PermissionDenied, "nobody knows who is calling")
+	}
+	if !g.allows(c) {
 		return status.Errorf(codes.PermissionDenied,
 			"%s may not use nix-dispatch: only root, the daemon's user and the group %q may", c, g.group)
 	}

@@ -2,6 +2,7 @@ package daemon
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"runtime"
 	"slices"
@@ -36,9 +37,11 @@ type realisation struct {
 	known   map[nix.StorePath]nix.PathInfo
 	outputs map[nix.StorePath]map[string]nix.StorePath // by derivation
 
-	// substituted is closed when all that can be substituted has been.
-	substituted chan struct{}
-	localSlots  chan struct{}
+	// substituted is closed when all that can be substituted has been;
+	// substitution is then why some of it could not.
+	substituted  chan struct{}
+	substitution error
+	localSlots   chan struct{}
 
 	mu     sync.Mutex // guards the goals' states and failed
 	goals  map[nix.StorePath]*goal
@@ -196,13 +199,43 @@ func (r *realisation) plan(targets []target) (worker.Missing, error) {
 			roots = append(roots, o)
 		}
 	}
-	if err := r.conn.AddTempRoots(roots); err != nil {
+	inputs, err := r.validInputs()
+	if err != nil {
+		return missing, err
+	}
+	if err := r.conn.AddTempRoots(slices.Concat(roots, inputs)); err != nil {
 		return missing, &localError{doing: "take temporary roots", err: err}
 	}
 	r.link()
 	return missing, r.send(&dispatchv1.BuildResponse{Message: &dispatchv1.BuildResponse_Plan{Plan: &dispatchv1.Plan{
 		WillBuild: pathNames(missing.WillBuild), WillSubstitute: pathNames(missing.WillSubstitute),
 	}}})
+}
+
+// validInputs are the goals' inputs that are no goal's outputs, without their
+// closure: what a rooted path refers to is safe with it.
+func (r *realisation) validInputs() ([]nix.StorePath, error) {
+	r.rootsMu.Lock()
+	defer r.rootsMu.Unlock()
+	var paths []nix.StorePath
+	for _, g := range r.goals {
+		paths = append(paths, g.drv.InputSrcs...)
+		for input, names := range g.drv.InputDrvs {
+			if r.goals[input] != nil {
+				continue
+			}
+			outputs, err := r.outputsLocked(input)
+			if err != nil {
+				return nil, err
+			}
+			for _, name := range names {
+				if outputs[name] != "" {
+					paths = append(paths, outputs[name])
+				}
+			}
+		}
+	}
+	return paths, nil
 }
 
 // substituteAll has the local Nix fetch what it can. What cannot be had is
@@ -213,12 +246,19 @@ func (r *realisation) substituteAll(ctx context.Context, paths []nix.StorePath) 
 		return
 	}
 	conn, err := r.d.local.open(ctx)
-	if err == nil {
-		defer conn.Close()
-		_, err = conn.BuildPathsWithResults(pathNames(paths))
-	}
 	if err != nil {
-		r.d.log.Warn("substitution failed", "err", contextCause(ctx, err))
+		r.substitution = err
+		return
+	}
+	defer conn.Close()
+	results, err := conn.BuildPathsWithResults(pathNames(paths))
+	if err != nil {
+		r.substitution = &localError{doing: "substitute", err: contextCause(ctx, err)}
+	}
+	for _, result := range results {
+		if !result.Status.Success() {
+			r.substitution = &localError{doing: "substitute", err: errors.New(nix.PlainText(result.ErrorMsg))}
+		}
 	}
 }
 

@@ -2,6 +2,7 @@ package daemon
 
 import (
 	"context"
+	"errors"
 	"io"
 	"strings"
 	"sync"
@@ -64,8 +65,9 @@ type remote struct {
 	clean  bool
 	// stop keeps the end of the build's context from ending the process; gone is
 	// closed when that has happened instead.
-	stop func() bool
-	gone chan struct{}
+	stop  func() bool
+	gone  chan struct{}
+	ended bool // whether the process is known to have ended; valid after gone
 }
 
 // A process serves several builds only where that changes nothing: its temporary
@@ -112,7 +114,7 @@ func (r *remote) bind(ctx context.Context) {
 	r.gone = make(chan struct{})
 	r.stop = context.AfterFunc(ctx, func() {
 		defer close(r.gone)
-		r.hangUp()
+		r.ended = r.hangUp()
 	})
 }
 
@@ -126,16 +128,18 @@ func (r *remote) startLog(log logSink) {
 }
 
 // close ends what bind began. A process that is of use to the next build is
-// kept. Otherwise, when close returns, all the process printed has been read, and
-// a build that was cancelled has ended, unless the process took too long.
-func (r *remote) close() {
+// kept. Otherwise, when close returns, all the process printed has been read; and
+// unless close returns false, a build that it still ran has ended.
+func (r *remote) close() (confirmed bool) {
 	switch {
 	case !r.stop():
 		<-r.gone
+		return r.ended
 	case r.reusable():
 		r.machine.idle.put(r)
+		return true
 	default:
-		r.hangUp()
+		return r.hangUp()
 	}
 }
 
@@ -144,24 +148,32 @@ func (r *remote) close() {
 // it is complete, so only a process that has printed nothing can go on: several
 // round trips after its build, anything printed would have arrived.
 func (r *remote) reusable() bool {
+	return r.alive() && r.clean && r.builds < maxRemoteBuilds && time.Since(r.started) < maxRemoteAge &&
+		(r.machine.ng || r.stderr.last() == "")
+}
+
+// alive tells whether the process has not ended as far as is known.
+func (r *remote) alive() bool {
 	select {
 	case <-r.session.Done():
 		return false
 	default:
+		return true
 	}
-	return r.clean && r.builds < maxRemoteBuilds && time.Since(r.started) < maxRemoteAge &&
-		(r.machine.ng || r.stderr.last() == "")
 }
 
 // hangUp ends the remote process the way Nix understands: by closing its input,
-// upon which it kills the build it runs.
-func (r *remote) hangUp() {
+// upon which it kills the build it runs. It tells whether the process is known to
+// have ended.
+func (r *remote) hangUp() bool {
 	_ = r.session.Stdin.Close() // what counts is the end of the process
 	impatient := time.AfterFunc(hangUpGrace, func() { _ = r.session.Close() })
 	defer impatient.Stop()
-	_ = r.session.Wait() // whichever way it ended, it has ended
+	err := r.session.Wait()
 	<-r.stderr.ended
 	_ = r.session.Close() // frees the place
+	_, exited := errors.AsType[*sshpool.ExitError](err)
+	return err == nil || exited
 }
 
 // A stderrReader drains a session's stderr: the end of it is kept for messages,

@@ -57,7 +57,7 @@ func (s *server) Status(context.Context, *dispatchv1.StatusRequest) (*dispatchv1
 		Version: s.d.opts.Version,
 		Started: timestamppb.New(s.d.started),
 		Builds:  builds,
-		Errors:  s.d.machines.errors(),
+		Errors:  s.d.machines.badEntries(),
 	}
 	for _, m := range snapshot.Machines {
 		r.Machines = append(r.Machines, s.machineStatus(m))
@@ -99,7 +99,7 @@ func (s *server) machineStatus(m scheduler.MachineStatus) *dispatchv1.MachineSta
 
 // Machines lists the machines as they were understood.
 func (s *server) Machines(context.Context, *dispatchv1.MachinesRequest) (*dispatchv1.MachinesResponse, error) {
-	r := &dispatchv1.MachinesResponse{Errors: s.d.machines.errors()}
+	r := &dispatchv1.MachinesResponse{Errors: s.d.machines.badEntries()}
 	for _, line := range s.d.machines.lines {
 		r.Machines = append(r.Machines, &dispatchv1.Machine{
 			StoreUri:          line.StoreURI,

@@ -3,6 +3,7 @@ package daemon
 import (
 	"context"
 	"os"
+	"sync"
 	"time"
 
 	"nixdispatch/proto/nix"
@@ -45,13 +46,16 @@ func (d *Daemon) offerHook(b *build, f *hookFollower, amWilling bool) scheduler.
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	if flying := q.byDrv[b.drvPath]; flying != nil {
-		f.joinLocked(flying)
+		q.joinHookLocked(f, flying)
 		return scheduler.Decision{Reply: scheduler.Accept, Machine: flying.place.machine, Why: "it is being built for another caller"}
+	}
+	if d.stopping() {
+		return scheduler.Decision{Reply: scheduler.Postpone, Why: errShutdown.Error()}
 	}
 	decision := q.queue.Offer(b.request(), amWilling)
 	if decision.Reply == scheduler.Accept || decision.Reply == scheduler.AcceptQueued {
 		q.submitLocked(b)
-		f.joinLocked(b)
+		q.joinHookLocked(f, b)
 		d.startLocked(b)
 	}
 	return decision
@@ -60,41 +64,45 @@ func (d *Daemon) offerHook(b *build, f *hookFollower, amWilling bool) scheduler.
 // submit puts a derivation whose inputs are known into the queue and returns a
 // follower of its build, or of the one of the same derivation that is already in
 // flight.
-func (d *Daemon) submit(b *build, l limits, inputs []nix.StorePath) *follower {
+func (d *Daemon) submit(b *build, l limits, inputs []nix.StorePath) (*follower, error) {
 	q := d.dispatcher
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	f := &follower{limits: l}
-	if flying := q.byDrv[b.drvPath]; flying != nil {
-		f.joinLocked(flying)
-	} else {
+	switch flying := q.byDrv[b.drvPath]; {
+	case flying != nil:
+		q.joinLocked(f, flying)
+	case d.stopping():
+		return nil, errShutdown
+	default:
 		q.submitLocked(b)
-		f.joinLocked(b)
+		q.joinLocked(f, b)
 		d.startLocked(b)
 	}
 	f.b.inputs.provide(inputs)
-	return f
+	return f, nil
 }
 
-func (f *follower) joinLocked(b *build) {
+func (q *dispatcher) joinLocked(f *follower, b *build) {
 	f.b = b
 	b.followers++
+	var once sync.Once
+	f.leave = func(why error) { once.Do(func() { q.leave(f, why) }) }
 }
 
-func (f *hookFollower) joinLocked(b *build) {
-	f.follower.joinLocked(b)
+func (q *dispatcher) joinHookLocked(f *hookFollower, b *build) {
+	q.joinLocked(f.follower, b)
 	b.hooks[f] = struct{}{}
 }
 
-// unfollow ends a caller's interest. A build that nobody follows is cancelled.
-func (d *Daemon) unfollow(f *follower) {
-	q := d.dispatcher
+// leave ends a caller's interest. A build that nobody follows is cancelled.
+func (q *dispatcher) leave(f *follower, why error) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	f.b.followers--
 	if f.b.followers == 0 {
 		q.forgetLocked(f.b)
-		f.b.cancel(errCancelled)
+		f.b.cancel(why)
 		f.b.freeLocked()
 	}
 }
@@ -123,7 +131,8 @@ func (d *Daemon) cancel(id scheduler.BuildID, by caller) error {
 	if b == nil {
 		return errNoSuchBuild
 	}
-	if by.uid != 0 && by.uid != uint32(os.Geteuid()) && by.uid != b.caller.uid {
+	owner := by.uid == b.caller.uid && b.followers <= 1
+	if by.uid != 0 && by.uid != uint32(os.Geteuid()) && !owner {
 		return errNotYours
 	}
 	q.forgetLocked(b)

@@ -36,8 +36,12 @@ func TestFollowersShareOneBuild(t *testing.T) {
 		hooks[0].leave() // the one who brought it
 		close(open)
 		want := strings.Join(r.log, "\n") + "\n"
+		stories := make(chan *story)
 		for _, h := range hooks[1:] {
-			st := h.finish()
+			go func() { stories <- h.finish() }()
+		}
+		for range hooks[1:] {
+			st := <-stories
 			if st.mustBe(t, dispatchv1.BuildStatus_BUILD_STATUS_BUILT); st.log != want {
 				t.Errorf("log = %q, want %q", st.log, want)
 			}

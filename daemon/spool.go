@@ -27,8 +27,8 @@ type spool struct {
 
 func newSpool(dir string) *spool { return &spool{dir: dir} }
 
-// Write appends. It always takes all of p: when the disk is full the log ends
-// with a line that says so, and the build goes on.
+// Write appends. It always takes all of p: when the disk is full the log is cut
+// short, which lost tells, and the build goes on.
 func (s *spool) Write(p []byte) (int, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -64,7 +64,6 @@ func (s *spool) spillLocked(p []byte) {
 }
 
 // readAt copies log bytes from offset off into p and returns how many there were.
-// Where the log had to be cut it ends with a notice.
 func (s *spool) readAt(p []byte, off int64) (int, error) {
 	s.mu.Lock()
 	head, file, size := s.head, s.file, s.size

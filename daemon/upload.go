@@ -10,9 +10,9 @@ import (
 
 // inputs are the paths that the machine must have before it can build.
 func (a *attempt) inputs(ctx context.Context) ([]nix.StorePath, error) {
-	given, err := a.b.inputs.await(ctx)
-	if err != nil || !a.whole {
-		return given, err
+	var err error
+	if a.given, err = a.b.inputs.await(ctx); err != nil || !a.whole {
+		return a.given, err
 	}
 	conn, err := a.d.local.open(ctx)
 	if err != nil {
@@ -27,7 +27,7 @@ func (a *attempt) inputs(ctx context.Context) ([]nix.StorePath, error) {
 	for _, i := range infos {
 		known[i.Path] = true
 	}
-	infosOfInputs, err := conn.QueryPathInfos(given)
+	infosOfInputs, err := conn.QueryPathInfos(a.given)
 	if err != nil {
 		return nil, &localError{doing: "query inputs", err: err}
 	}
@@ -48,6 +48,9 @@ func (a *attempt) inputs(ctx context.Context) ([]nix.StorePath, error) {
 func (a *attempt) copyInputs(ctx context.Context, paths []nix.StorePath) error {
 	asked := a.m.uploads.moment()
 	lacking, err := a.r.store.missing(paths, a.b.substitute)
+	if err == nil && len(paths) == 0 && a.r.builds > 1 {
+		_, err = a.r.store.pathInfos([]nix.StorePath{a.b.drvPath}) // does it still answer?
+	}
 	if err != nil && a.r.builds > 1 {
 		return errStale
 	}

@@ -4,6 +4,7 @@ import (
 	"fmt"
 
 	dispatchv1 "nixdispatch/proto/dispatch/v1"
+	"nixdispatch/proto/nix"
 	"nixdispatch/proto/nix/hook"
 )
 
@@ -52,12 +53,12 @@ func (a *activities) event(ev *dispatchv1.BuildEvent) {
 		a.stopAll()
 		text := fmt.Sprintf("waiting for a machine to build '%s'", a.drvPath)
 		if reason := e.Queued.GetReason(); reason != "" {
-			text += ": " + sanitize(reason)
+			text += ": " + nix.PlainText(reason)
 		}
 		a.waiting = a.log.Start(hook.Talkative, hook.BuildWaiting, text, 0)
 	case *dispatchv1.BuildEvent_Placed:
 		a.stopAll()
-		a.place(sanitize(e.Placed.GetMachine()), sanitize(e.Placed.GetReason()))
+		a.place(nix.PlainText(e.Placed.GetMachine()), nix.PlainText(e.Placed.GetReason()))
 	case *dispatchv1.BuildEvent_Copying:
 		a.transfer(toMachine, e.Copying.GetTransfer())
 	case *dispatchv1.BuildEvent_Building:
@@ -119,7 +120,7 @@ func (a *activities) copyText(dir direction, paths uint64) string {
 
 func (a *activities) transferPath(t *dispatchv1.Transfer) {
 	c := &a.copy
-	path := sanitize(t.GetPath())
+	path := nix.PlainText(t.GetPath())
 	if c.path != 0 && c.name != path {
 		a.endPath(t.GetBytesDone() - min(t.GetBytesDone(), t.GetPathBytesDone()))
 	}

@@ -13,6 +13,7 @@ import (
 	"google.golang.org/protobuf/types/known/durationpb"
 
 	dispatchv1 "nixdispatch/proto/dispatch/v1"
+	"nixdispatch/proto/nix"
 	"nixdispatch/proto/nix/hook"
 )
 
@@ -161,7 +162,7 @@ func (h *hookProcess) failedToAsk(try *hook.Try, err error) decision {
 	conn := h.link.conn
 	dialErr := conn.dialErr.Load()
 	connected := conn.connected.Load()
-	reason := sanitize(conn.whyNot(err))
+	reason := nix.PlainText(conn.whyNot(err))
 	h.link.reset()
 	code := status.Code(err)
 	switch {

@@ -57,7 +57,7 @@ func runBuild(ctx context.Context, args []string, std stdio) int {
 		return printJSON(std, resultsOf(summary.GetOutputs()))
 	}
 	for _, out := range summary.GetOutputs() {
-		fmt.Fprintln(std.out, sanitize(out.GetPath()))
+		fmt.Fprintln(std.out, nix.PlainText(out.GetPath()))
 	}
 	return exitOK
 }

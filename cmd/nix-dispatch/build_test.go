@@ -272,7 +272,7 @@ func TestStatus(t *testing.T) {
 	code, stdout, _ := runCommand(t.Context(), d.socket, "status")
 	want := []string{"ssh://mac", "up", "1 of 8", "ssh://poochie", "down", "no route", "7", "building", "1m0s", "queued", "all slots are taken"}
 	for _, word := range want {
-		if code != exitOK || !strings.Contains(stdout, word) || strings.ContainsRune(stdout, escape) {
+		if code != exitOK || !strings.Contains(stdout, word) || strings.ContainsRune(stdout, 0x1b) {
 			t.Errorf("status %d, want %q in:\n%s", code, word, stdout)
 		}
 	}

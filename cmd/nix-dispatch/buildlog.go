@@ -4,6 +4,8 @@ import (
 	"bytes"
 	"encoding/json"
 	"strings"
+
+	"nixdispatch/proto/nix"
 )
 
 const (
@@ -66,7 +68,7 @@ func (l *buildLog) take() (text string, ok bool) {
 		return "", false
 	}
 	// A carriage return starts the line anew, as on a terminal.
-	text = sanitize(raw[strings.LastIndexByte(raw, '\r')+1:])
+	text = nix.PlainText(raw[strings.LastIndexByte(raw, '\r')+1:])
 	if cut {
 		text += " [...]"
 	}

@@ -16,6 +16,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	dispatchv1 "nixdispatch/proto/dispatch/v1"
+	"nixdispatch/proto/nix"
 )
 
 const (
@@ -142,7 +143,7 @@ func exitStatus(err error) int {
 // reportCallError writes why a call failed, and what to do, and returns the
 // exit status.
 func reportCallError(w io.Writer, socket string, err error) int {
-	message := sanitize(status.Convert(err).Message())
+	message := nix.PlainText(status.Convert(err).Message())
 	switch status.Code(err) {
 	case codes.Canceled:
 		fmt.Fprintln(w, "nix-dispatch: interrupted")

@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	dispatchv1 "nixdispatch/proto/dispatch/v1"
+	"nixdispatch/proto/nix"
 	"nixdispatch/proto/nix/hook"
 )
 
@@ -238,8 +239,8 @@ func (h *hookProcess) explain(d decision) {
 	case d.warn:
 		h.warn(d.reason)
 	default:
-		h.log.Msg(hook.Chatty, sanitize(d.reason))
+		h.log.Msg(hook.Chatty, nix.PlainText(d.reason))
 	}
 }
 
-func (h *hookProcess) warn(text string) { h.log.Msg(hook.Warn, "warning: "+sanitize(text)) }
+func (h *hookProcess) warn(text string) { h.log.Msg(hook.Warn, "warning: "+nix.PlainText(text)) }

@@ -82,7 +82,7 @@ func addRoot(ctx context.Context, link outLink) error {
 	cmd.WaitDelay = time.Second
 	err := cmd.Run()
 	if _, ok := errors.AsType[*exec.ExitError](err); ok && stderr.Len() > 0 {
-		return errors.New(strings.TrimSpace(sanitize(stderr.String())))
+		return errors.New(strings.TrimSpace(nix.PlainText(stderr.String())))
 	}
 	return err
 }

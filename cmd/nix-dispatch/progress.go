@@ -103,7 +103,7 @@ func (p *progress) event(ev *dispatchv1.BuildEvent) {
 	case *dispatchv1.BuildEvent_Queued:
 		b.enter("queued", false)
 	case *dispatchv1.BuildEvent_Placed:
-		b.machine = sanitize(e.Placed.GetMachine())
+		b.machine = nix.PlainText(e.Placed.GetMachine())
 		b.enter("starting", true)
 		p.print("building " + b.title())
 	case *dispatchv1.BuildEvent_Copying:
@@ -142,9 +142,9 @@ func (b *buildView) enter(phase string, running bool) {
 // title names the build and where it runs.
 func (b *buildView) title() string {
 	if b.machine == "" {
-		return fmt.Sprintf("'%s' locally", sanitize(b.drvPath))
+		return fmt.Sprintf("'%s' locally", nix.PlainText(b.drvPath))
 	}
-	return fmt.Sprintf("'%s' on '%s'", sanitize(b.drvPath), b.machine)
+	return fmt.Sprintf("'%s' on '%s'", nix.PlainText(b.drvPath), b.machine)
 }
 
 func (p *progress) showLog(b *buildView, lines []string) {
@@ -166,7 +166,7 @@ func (p *progress) finish(b *buildView, f *dispatchv1.Finished) {
 			break
 		}
 	}
-	if succeeded(f.GetStatus()) {
+	if f.GetStatus().Succeeded() {
 		p.built++
 		return
 	}
@@ -188,7 +188,7 @@ func drvName(drvPath string) string {
 	if p, err := nix.ParseStorePath(drvPath); err == nil {
 		name = p.Name()
 	}
-	return sanitize(strings.TrimSuffix(name, ".drv"))
+	return nix.PlainText(strings.TrimSuffix(name, ".drv"))
 }
 
 // paint gives the lines that show the state now, at most rows.

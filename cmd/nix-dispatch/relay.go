@@ -13,6 +13,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	dispatchv1 "nixdispatch/proto/dispatch/v1"
+	"nixdispatch/proto/nix"
 	"nixdispatch/proto/nix/hook"
 )
 
@@ -103,7 +104,7 @@ func lostDaemon(err error) string {
 }
 
 func (h *hookProcess) finish(acts *activities, f *dispatchv1.Finished) int {
-	if succeeded(f.GetStatus()) {
+	if f.GetStatus().Succeeded() {
 		acts.endCopy(true)
 		return 0
 	}
@@ -137,23 +138,11 @@ func (h *hookProcess) fail(acts *activities, message string) {
 
 // failureText is how a failed build is told; machine may be "".
 func failureText(drvPath, machine, message string) string {
-	text := fmt.Sprintf("build of '%s'", sanitize(drvPath))
+	text := fmt.Sprintf("build of '%s'", nix.PlainText(drvPath))
 	if machine != "" {
-		text += fmt.Sprintf(" on '%s'", sanitize(machine))
+		text += fmt.Sprintf(" on '%s'", nix.PlainText(machine))
 	}
-	return text + " failed: " + strings.TrimSpace(sanitize(message))
-}
-
-// succeeded tells whether the outputs are valid after a build of this status.
-func succeeded(s dispatchv1.BuildStatus) bool {
-	switch s {
-	case dispatchv1.BuildStatus_BUILD_STATUS_BUILT,
-		dispatchv1.BuildStatus_BUILD_STATUS_SUBSTITUTED,
-		dispatchv1.BuildStatus_BUILD_STATUS_ALREADY_VALID,
-		dispatchv1.BuildStatus_BUILD_STATUS_RESOLVES_TO_ALREADY_VALID:
-		return true
-	}
-	return false
+	return text + " failed: " + strings.TrimSpace(nix.PlainText(message))
 }
 
 // statusName is a status in words, such as "permanent failure".

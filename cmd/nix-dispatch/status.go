@@ -16,6 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	dispatchv1 "nixdispatch/proto/dispatch/v1"
+	"nixdispatch/proto/nix"
 )
 
 // callTimeout bounds the calls that the daemon answers from memory.
@@ -134,7 +135,7 @@ func printStatus(w io.Writer, resp *dispatchv1.StatusResponse, now time.Time) {
 
 // cell makes foreign text fit for one cell of a table.
 func cell(s string) string {
-	return strings.Join(strings.Fields(sanitize(s)), " ")
+	return strings.Join(strings.Fields(nix.PlainText(s)), " ")
 }
 
 func printJSON(std stdio, v any) int {

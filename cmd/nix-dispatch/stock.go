@@ -97,8 +97,8 @@ func (h *hookProcess) takeStock(stock string) int {
 		h.log.Decline()
 		return stockHookEnd
 	}
-	// With these open here the log would not end with the child.
-	h.buildLog.Close()
+	// The log's write end stays open: at its end Nix kills us all, and our exit
+	// status is to be the child's by then.
 	h.logRead.Close() // nil is fine
 	go pump(stdin, h.in)
 	return stockStatus(cmd.Wait())

@@ -1,4 +1,4 @@
-package main
+package nix
 
 import (
 	"strings"
@@ -10,10 +10,10 @@ const (
 	bell   = 0x07
 )
 
-// sanitize makes foreign text safe to show: escape sequences, control
+// PlainText makes foreign text safe to show: escape sequences, control
 // characters other than newline and tab, and characters that turn the direction
 // of writing are removed; invalid UTF-8 becomes U+FFFD.
-func sanitize(s string) string {
+func PlainText(s string) string {
 	if isPlain(s) {
 		return s
 	}
