@@ -56,14 +56,15 @@ func (f *follower) follow(ctx context.Context, send func(*dispatchv1.BuildEvent)
 	buf := make([]byte, logChunk)
 	for {
 		r := f.b.feed.read(&f.cursor)
-		if err := f.pass(ctx, r, buf, send); err != nil {
-			return outcome{}, err
-		}
+		// First, for the log may be long and others wait for the locks.
 		if handOver != nil && r.handOver != nil {
 			if err := handOver(r.handOver); err != nil {
 				return outcome{}, err
 			}
 			handOver = nil
+		}
+		if err := f.pass(ctx, r, buf, send); err != nil {
+			return outcome{}, err
 		}
 		if r.outcome != nil {
 			return *r.outcome, nil
