@@ -1,6 +1,7 @@
 package daemon
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -153,6 +154,9 @@ func (d *Daemon) run(ctx context.Context, b *build) {
 	o, err := d.attempts(ctx, b, log)
 	if err != nil {
 		o = outcomeOf(err)
+		if _, local := errors.AsType[*localError](err); !local {
+			o.machine = cmp.Or(o.machine, string(d.dispatcher.place(b).machine))
+		}
 	}
 	d.dispatcher.remove(b)
 	d.metrics.buildEnded(b, o)
