@@ -35,6 +35,7 @@ func (s *site) run(argv ...string) string {
 
 // Root and the group nix-dispatch may use the daemon, others not.
 func TestWhoMayUseTheDaemon(t *testing.T) {
+	t.Parallel()
 	s := newSite(t, siteConfig{machines: []machineConfig{{name: "mac"}}})
 	t.Run("without the group", func(t *testing.T) {
 		s := s.within(t)

@@ -158,6 +158,7 @@ func (f fault) told(t *testing.T, where, text string) {
 }
 
 func TestBadMachines(t *testing.T) {
+	t.Parallel()
 	s := badSite(t)
 	t.Run("status tells what is wrong", func(t *testing.T) {
 		reasons := make(map[string]string)
@@ -324,6 +325,7 @@ func keySite(t *testing.T, features []string) *site {
 }
 
 func TestWaysToReachAMachine(t *testing.T) {
+	t.Parallel()
 	ways := []struct {
 		name, uri, key, hostKey string
 		refused                 []string // words of the reason; nil if it is let in

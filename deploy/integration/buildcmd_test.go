@@ -53,6 +53,7 @@ func (s *site) collectGarbage(h *fleet.Host) {
 const cache = "/srv/cache"
 
 func TestBuildCommand(t *testing.T) {
+	t.Parallel()
 	s := newSite(t, siteConfig{
 		nixConf: "substituters = file://" + cache + "?trusted=1\nnarinfo-cache-negative-ttl = 0\n" +
 			"system-features = big-parallel local\nkeep-outputs = false\nkeep-derivations = false\n",

@@ -14,6 +14,7 @@ const elsewhere = "/srv/elsewhere"
 
 // What the daemon does not serve goes to Nix's own hook and works as without us.
 func TestWhatGoesToTheStockHook(t *testing.T) {
+	t.Parallel()
 	for _, suite := range []string{fleet.Trixie, fleet.Sid} {
 		t.Run(suite, func(t *testing.T) {
 			const conf = "experimental-features = nix-command ca-derivations\nsandbox-paths = /bin /usr /lib /lib64\n"

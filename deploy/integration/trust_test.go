@@ -91,6 +91,7 @@ func nixUsers(trusted bool) []machineConfig {
 // is signed. Machines that do not trust us get the derivations instead and build
 // the inputs again.
 func TestUntrustedUser(t *testing.T) {
+	t.Parallel()
 	machines := nixUsers(false)
 	all := append([]machineConfig{{name: "plain"}}, machines...)
 	s := newSite(t, siteConfig{machines: all})
@@ -180,6 +181,7 @@ func (s *site) failsOn(m machineConfig) {
 
 // A trusted user gets the inputs as they are.
 func TestTrustedUser(t *testing.T) {
+	t.Parallel()
 	machines := nixUsers(true)
 	all := append([]machineConfig{{name: "plain"}}, machines...)
 	s := newSite(t, siteConfig{machines: all})
