@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials/insecure"
 
 	dispatchv1 "nixdispatch/proto/dispatch/v1"
 	"nixdispatch/proto/nix"
@@ -277,4 +278,15 @@ func closed(ch <-chan struct{}) bool {
 	case <-time.After(patience):
 		return false
 	}
+}
+
+// dialTest makes a client of another socket than the site's.
+func dialTest(t *testing.T, socket string) dispatchv1.DispatchServiceClient {
+	t.Helper()
+	conn, err := grpc.NewClient("unix:"+socket, grpc.WithTransportCredentials(insecure.NewCredentials()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { conn.Close() })
+	return dispatchv1.NewDispatchServiceClient(conn)
 }

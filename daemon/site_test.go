@@ -49,7 +49,7 @@ type site struct {
 // siteConfig changes a site before it starts.
 type siteConfig struct {
 	machines []*fakeMachine
-	// builders is added to the lines of the machines.
+	// builders comes after the lines of the machines.
 	builders string
 	options  func(*Options)
 	ssh      func(*sshpool.Options)
@@ -81,13 +81,13 @@ func newSiteWith(t *testing.T, cfg siteConfig) *site {
 	}
 	s.local = startLocalNix(s, filepath.Join(tmp, "nix"))
 	identity, _ := sshtest.WriteKey(t, tmp)
-	lines := []string{cfg.builders}
+	var lines []string
 	for _, m := range cfg.machines {
 		m.start(s)
 		lines = append(lines, m.line(identity))
 	}
 	opts := Options{
-		Builders: strings.TrimSpace(strings.Join(lines, "\n")),
+		Builders: strings.TrimSpace(strings.Join(append(lines, cfg.builders), "\n")),
 		Socket:   filepath.Join(tmp, "socket"),
 		StateDir: filepath.Join(tmp, "state"),
 		Version:  "0.test",

@@ -58,7 +58,16 @@ func makeSocketDir(dir string) error {
 	return os.Chmod(dir, 0o755)
 }
 
+// refuseLiveSocket lets nothing be replaced but the socket of a dead daemon.
 func refuseLiveSocket(ctx context.Context, path string) error {
+	switch st, err := os.Lstat(path); {
+	case errors.Is(err, fs.ErrNotExist):
+		return nil
+	case err != nil:
+		return fmt.Errorf("listen on %s: %w", path, err)
+	case st.Mode().Type() != fs.ModeSocket:
+		return fmt.Errorf("listen on %s: there is something that is no socket; move it away, or choose another socket with --socket", path)
+	}
 	var d net.Dialer
 	ctx, cancel := context.WithTimeout(ctx, time.Second)
 	defer cancel()
