@@ -32,7 +32,8 @@ OPT_IN = ^TestGolden
 
 TOOLS           = $(CURDIR)/bin/tools
 RACE_RUN        = CGO_ENABLED=1 go test -race -count=1 -timeout 15m
-INTEGRATION_RUN = go test -count=1 -timeout 40m
+# Those that run in parallel mostly wait.
+INTEGRATION_RUN = go test -count=1 -timeout 40m -parallel 4
 
 .PHONY: help build demo test unit race integration fuzz lint staticcheck generate check-generated install clean
 .PHONY: tools prepare prepare-tests
