@@ -130,7 +130,7 @@ func (g *goal) buildLocally(ctx context.Context, b *build) (outcome, error) {
 	case <-ctx.Done():
 		return outcome{}, context.Cause(ctx)
 	}
-	ctx, cancel := context.WithCancel(ctx)
+	ctx, cancel := context.WithCancelCause(ctx)
 	b.postPlaced(placement{why: "left to the local Nix"})
 	b.feed.startBuilding(b.since)
 	ended := make(chan struct{})
@@ -139,11 +139,11 @@ func (g *goal) buildLocally(ctx context.Context, b *build) (outcome, error) {
 		b.feed.finish(g.askLocalNix(ctx, b))
 	}()
 	defer func() {
-		cancel()
+		cancel(nil)
 		<-ended
 		b.feed.log.close()
 	}()
-	f := &follower{b: b, limits: g.r.limits, leave: func(error) { cancel() }}
+	f := &follower{b: b, limits: g.r.limits, leave: cancel}
 	return f.follow(ctx, g.r.sendEvent, nil)
 }
 
@@ -155,8 +155,11 @@ func (g *goal) askLocalNix(ctx context.Context, b *build) outcome {
 	defer conn.Close()
 	defer g.r.d.leftLocal.add(g.drvPath)()
 	result, err := buildAll(conn.Client, g.drvPath)
+	if cause := context.Cause(ctx); err != nil && cause != nil {
+		return outcomeOf(cause)
+	}
 	if err != nil {
-		return outcomeOf(&localError{doing: "build", err: contextCause(ctx, err)})
+		return outcomeOf(&localError{doing: "build", err: err})
 	}
 	return outcome{status: buildStatus(result.Status), err: result.ErrorMsg}
 }

@@ -109,7 +109,7 @@ func (d *Daemon) parseTargets(texts []string) ([]target, error) {
 		}
 		drv, err := d.local.derivation(p)
 		if err != nil {
-			return nil, err
+			return nil, requestFault(err)
 		}
 		targets[n].drvPath = p
 		if !some || outputs == "*" {
@@ -124,6 +124,15 @@ func (d *Daemon) parseTargets(texts []string) ([]target, error) {
 		}
 	}
 	return targets, nil
+}
+
+// requestFault blames the request for a derivation that is not one of this store
+// or cannot be parsed.
+func requestFault(err error) error {
+	if _, local := errors.AsType[*localError](err); local || errors.Is(err, errNotInStore) {
+		return err
+	}
+	return fmt.Errorf("%w: %w", errBadRequest, err)
 }
 
 // run plans, builds and sums up.
