@@ -4,6 +4,7 @@ import (
 	"context"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
@@ -65,6 +66,23 @@ func TestBuildFromInputsToOutputs(t *testing.T) {
 				t.Errorf("%v imported before the locks were asked for", got)
 			}
 		}
+		// Progress is for those who read in time: the upload waits for us.
+		told := make(chan struct{})
+		var once sync.Once
+		h.onEvent = func(e *dispatchv1.BuildEvent) {
+			if tr := e.GetCopying().GetTransfer(); tr != nil {
+				once.Do(func() { close(told) })
+				if tr.GetPaths() != 3 || tr.GetBytes() == 0 || tr.GetBytesDone() > tr.GetBytes() {
+					t.Errorf("progress of copying %v, want 3 paths and their bytes", tr)
+				}
+			}
+		}
+		m.onUpload(func(nix.PathInfo) error {
+			if !closed(told) {
+				t.Error("no progress of copying is told")
+			}
+			return nil
+		})
 		accepted := h.accepted(r)
 		st := h.finish()
 		st.mustBe(t, dispatchv1.BuildStatus_BUILD_STATUS_BUILT)
@@ -280,6 +298,25 @@ func TestDistrustedUserSendsDerivationsWhole(t *testing.T) {
 		s.mustBuild(s.drv("next", drvConfig{}))
 		if got := len(m.built()) - attempts; got != 1 {
 			t.Errorf("%d attempts of the next build, want 1", got)
+		}
+	})
+}
+
+// TestBuildersCannotMakeAMachineDistrustUs has builders say what a Nix daemon
+// would.
+func TestBuildersCannotMakeAMachineDistrustUs(t *testing.T) {
+	t.Parallel()
+	eachScheme(t, func(t *testing.T, scheme string) {
+		m := oneMachine(scheme)
+		s := newSite(t, m)
+		const refusal = "error: you are not privileged to build input-addressed derivations"
+		r := s.drv("liar", drvConfig{})
+		r.log = []string{refusal}
+		r.fail = &nix.BuildResult{Status: nix.PermanentFailure,
+			ErrorMsg: "builder failed with exit code 1; last 1 log lines:\n> " + refusal + "\n" + refusal}
+		s.build(r).mustBe(t, dispatchv1.BuildStatus_BUILD_STATUS_PERMANENT_FAILURE)
+		if len(m.built()) != 1 || s.d.machines.byURI[m.uri()].untrusted.Load() {
+			t.Errorf("%d attempts, untrusted %v; want one and trust", len(m.built()), s.d.machines.byURI[m.uri()].untrusted.Load())
 		}
 	})
 }

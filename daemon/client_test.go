@@ -26,6 +26,8 @@ type hookClient struct {
 	keepLocks bool
 	// onHandOver is called when the daemon asks for the locks.
 	onHandOver func(paths []string)
+	// onEvent is called with each event.
+	onEvent func(*dispatchv1.BuildEvent)
 
 	handOvers [][]string
 }
@@ -173,6 +175,9 @@ func (h *hookClient) finish() *story {
 		switch {
 		case msg.GetEvent() != nil:
 			s.tell(msg.GetEvent())
+			if h.onEvent != nil {
+				h.onEvent(msg.GetEvent())
+			}
 		case msg.GetHandOver() != nil:
 			paths := msg.GetHandOver().GetPaths()
 			h.handOvers = append(h.handOvers, paths)

@@ -82,6 +82,11 @@ func TestMachineFaultsMoveTheBuild(t *testing.T) {
 			var once sync.Once
 			s.local.beforeImport = func(nix.PathInfo) error { once.Do(m.vanish); return nil }
 		}},
+		{name: "its disk is full", twice: true, error: "No space left", harm: func(m *fakeMachine) {
+			m.build = func(context.Context, wiretest.BuildRequest) nix.BuildResult {
+				return nix.BuildResult{Status: nix.TransientFailure, ErrorMsg: "write: No space left on device"}
+			}
+		}},
 		{name: "refuses sessions", error: "open a session", after: func(_ *site, m *fakeMachine) {
 			m.ssh.RefuseExec(true)
 		}},

@@ -148,9 +148,19 @@ func (r *remote) close() (confirmed bool) {
 // it is complete, so only a process that has printed nothing can go on: several
 // round trips after its build, anything printed would have arrived.
 func (r *remote) reusable() bool {
-	return r.alive() && r.clean && r.builds < maxRemoteBuilds && time.Since(r.started) < maxRemoteAge &&
-		(r.machine.ng || r.stderr.last() == "")
+	if !r.alive() || !r.clean || r.builds >= maxRemoteBuilds || time.Since(r.started) >= maxRemoteAge {
+		return false
+	}
+	if r.machine.ng {
+		return true
+	}
+	// What has arrived passes through goroutines that a busy host may not have run
+	// yet; a log must not be lost to that.
+	time.Sleep(stderrSettle)
+	return r.stderr.last() == ""
 }
+
+const stderrSettle = 10 * time.Millisecond
 
 // alive tells whether the process has not ended as far as is known.
 func (r *remote) alive() bool {
