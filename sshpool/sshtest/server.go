@@ -60,7 +60,6 @@ type Server struct {
 type serverConn struct {
 	mu       sync.Mutex // protects following fields
 	sessions int
-	most     int
 }
 
 // NewServer returns a server. The caller must Close it.
