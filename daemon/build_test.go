@@ -326,11 +326,11 @@ func TestLateJoinersGiveUpTheirLocksToo(t *testing.T) {
 	eachScheme(t, func(t *testing.T, scheme string) {
 		s := newSite(t, oneMachine(scheme))
 		importing, goOn := make(chan struct{}), make(chan struct{})
-		s.local.beforeImport = func(nix.PathInfo) error {
+		s.local.onImport(func(nix.PathInfo) error {
 			close(importing)
 			<-goOn
 			return nil
-		}
+		})
 		r := s.drv("wanted", drvConfig{})
 		first := s.hook()
 		first.accepted(r)

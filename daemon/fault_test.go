@@ -80,7 +80,7 @@ func TestMachineFaultsMoveTheBuild(t *testing.T) {
 		}},
 		{name: "vanishes during the download", twice: true, error: "copy outputs", size: 5 << 20, after: func(s *site, m *fakeMachine) {
 			var once sync.Once
-			s.local.beforeImport = func(nix.PathInfo) error { once.Do(m.vanish); return nil }
+			s.local.onImport(func(nix.PathInfo) error { once.Do(m.vanish); return nil })
 		}},
 		{name: "its disk is full", twice: true, error: "No space left", harm: func(m *fakeMachine) {
 			m.build = func(context.Context, wiretest.BuildRequest) nix.BuildResult {
@@ -182,7 +182,7 @@ func TestLocalFaultIsNotBlamedOnAMachine(t *testing.T) {
 	eachScheme(t, func(t *testing.T, scheme string) {
 		m, m2 := oneMachine(scheme), namedMachine(scheme, "m2")
 		s := newSite(t, m, m2)
-		s.local.beforeImport = func(nix.PathInfo) error { return errors.New("no space left on device") }
+		s.local.onImport(func(nix.PathInfo) error { return errors.New("no space left on device") })
 		st := s.build(s.drv("thing", drvConfig{}))
 		st.mustBe(t, dispatchv1.BuildStatus_BUILD_STATUS_MISC_FAILURE)
 		if got := st.finished; got.GetMachine() != "" || !strings.Contains(got.GetError(), "local store") ||
@@ -205,6 +205,7 @@ func TestLocalFaultIsNotBlamedOnAMachine(t *testing.T) {
 }
 
 func TestMachinesThatDoNotSpeakNix(t *testing.T) {
+	t.Parallel()
 	t.Parallel()
 	tests := []struct {
 		name string

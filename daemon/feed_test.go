@@ -202,7 +202,7 @@ func TestClientThatDoesNotRead(t *testing.T) {
 	eachScheme(t, func(t *testing.T, scheme string) {
 		m := oneMachine(scheme)
 		line := strings.Repeat("log ", 1024)
-		const lines = 1500 // 6 MiB, more than all windows and the spool's memory
+		const lines = 750 // 3 MiB, more than all windows and the spool's memory
 		m.build = func(_ context.Context, req wiretest.BuildRequest) nix.BuildResult {
 			for range lines {
 				req.Log(line)

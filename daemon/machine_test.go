@@ -150,14 +150,15 @@ func (m *fakeMachine) runBuild(ctx context.Context, req wiretest.BuildRequest) n
 	m.builds = append(m.builds, req.DrvPath)
 	m.inBuild++
 	m.mostBusy = max(m.mostBusy, m.inBuild)
+	other := m.build
 	m.mu.Unlock()
 	defer func() {
 		m.mu.Lock()
 		defer m.mu.Unlock()
 		m.inBuild--
 	}()
-	if m.build != nil {
-		return m.build(ctx, req)
+	if other != nil {
+		return other(ctx, req)
 	}
 	return m.site.recipe(req.DrvPath).build(m.store, req)
 }
@@ -166,6 +167,13 @@ func (m *fakeMachine) runBuild(ctx context.Context, req wiretest.BuildRequest) n
 func untilGone(ctx context.Context, _ wiretest.BuildRequest) nix.BuildResult {
 	<-ctx.Done()
 	return nix.BuildResult{Status: nix.MiscFailure, ErrorMsg: "interrupted"}
+}
+
+// buildWith changes how a machine that is up builds.
+func (m *fakeMachine) buildWith(build func(context.Context, wiretest.BuildRequest) nix.BuildResult) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.build = build
 }
 
 // gated returns a build function that waits for open to be closed.

@@ -120,7 +120,7 @@ func TestRealiseFailure(t *testing.T) {
 			user := s.drv("user", drvConfig{inputs: []*recipe{broken}})
 			other := s.drv("other", drvConfig{inputs: []*recipe{slow}})
 			broken.fail = &nix.BuildResult{Status: nix.PermanentFailure, ErrorMsg: "exit code 1"}
-			m.build = func(ctx context.Context, req wiretest.BuildRequest) nix.BuildResult {
+			m.buildWith(func(ctx context.Context, req wiretest.BuildRequest) nix.BuildResult {
 				if req.DrvPath == broken.path { // not before the other one runs
 					s.eventually("both are being built", func() bool { return m.building() == 2 })
 				}
@@ -128,7 +128,7 @@ func TestRealiseFailure(t *testing.T) {
 					return m.gated(open)(ctx, req)
 				}
 				return m.site.recipe(req.DrvPath).build(m.store, req)
-			}
+			})
 			if keepGoing {
 				go func() {
 					s.eventually("the broken one has failed", func() bool { return m.building() == 1 && len(m.built()) == 2 })
@@ -206,11 +206,13 @@ func TestRealiseEnforcesLimitsOnLocalBuilds(t *testing.T) {
 	t.Parallel()
 	s := newSite(t, oneMachine("ssh"))
 	hanging, stop := make(chan struct{}), make(chan struct{})
+	s.local.mu.Lock()
 	s.local.build = func(wiretest.BuildRequest) nix.BuildResult {
 		close(hanging)
 		<-stop
 		return nix.BuildResult{Status: nix.Built}
 	}
+	s.local.mu.Unlock()
 	t.Cleanup(func() { close(stop) })
 	req := asked(s.drv("endless", drvConfig{system: "builtin"}))
 	req.Limits = &dispatchv1.Limits{Timeout: durationpb.New(1e8)}

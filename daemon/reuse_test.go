@@ -73,7 +73,7 @@ func TestRemoteProcessIsNotReused(t *testing.T) {
 			s.build(r).mustBe(s.t, dispatchv1.BuildStatus_BUILD_STATUS_PERMANENT_FAILURE)
 		}},
 		{name: "after a failed import", schemes: schemes, first: func(s *site, _ *fakeMachine) {
-			s.local.beforeImport = func(nix.PathInfo) error { s.local.beforeImport = nil; return errors.New("no") }
+			s.local.onImport(func(nix.PathInfo) error { s.local.onImport(nil); return errors.New("no") })
 			s.build(s.silent("refused")).mustBe(s.t, dispatchv1.BuildStatus_BUILD_STATUS_MISC_FAILURE)
 		}},
 		{name: "after a log over serve", schemes: []string{"ssh"}, first: func(s *site, _ *fakeMachine) {

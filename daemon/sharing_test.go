@@ -82,9 +82,7 @@ func TestBuildIsCancelledWhenTheLastFollowerLeaves(t *testing.T) {
 			t.Errorf("%v builds counted as cancelled, want 1", got)
 		}
 		// The same derivation may be asked for anew.
-		m.mu.Lock()
-		m.build = nil
-		m.mu.Unlock()
+		m.buildWith(nil)
 		s.mustBuild(r)
 	})
 }
@@ -187,14 +185,13 @@ func TestLimitsAreEachFollowersOwn(t *testing.T) {
 				patient.finish().mustBe(t, dispatchv1.BuildStatus_BUILD_STATUS_BUILT)
 
 				// Alone, the strict one's limit ends the build.
-				m.build = untilGone
 				r = s.drv("endless", drvConfig{})
-				if tt.limits.GetMaxLogSize() > 0 {
-					m.build = func(ctx context.Context, req wiretest.BuildRequest) nix.BuildResult {
+				m.buildWith(func(ctx context.Context, req wiretest.BuildRequest) nix.BuildResult {
+					if tt.limits.GetMaxLogSize() > 0 {
 						req.Log("more than ten bytes of log")
-						return untilGone(ctx, req)
 					}
-				}
+					return untilGone(ctx, req)
+				})
 				strict = s.hook(limit(tt.limits))
 				strict.accepted(r)
 				strict.finish().mustBe(t, tt.want)
@@ -281,4 +278,44 @@ func TestHookLeavesWhileItsBuildWaits(t *testing.T) {
 	if _, ok := s.d.dispatcher.queue.Build(scheduler.BuildID(s.status().GetBuilds()[0].GetId())); !ok {
 		t.Error("the queue does not know the build that is left")
 	}
+}
+
+// TestManyBuildsAtOnce has builds with shared inputs compete for two machines.
+func TestManyBuildsAtOnce(t *testing.T) {
+	t.Parallel()
+	m, m2 := oneMachine("ssh"), namedMachine("ssh-ng", "m2")
+	m.slots, m2.slots = 3, 2
+	s := newSite(t, m, m2)
+	for _, machine := range []*fakeMachine{m, m2} {
+		machine.buildWith(func(_ context.Context, req wiretest.BuildRequest) nix.BuildResult {
+			time.Sleep(5 * time.Millisecond)
+			return s.recipe(req.DrvPath).build(machine.store, req)
+		})
+	}
+	shared := []nix.StorePath{s.source("a")}
+	for len(shared) < 12 {
+		shared = append(shared, s.source("shared", shared[len(shared)/2:]...))
+	}
+	const builds = 40
+	stories := make(chan *story)
+	for n := range builds {
+		h, r := s.hook(), s.drv("one-of-many", drvConfig{srcs: []nix.StorePath{shared[n%12], shared[n*7%12]}})
+		h.accepted(r)
+		go func() { stories <- h.finish() }()
+	}
+	for range builds {
+		(<-stories).mustBe(t, dispatchv1.BuildStatus_BUILD_STATUS_BUILT)
+	}
+	for _, machine := range []*fakeMachine{m, m2} {
+		machine.mu.Lock()
+		if machine.mostBusy != machine.slots {
+			t.Errorf("%s: %d builds at once, want its %d slots used", machine.name, machine.mostBusy, machine.slots)
+		}
+		if len(machine.builds) < builds/10 {
+			t.Errorf("%s: %d of %d builds", machine.name, len(machine.builds), builds)
+		}
+		mustBeOrdered(t, machine.name, machine.uploads, s.localRefs)
+		machine.mu.Unlock()
+	}
+	s.idle()
 }

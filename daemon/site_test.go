@@ -303,6 +303,13 @@ func (l *localNix) cut() {
 	l.connections = nil
 }
 
+// onImport sets what is called before an import is read.
+func (l *localNix) onImport(f func(nix.PathInfo) error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.beforeImport = f
+}
+
 func (l *localNix) count() int {
 	l.mu.Lock()
 	defer l.mu.Unlock()

@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -106,30 +107,32 @@ func TestStrandedBuildsAreEndedInTime(t *testing.T) {
 		var ended error
 		b := bareBuild(d, 1)
 		bareBuild(d, 2)
-		b.cancel = func(err error) { ended = err }
+		var mu sync.Mutex
+		b.cancel = func(err error) { mu.Lock(); defer mu.Unlock(); ended = err }
+		end := func() error { synctest.Wait(); mu.Lock(); defer mu.Unlock(); return ended }
 		const wait = 5 * time.Minute
 		ctx, stop := context.WithCancel(t.Context())
 		watching := make(chan struct{})
 		go func() { defer close(watching); d.dispatcher.watchStranded(ctx, wait) }()
 		time.Sleep(wait - time.Second)
-		if ended != nil {
-			t.Errorf("ended early: %v", ended)
+		if err := end(); err != nil {
+			t.Errorf("ended early: %v", err)
 		}
 		state(scheduler.Connecting) // its time begins anew
 		time.Sleep(strandedPoll)
 		state(scheduler.Down)
 		time.Sleep(wait - time.Second)
-		if ended != nil {
-			t.Errorf("ended early, though the machine was coming in between: %v", ended)
+		if err := end(); err != nil {
+			t.Errorf("ended early, though the machine was coming in between: %v", err)
 		}
 		time.Sleep(2*strandedPoll + 2*time.Second)
-		stranded := &noMachineError{}
-		if !errors.As(ended, &stranded) {
-			t.Fatalf("ended with %v, want a noMachineError", ended)
+		var stranded *noMachineError
+		if !errors.As(end(), &stranded) {
+			t.Fatalf("ended with %v, want a noMachineError", end())
 		}
 		for _, want := range []string{"5m0s", string(id), "no route to host"} {
-			if !strings.Contains(ended.Error(), want) {
-				t.Errorf("error %q does not tell %q", ended, want)
+			if !strings.Contains(stranded.Error(), want) {
+				t.Errorf("error %q does not tell %q", stranded, want)
 			}
 		}
 		stop()
