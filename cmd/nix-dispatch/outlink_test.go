@@ -12,13 +12,13 @@ import (
 )
 
 func TestOutLinks(t *testing.T) {
-	got, err := outLinks("/work/result", []*dispatchv1.Output{
+	got, err := outLinks("/home/alice/result", []*dispatchv1.Output{
 		output(helloDrv, "out", helloOut), output(helloDrv, "doc", helloDoc), output(otherDrv, "out", otherOut),
 	})
 	if err != nil {
 		t.Fatal(err)
 	}
-	want := []outLink{{"/work/result", helloOut}, {"/work/result-doc", helloDoc}, {"/work/result-2", otherOut}}
+	want := []outLink{{"/home/alice/result", helloOut}, {"/home/alice/result-doc", helloDoc}, {"/home/alice/result-2", otherOut}}
 	if diff := cmp.Diff(want, got, cmp.AllowUnexported(outLink{})); diff != "" {
 		t.Errorf("(-want +got):\n%s", diff)
 	}
