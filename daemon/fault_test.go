@@ -206,7 +206,6 @@ func TestLocalFaultIsNotBlamedOnAMachine(t *testing.T) {
 
 func TestMachinesThatDoNotSpeakNix(t *testing.T) {
 	t.Parallel()
-	t.Parallel()
 	tests := []struct {
 		name string
 		harm func(m *fakeMachine)
