@@ -37,9 +37,10 @@ func TestFasterThanStockHook(t *testing.T) {
 				builds, s.client.NixVersion(), before.Round(time.Millisecond), after.Round(time.Millisecond),
 				theirs.Round(time.Millisecond), float64(theirs)/float64(mean))
 			// A busy host narrows the gap, for most of both times is the starting of
-			// processes: from 1/2.8 with other work on both cores to 1/4.6.
-			if mean*2 >= theirs {
-				t.Errorf("%s through nix-dispatch is not less than half of %s", mean, theirs)
+			// processes: 1/2.6 with other work on both cores, up to 1/4.6. The bound
+			// leaves room for more of that; the ratio is what the line above says.
+			if mean*3 >= theirs*2 {
+				t.Errorf("%s through nix-dispatch is not less than two thirds of %s", mean, theirs)
 			}
 		})
 	}
