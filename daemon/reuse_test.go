@@ -238,6 +238,14 @@ func TestIdlePool(t *testing.T) {
 		}
 		time.Sleep(time.Minute)
 		want("what was taken is not ended", 1)
+		p.put(9)
+		time.Sleep(500 * time.Millisecond)
+		p.take()
+		p.put(9)
+		time.Sleep(600 * time.Millisecond)
+		if x, ok := p.take(); x != 9 || !ok {
+			t.Errorf("take = %d, %v; want 9, whose time began anew when it was put back", x, ok)
+		}
 		p.put(3)
 		p.put(4)
 		p.close()
