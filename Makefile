@@ -44,7 +44,6 @@ help: ## Show the targets.
 
 build: ## Build the programs into bin/ (BIN=).
 	CGO_ENABLED=0 go build $(GOFLAGS_BUILD) -o $(BIN)/ ./cmd/...
-	ln -f $(BIN)/nix-dispatch $(BIN)/nix-dispatch-hook
 
 demo: build tools prepare ## See it work: real builds on three real machines, made here. Needs root.
 	@$(TOOLS)/demo -bin $(BIN)
@@ -94,8 +93,7 @@ check-generated: generate ## Check that the committed Go code is what generate m
 
 install: build ## Install the programs (PREFIX=/usr/local, DESTDIR=).
 	install -d $(DESTDIR)$(PREFIX)/bin
-	install -m 755 $(BIN)/nix-dispatchd $(BIN)/nix-dispatch $(DESTDIR)$(PREFIX)/bin/
-	ln -sf nix-dispatch $(DESTDIR)$(PREFIX)/bin/nix-dispatch-hook
+	install -m 755 $(BIN)/nix-dispatchd $(BIN)/nix-dispatch $(BIN)/nix-dispatch-hook $(DESTDIR)$(PREFIX)/bin/
 
 clean: ## Remove what was built.
 	rm -rf bin

@@ -22,10 +22,14 @@ import (
 	"google.golang.org/protobuf/types/known/durationpb"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
+	"nixdispatch/proto/dispatch/dispatchtest"
 	dispatchv1 "nixdispatch/proto/dispatch/v1"
 )
 
 const (
+	drvBase  = "s66mzxpvicwk07gjbjfw9izjfa797vsw-hello.drv"
+	outBase  = "0c0qmlv2ixdxvsazmkg3aj2jh4ajx4m7-hello"
+	docBase  = "1d1qmlv2ixdxvsazmkg3aj2jh4ajx4m7-hello-doc"
 	helloDrv = "/nix/store/" + drvBase
 	helloOut = "/nix/store/" + outBase
 	helloDoc = "/nix/store/" + docBase
@@ -328,7 +332,7 @@ func TestCancel(t *testing.T) {
 }
 
 func TestHungDaemonIsOutOfReach(t *testing.T) {
-	socket, _ := silent(t)
+	socket, _ := dispatchtest.Silent(t)
 	ctx, cancel := context.WithTimeoutCause(t.Context(), 200*time.Millisecond, errors.New("test"))
 	defer cancel()
 	if _, err := dialReady(ctx, socket); status.Code(err) != codes.DeadlineExceeded || !strings.Contains(err.Error(), "does not answer") {

@@ -12,6 +12,9 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+
+	"nixdispatch/cmd/internal/buildhook"
+	"nixdispatch/cmd/internal/daemonsocket"
 )
 
 // version is set by the linker.
@@ -27,8 +30,6 @@ const (
 )
 
 const (
-	defaultSocket = "/run/nix-dispatch/socket"
-	socketEnv     = "NIX_DISPATCH_SOCKET"
 	// hookName is the program name that means "hook": Nix 2.8 takes a path
 	// without arguments as build-hook.
 	hookName = "nix-dispatch-hook"
@@ -55,7 +56,7 @@ func commands() []command {
 		{"cancel", "BUILD...", "end builds for all who wait for them", runCancel},
 		{"machines", "check [FILE|-]", "show how a machines file is understood", runMachines},
 		{"machines", "check [--json] [FILE|-]", "show how a machines file is understood", runMachines},
-		{"hook", "[VERBOSITY]", "what Nix's build-hook setting runs", runHook},
+		{"hook", "[VERBOSITY]", "what Nix's build-hook setting runs", func(_ context.Context, args []string, _ stdio) int { return buildhook.Main(args) }},
 	}
 }
 
@@ -67,7 +68,7 @@ func main() {
 // run dispatches to a subcommand; argv[0] is the program's name.
 func run(ctx context.Context, argv []string, std stdio) int {
 	if filepath.Base(argv[0]) == hookName {
-		return runHook(ctx, argv[1:], std)
+		return buildhook.Main(argv[1:])
 	}
 	args := argv[1:]
 	if len(args) == 0 {
@@ -104,7 +105,7 @@ environment variable %s, else at %s.
 
 Exit status: 0 done, 1 a build failed or the daemon refused, 2 wrong usage,
 3 the daemon is out of reach.
-`, socketEnv, defaultSocket)
+`, daemonsocket.Env, daemonsocket.Default)
 	io.WriteString(w, b.String())
 }
 
@@ -146,14 +147,7 @@ func parseFlags(flags *flag.FlagSet, args []string) (operands []string, status i
 
 // socketFlag registers --socket with its default from the environment.
 func socketFlag(flags *flag.FlagSet) *string {
-	return flags.String("socket", socketPath(), "the daemon's socket, a `PATH`")
-}
-
-func socketPath() string {
-	if path := os.Getenv(socketEnv); path != "" {
-		return path
-	}
-	return defaultSocket
+	return flags.String("socket", daemonsocket.Path(), "the daemon's socket, a `PATH`")
 }
 
 // usageError reports a wrong command line.

@@ -9,7 +9,9 @@ import (
 	"sync"
 	"time"
 
+	"nixdispatch/cmd/internal/buildhook"
 	dispatchv1 "nixdispatch/proto/dispatch/v1"
+	"nixdispatch/proto/hookcall"
 	"nixdispatch/proto/nix"
 )
 
@@ -171,8 +173,8 @@ func (p *progress) finish(b *buildView, f *dispatchv1.Finished) {
 		return
 	}
 	p.failed++
-	message := cmp.Or(f.GetError(), statusName(f.GetStatus()))
-	lines := []string{"error: " + failureText(b.drvPath, cmp.Or(f.GetMachine(), b.machine), message)}
+	lines := []string{"error: " + buildhook.FailureText(b.drvPath, cmp.Or(f.GetMachine(), b.machine),
+		hookcall.BuildStatus(f.GetStatus()), f.GetError())}
 	if len(b.log.tail) > 0 {
 		lines = append(lines, fmt.Sprintf("last %s of its log:", count(len(b.log.tail), "line")))
 		for _, line := range b.log.tail {

@@ -1,4 +1,4 @@
-package main
+package buildhook
 
 import (
 	"bytes"
@@ -13,6 +13,7 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
+	"nixdispatch/cmd/internal/daemonsocket"
 	dispatchv1 "nixdispatch/proto/dispatch/v1"
 	"nixdispatch/proto/nix/wire"
 )
@@ -39,7 +40,7 @@ echo 'log of stock' >&4
 cat >%[1]s/stdin
 exit 100`, dir))
 	d := answering(t, replyWith(dispatchv1.Reply_ACTION_STOCK, "not for us", false))
-	n := newFakeNix(t, testSettings(), socketEnv+"="+d.socket, stockHookEnv+"="+script)
+	n := newFakeNix(t, testSettings(), daemonsocket.Env+"="+d.socket, stockHookEnv+"="+script)
 	want := new(bytes.Buffer)
 	n.w = wire.NewWriter(&teeWriter{n.stdin, want})
 	reply, machine := n.try(testSystem, true)
@@ -88,7 +89,7 @@ func TestStockHookIsNotToldOfEarlierQuestions(t *testing.T) {
 		}
 		return nil
 	}}).start(t)
-	n := newFakeNix(t, testSettings(), socketEnv+"="+d.socket, stockHookEnv+"="+script)
+	n := newFakeNix(t, testSettings(), daemonsocket.Env+"="+d.socket, stockHookEnv+"="+script)
 	settings := n.settings
 	for i, want := range []string{"decline", "postpone", "postpone"} {
 		if got, _ := n.try(fmt.Sprintf("system%d", i), true); got != want {
@@ -114,7 +115,7 @@ func TestStockHookDiesWithNixsKill(t *testing.T) {
 	dir := t.TempDir()
 	script := stockScript(t, fmt.Sprintf("echo $$ >%s/pid\necho '# decline' >&2\nexec sleep 60", dir))
 	d := answering(t, replyWith(dispatchv1.Reply_ACTION_STOCK, "", false))
-	n := newFakeNix(t, testSettings(), socketEnv+"="+d.socket, stockHookEnv+"="+script)
+	n := newFakeNix(t, testSettings(), daemonsocket.Env+"="+d.socket, stockHookEnv+"="+script)
 	n.try(testSystem, true)
 	text, err := os.ReadFile(dir + "/pid")
 	if err != nil {
@@ -140,7 +141,7 @@ func zombie(pid int) bool {
 func TestStockHookKilledBySignalIsAFailure(t *testing.T) {
 	script := stockScript(t, "echo '# decline' >&2\nkill -9 $$")
 	d := answering(t, replyWith(dispatchv1.Reply_ACTION_STOCK, "", false))
-	n := newFakeNix(t, testSettings(), socketEnv+"="+d.socket, stockHookEnv+"="+script)
+	n := newFakeNix(t, testSettings(), daemonsocket.Env+"="+d.socket, stockHookEnv+"="+script)
 	n.try(testSystem, true)
 	if status := n.wait(); status != 1 {
 		t.Errorf("exit status = %d, want 1", status)
@@ -149,7 +150,7 @@ func TestStockHookKilledBySignalIsAFailure(t *testing.T) {
 
 func TestStockHookAfterALongOutage(t *testing.T) {
 	script := stockScript(t, "echo '# accept' >&2\necho stock >&2\ncat >/dev/null")
-	n := newFakeNix(t, testSettings(), socketEnv+"=/nonexistent/socket", stockHookEnv+"="+script, hookPatienceEnv+"=0s")
+	n := newFakeNix(t, testSettings(), daemonsocket.Env+"=/nonexistent/socket", stockHookEnv+"="+script, hookPatienceEnv+"=0s")
 	if reply, _ := n.try(testSystem, true); reply != "decline" {
 		t.Errorf("local build: reply = %q, want decline", reply)
 	}
@@ -169,7 +170,7 @@ func TestStockHookForWhomTheDaemonRefuses(t *testing.T) {
 			d := (&fakeDaemon{hook: func(hookStream) error {
 				return status.Error(code, "not in group nix-dispatch")
 			}}).start(t)
-			n := newFakeNix(t, testSettings(), socketEnv+"="+d.socket, stockHookEnv+"="+script)
+			n := newFakeNix(t, testSettings(), daemonsocket.Env+"="+d.socket, stockHookEnv+"="+script)
 			if reply, _ := n.try("riscv64-linux", true); reply != "decline" {
 				t.Errorf("reply = %q, want the stock hook's", reply)
 			}
@@ -182,7 +183,7 @@ func TestStockHookForWhomTheDaemonRefuses(t *testing.T) {
 
 func TestStockHookThatIsMissing(t *testing.T) {
 	d := answering(t, replyWith(dispatchv1.Reply_ACTION_STOCK, "it is content-addressed", false))
-	n := newFakeNix(t, testSettings(), socketEnv+"="+d.socket, stockHookEnv+"=/nonexistent/build-remote")
+	n := newFakeNix(t, testSettings(), daemonsocket.Env+"="+d.socket, stockHookEnv+"=/nonexistent/build-remote")
 	if reply, _ := n.try("riscv64-linux", true); reply != "decline" {
 		t.Errorf("reply = %q, want decline", reply)
 	}

@@ -1,18 +1,17 @@
-package main
+package buildhook
 
 import (
-	"context"
+	"cmp"
+	"errors"
 	"fmt"
-	"io"
 	"os"
 	"runtime/debug"
 	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
-	"google.golang.org/grpc/status"
 
-	dispatchv1 "nixdispatch/proto/dispatch/v1"
+	"nixdispatch/proto/hookcall"
 	"nixdispatch/proto/nix"
 	"nixdispatch/proto/nix/hook"
 )
@@ -37,7 +36,7 @@ const (
 
 // build carries an accepted build through and returns the exit status. Standard
 // input ends after the wanted outputs; that is not the end of the build.
-func (h *hookProcess) build(ctx context.Context, try *hook.Try, d decision) (status int) {
+func (h *hookProcess) build(try *hook.Try, d decision) (status int) {
 	defer h.drain()
 	acts := newActivities(h.log, string(try.DrvPath), d.machine)
 	defer acts.stopAll()
@@ -54,12 +53,14 @@ func (h *hookProcess) build(ctx context.Context, try *hook.Try, d decision) (sta
 		h.fail(acts, err.Error())
 		return hookFailed
 	}
-	msg := &dispatchv1.Start{WantedOutputs: start.WantedOutputs, Inputs: make([]string, len(start.Inputs))}
+	msg := &hookcall.Start{WantedOutputs: start.WantedOutputs, Inputs: make([]string, len(start.Inputs))}
 	for i, path := range start.Inputs {
 		msg.Inputs[i] = string(path)
 	}
-	// Send's own error is io.EOF; Recv tells why.
-	h.link.stream.Send(&dispatchv1.HookRequest{Message: &dispatchv1.HookRequest_Start{Start: msg}}) //nolint:errcheck // see above
+	if err := h.link.call.Start(msg); err != nil {
+		h.fail(acts, lostDaemon(err))
+		return hookFailed
+	}
 	return h.relay(acts, d.locks)
 }
 
@@ -67,63 +68,54 @@ func (h *hookProcess) build(ctx context.Context, try *hook.Try, d decision) (sta
 // from the daemon only as fast as Nix reads from it: nothing is kept here.
 func (h *hookProcess) relay(acts *activities, locks *outputLocks) int {
 	for {
-		response, err := h.link.stream.Recv()
+		message, err := h.link.call.Next()
 		if err != nil {
 			h.fail(acts, lostDaemon(err))
 			return hookFailed
 		}
-		switch m := response.Message.(type) {
-		case *dispatchv1.HookResponse_HandOver:
-			if err := locks.handOver(m.HandOver.GetPaths()); err != nil {
+		switch m := message.(type) {
+		case hookcall.HandOver:
+			if err := locks.handOver(m.Paths); err != nil {
 				h.fail(acts, err.Error())
 				return hookFailed
 			}
-			h.link.stream.Send(&dispatchv1.HookRequest{ //nolint:errcheck // Recv tells why
-				Message: &dispatchv1.HookRequest_HandedOver{HandedOver: &dispatchv1.HandedOver{}},
-			})
-		case *dispatchv1.HookResponse_Event:
-			switch ev := m.Event.GetEvent().(type) {
-			case *dispatchv1.BuildEvent_Log:
-				if _, err := h.buildLog.Write(ev.Log.GetData()); err != nil {
-					return hookFailed // Nix is gone
-				}
-			case *dispatchv1.BuildEvent_Finished:
-				return h.finish(acts, ev.Finished)
-			default:
-				acts.event(m.Event)
+			if err := h.link.call.HandedOver(); err != nil {
+				h.fail(acts, lostDaemon(err))
+				return hookFailed
 			}
+		case hookcall.Log:
+			if _, err := h.buildLog.Write(m.Data); err != nil {
+				return hookFailed // Nix is gone
+			}
+		case hookcall.Finished:
+			return h.finish(acts, m)
+		default:
+			acts.event(m)
 		}
 	}
 }
 
 func lostDaemon(err error) string {
-	if err == io.EOF {
+	if e, ok := errors.AsType[*hookcall.StatusError](err); ok && e.Code == hookcall.OK {
 		return "nix-dispatchd ended the build without a result"
 	}
-	return fmt.Sprintf("nix-dispatchd went away or gave the build up (%s); see its log", status.Convert(err).Message())
+	return fmt.Sprintf("nix-dispatchd went away or gave the build up (%v); see its log", err)
 }
 
-func (h *hookProcess) finish(acts *activities, f *dispatchv1.Finished) int {
-	if f.GetStatus().Succeeded() {
+func (h *hookProcess) finish(acts *activities, f hookcall.Finished) int {
+	if f.Status.Succeeded() {
 		acts.endCopy(true)
 		return 0
 	}
-	if f.GetMachine() != "" {
-		acts.machine = f.GetMachine()
+	if f.Machine != "" {
+		acts.machine = f.Machine
 	}
-	message := f.GetError()
-	if message == "" {
-		message = statusName(f.GetStatus())
-	}
-	h.fail(acts, message)
-	switch f.GetStatus() {
-	case dispatchv1.BuildStatus_BUILD_STATUS_PERMANENT_FAILURE,
-		dispatchv1.BuildStatus_BUILD_STATUS_OUTPUT_REJECTED,
-		dispatchv1.BuildStatus_BUILD_STATUS_CACHED_FAILURE,
-		dispatchv1.BuildStatus_BUILD_STATUS_LOG_LIMIT_EXCEEDED,
-		dispatchv1.BuildStatus_BUILD_STATUS_NOT_DETERMINISTIC:
+	h.failWith(acts, f.Status, f.Error)
+	switch f.Status {
+	case hookcall.PermanentFailure, hookcall.OutputRejected, hookcall.CachedFailure,
+		hookcall.LogLimitExceeded, hookcall.NotDeterministic:
 		return hookPermanentFailed
-	case dispatchv1.BuildStatus_BUILD_STATUS_TIMED_OUT:
+	case hookcall.TimedOut:
 		return hookTimedOut
 	}
 	return hookFailed
@@ -131,24 +123,23 @@ func (h *hookProcess) finish(acts *activities, f *dispatchv1.Finished) int {
 
 // fail tells the user of the build's failure, in the words of the stock hook.
 func (h *hookProcess) fail(acts *activities, message string) {
-	acts.stopAll()
-	h.drain() // so that it comes after the log
-	h.log.Msg(hook.Error, "error: "+failureText(acts.drvPath, acts.machine, message))
+	h.failWith(acts, hookcall.StatusUnspecified, message)
 }
 
-// failureText is how a failed build is told; machine may be "".
-func failureText(drvPath, machine, message string) string {
+func (h *hookProcess) failWith(acts *activities, status hookcall.BuildStatus, message string) {
+	acts.stopAll()
+	h.drain() // so that it comes after the log
+	h.log.Msg(hook.Error, "error: "+FailureText(acts.drvPath, acts.machine, status, message))
+}
+
+// FailureText is how a failed build is told. The machine may be ""; without a
+// message the status is told.
+func FailureText(drvPath, machine string, status hookcall.BuildStatus, message string) string {
 	text := fmt.Sprintf("build of '%s'", nix.PlainText(drvPath))
 	if machine != "" {
 		text += fmt.Sprintf(" on '%s'", nix.PlainText(machine))
 	}
-	return text + " failed: " + strings.TrimSpace(nix.PlainText(message))
-}
-
-// statusName is a status in words, such as "permanent failure".
-func statusName(s dispatchv1.BuildStatus) string {
-	name := strings.TrimPrefix(s.String(), "BUILD_STATUS_")
-	return strings.ReplaceAll(strings.ToLower(name), "_", " ")
+	return text + " failed: " + strings.TrimSpace(nix.PlainText(cmp.Or(message, status.String())))
 }
 
 // drain waits until Nix has read everything: it takes the first end of file on

@@ -1,19 +1,23 @@
-package main
+// Package buildhook is the process that Nix's build-hook setting starts: it asks
+// nix-dispatchd about each derivation, and stays for the build that it got.
+//
+// One is started for every build while Nix's whole client waits, so it is small:
+// one goroutine that reads, asks and writes in turn, each a plain system call.
+package buildhook
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"io"
 	"os"
-	"runtime"
 	"runtime/debug"
 	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
 
-	dispatchv1 "nixdispatch/proto/dispatch/v1"
+	"nixdispatch/cmd/internal/daemonsocket"
+	"nixdispatch/proto/hookcall"
 	"nixdispatch/proto/nix"
 	"nixdispatch/proto/nix/hook"
 )
@@ -24,7 +28,7 @@ const (
 	logReadFD  = 5 // its read end, meant for the stock hook's ssh errors
 )
 
-const hookUsage = `Usage: nix-dispatch hook [--socket PATH] VERBOSITY
+const usage = `Usage: nix-dispatch hook [--socket PATH] VERBOSITY
 
 Nix runs this for its build-hook setting; it is of no use by hand. With Nix 2.13
 and later:
@@ -47,12 +51,20 @@ type hookOptions struct {
 	patience time.Duration
 }
 
-func runHook(ctx context.Context, args []string, std stdio) int {
-	opts := hookOptions{socket: socketPath(), answerTimeout: time.Second, patience: 30 * time.Second}
+// What a hook exits with when it is not Nix that started it.
+const (
+	exitOK    = 0
+	exitUsage = 2
+)
+
+// Main runs a hook process with the arguments after the program's name, the last
+// of which is Nix's verbosity, and returns its exit status.
+func Main(args []string) int {
+	opts := hookOptions{socket: daemonsocket.Path(), answerTimeout: time.Second, patience: 30 * time.Second}
 	for i, arg := range args {
 		switch {
 		case arg == "--help" || arg == "-h":
-			io.WriteString(std.out, hookUsage)
+			os.Stdout.WriteString(usage)
 			return exitOK
 		case (arg == "--socket" || arg == "-socket") && i+1 < len(args):
 			opts.socket = args[i+1]
@@ -64,46 +76,31 @@ func runHook(ctx context.Context, args []string, std stdio) int {
 	if len(args) > 0 {
 		verbosity = args[len(args)-1]
 	}
-	return runHookProcess(ctx, verbosity, std, opts)
+	return run(verbosity, opts)
 }
 
-// hookMemory is how much memory a hook takes before it collects garbage. It
-// mostly needs a tenth of it, all at once, and ends soon.
-const hookMemory = 64 << 20
-
-// beFrugal fits the runtime to a process that mostly waits, of which there are
-// as many as builds: no collector, no threads handing goroutines to each other.
-func beFrugal() {
-	debug.SetGCPercent(-1)
-	debug.SetMemoryLimit(hookMemory)
-	runtime.GOMAXPROCS(1)
-}
-
-func runHookProcess(ctx context.Context, verbosity string, std stdio, opts hookOptions) int {
-	beFrugal()
+func run(verbosity string, opts hookOptions) int {
 	// A child that inherited them would keep Nix waiting for the end of the log.
 	if _, err := unix.FcntlInt(logWriteFD, unix.F_SETFD, unix.FD_CLOEXEC); err != nil {
-		fmt.Fprintf(std.err, "nix-dispatch hook: descriptor %d: %v: this is for Nix to run\n%s", logWriteFD, err, hookUsage)
+		fmt.Fprintf(os.Stderr, "nix-dispatch hook: descriptor %d: %v: this is for Nix to run\n%s", logWriteFD, err, usage)
 		return exitUsage
 	}
 	_, logReadErr := unix.FcntlInt(logReadFD, unix.F_SETFD, unix.FD_CLOEXEC)
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
 	h := &hookProcess{
 		opts:      opts,
 		verbosity: verbosity,
-		in:        hook.NewReader(std.in),
-		log:       hook.NewLog(std.err),
+		in:        hook.NewReader(os.Stdin),
+		log:       hook.NewLog(os.Stderr),
 		buildLog:  os.NewFile(logWriteFD, "build log"),
+		link:      daemonLink{socket: opts.socket},
 		memory:    newOutageMemory(),
 	}
 	h.outage = h.memory.recall()
 	if logReadErr == nil {
 		h.logRead = os.NewFile(logReadFD, "build log, read end")
 	}
-	h.link.connect(opts.socket) // while Nix's settings are being read
 	defer h.link.reset()
-	return h.run(ctx)
+	return h.run()
 }
 
 // A hookProcess is one conversation with one Nix.
@@ -125,7 +122,7 @@ type hookProcess struct {
 
 // run answers Nix's questions until one is accepted and built, or Nix has no
 // more. Whatever happens, each question gets exactly one answer.
-func (h *hookProcess) run(ctx context.Context) int {
+func (h *hookProcess) run() int {
 	settings, settingsErr := h.in.Settings()
 	if errors.Is(settingsErr, io.EOF) {
 		return 0
@@ -144,16 +141,16 @@ func (h *hookProcess) run(ctx context.Context) int {
 			h.log.Decline()
 			return 1
 		}
-		d := h.decide(ctx, try)
+		d := h.decide(try)
 		h.explain(d)
 		switch d.action {
-		case dispatchv1.Reply_ACTION_ACCEPT:
-			return h.build(ctx, try, d)
-		case dispatchv1.Reply_ACTION_STOCK:
+		case hookcall.Accept:
+			return h.build(try, d)
+		case hookcall.Stock:
 			return h.takeStock(d.stock)
-		case dispatchv1.Reply_ACTION_POSTPONE:
+		case hookcall.Postpone:
 			h.log.Postpone()
-		case dispatchv1.Reply_ACTION_DECLINE_PERMANENTLY:
+		case hookcall.DeclinePermanently:
 			h.log.DeclinePermanently()
 		default:
 			h.log.Decline()
@@ -163,7 +160,7 @@ func (h *hookProcess) run(ctx context.Context) int {
 
 // A decision is the answer to one question.
 type decision struct {
-	action dispatchv1.Reply_Action
+	action hookcall.Action
 	// machine is what Nix shall call the machine, of an accepting one.
 	machine string
 	reason  string
@@ -173,28 +170,28 @@ type decision struct {
 }
 
 // decide asks the daemon, or does without it. It never panics.
-func (h *hookProcess) decide(ctx context.Context, try *hook.Try) (d decision) {
+func (h *hookProcess) decide(try *hook.Try) (d decision) {
 	defer func() {
 		if p := recover(); p != nil {
 			h.broken = true
 			h.link.reset()
 			d = decision{
-				action: dispatchv1.Reply_ACTION_DECLINE, warn: true,
+				action: hookcall.Decline, warn: true,
 				reason: fmt.Sprintf("nix-dispatch hook: a bug, please report it: %v\n%s", p, debug.Stack()),
 			}
 		}
 	}()
 	if h.broken {
-		return decision{action: dispatchv1.Reply_ACTION_DECLINE}
+		return decision{action: hookcall.Decline}
 	}
 	if strings.TrimSpace(h.settings.Builders) == "" {
-		return decision{action: dispatchv1.Reply_ACTION_DECLINE_PERMANENTLY}
+		return decision{action: hookcall.DeclinePermanently}
 	}
-	d = h.consult(ctx, try)
-	if d.action == dispatchv1.Reply_ACTION_ACCEPT {
+	d = h.consult(try)
+	if d.action == hookcall.Accept {
 		d = h.prepare(try, d)
 	}
-	if d.action == dispatchv1.Reply_ACTION_STOCK {
+	if d.action == hookcall.Stock {
 		d = h.orWithoutStock(try, d)
 	}
 	return d
@@ -206,7 +203,7 @@ func (h *hookProcess) prepare(try *hook.Try, d decision) decision {
 	if err != nil {
 		h.link.reset() // gives the build up
 		return decision{
-			action: dispatchv1.Reply_ACTION_STOCK, warn: true,
+			action: hookcall.Stock, warn: true,
 			reason: fmt.Sprintf("nix-dispatch cannot build '%s': %v", try.DrvPath, err),
 		}
 	}
@@ -223,10 +220,10 @@ func (h *hookProcess) orWithoutStock(try *hook.Try, d decision) decision {
 		return d
 	}
 	reason := d.reason
-	d = decision{action: dispatchv1.Reply_ACTION_POSTPONE, warn: true}
+	d = decision{action: hookcall.Postpone, warn: true}
 	if h.settings.CouldBuildLocally(try) || h.outage.began.IsZero() {
 		// The daemon will not change its mind: asking again would never end.
-		d.action = dispatchv1.Reply_ACTION_DECLINE
+		d.action = hookcall.Decline
 	}
 	d.reason = fmt.Sprintf("%s; and Nix's own build hook cannot take it: %v", reason, err)
 	return d

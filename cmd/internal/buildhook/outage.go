@@ -1,4 +1,4 @@
-package main
+package buildhook
 
 import (
 	"fmt"
@@ -8,7 +8,7 @@ import (
 	"strings"
 	"time"
 
-	dispatchv1 "nixdispatch/proto/dispatch/v1"
+	"nixdispatch/proto/hookcall"
 	"nixdispatch/proto/nix/hook"
 )
 
@@ -152,10 +152,10 @@ func (h *hookProcess) missed(reason string) {
 func (h *hookProcess) withoutDaemon(try *hook.Try) decision {
 	switch {
 	case h.settings.CouldBuildLocally(try):
-		return decision{action: dispatchv1.Reply_ACTION_DECLINE}
+		return decision{action: hookcall.Decline}
 	case time.Since(h.outage.began) < h.opts.patience:
 		return decision{
-			action: dispatchv1.Reply_ACTION_POSTPONE,
+			action: hookcall.Postpone,
 			reason: fmt.Sprintf("nix-dispatch: '%s' waits for the daemon", try.DrvPath),
 		}
 	}
@@ -165,7 +165,7 @@ func (h *hookProcess) withoutDaemon(try *hook.Try) decision {
 		h.memory.keep(h.outage)
 	}
 	return decision{
-		action: dispatchv1.Reply_ACTION_STOCK, warn: !told,
+		action: hookcall.Stock, warn: !told,
 		reason: fmt.Sprintf("nix-dispatch: the daemon has been out of reach for %v; using Nix's own build hook",
 			time.Since(h.outage.began).Round(time.Second)),
 	}

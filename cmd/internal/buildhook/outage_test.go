@@ -1,7 +1,6 @@
-package main
+package buildhook
 
 import (
-	"net"
 	"os"
 	"path/filepath"
 	"strings"
@@ -12,38 +11,16 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
+	"nixdispatch/cmd/internal/daemonsocket"
+	"nixdispatch/proto/dispatch/dispatchtest"
 	dispatchv1 "nixdispatch/proto/dispatch/v1"
 )
 
-// silent listens and accepts connections without ever saying a word.
-func silent(t testing.TB) (socket string, connections *atomic.Int32) {
-	socket = filepath.Join(socketDir(t), "socket")
-	listener, err := net.Listen("unix", socket)
-	if err != nil {
-		t.Fatal(err)
-	}
-	connections = new(atomic.Int32)
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		for {
-			conn, err := listener.Accept()
-			if err != nil {
-				return
-			}
-			connections.Add(1)
-			defer conn.Close()
-		}
-	}()
-	t.Cleanup(func() { listener.Close(); <-done })
-	return socket, connections
-}
-
 func TestHookWithoutADaemonLeavesLocalBuildsToNix(t *testing.T) {
-	hung, connections := silent(t)
+	hung, connections := dispatchtest.Silent(t)
 	for name, socket := range map[string]string{"missing": "/nonexistent/socket", "hung": hung} {
 		t.Run(name, func(t *testing.T) {
-			n := newFakeNix(t, testSettings(), socketEnv+"="+socket, hookPatienceEnv+"=1h", hookAnswerEnv+"=300ms")
+			n := newFakeNix(t, testSettings(), daemonsocket.Env+"="+socket, hookPatienceEnv+"=1h", hookAnswerEnv+"=300ms")
 			for _, system := range []string{testSystem, "i686-linux", "builtin", testSystem} {
 				if got, _ := n.try(system, false, "kvm"); got != "decline" {
 					t.Errorf("%s: reply = %q, want decline", system, got)
@@ -72,8 +49,8 @@ func TestHookWithoutADaemonLeavesLocalBuildsToNix(t *testing.T) {
 }
 
 func TestHookAnswersWithinASecondWithoutADaemon(t *testing.T) {
-	hung, _ := silent(t)
-	n := newFakeNix(t, testSettings(), socketEnv+"="+hung)
+	hung, _ := dispatchtest.Silent(t)
+	n := newFakeNix(t, testSettings(), daemonsocket.Env+"="+hung)
 	start := time.Now()
 	if got, _ := n.try(testSystem, false); got != "decline" {
 		t.Errorf("reply = %q, want decline", got)
@@ -89,7 +66,7 @@ func TestHookPostponesWhileTheDaemonRestarts(t *testing.T) {
 		s.Recv()
 		return status.Error(codes.Unavailable, "shutting down")
 	}}).start(t)
-	n := newFakeNix(t, testSettings(), socketEnv+"="+d.socket)
+	n := newFakeNix(t, testSettings(), daemonsocket.Env+"="+d.socket)
 	for range 2 {
 		if got, _ := n.try(testSystem, true); got != "postpone" {
 			t.Errorf("reply = %q, want postpone", got)
@@ -112,7 +89,7 @@ func TestHookAsksARestartedDaemonAnew(t *testing.T) {
 		s.Send(replyWith(dispatchv1.Reply_ACTION_DECLINE, "", false))
 		return status.Error(codes.Unavailable, "shutting down")
 	}}).start(t)
-	n := newFakeNix(t, testSettings(), socketEnv+"="+d.socket)
+	n := newFakeNix(t, testSettings(), daemonsocket.Env+"="+d.socket)
 	for range 3 {
 		if got, _ := n.try(testSystem, true); got != "decline" {
 			t.Errorf("reply = %q, want that of the daemon's next life", got)
@@ -132,7 +109,7 @@ func TestHooksOfOneNixTellEachOtherOfAnOutage(t *testing.T) {
 	}
 	start := func(socket, patience string) *fakeNix {
 		return newFakeNix(t, testSettings(), hookStateEnv+"="+state, stockHookEnv+"="+stock,
-			socketEnv+"="+socket, hookPatienceEnv+"="+patience, hookAnswerEnv+"=300ms")
+			daemonsocket.Env+"="+socket, hookPatienceEnv+"="+patience, hookAnswerEnv+"=300ms")
 	}
 	steps := []struct {
 		patience, reply, said string

@@ -1,9 +1,9 @@
-package main
+package buildhook
 
 import (
 	"fmt"
-	"io"
 	"os"
+	"os/exec"
 	"strings"
 	"testing"
 	"time"
@@ -12,7 +12,9 @@ import (
 	"google.golang.org/protobuf/testing/protocmp"
 	"google.golang.org/protobuf/types/known/durationpb"
 
+	"nixdispatch/cmd/internal/daemonsocket"
 	dispatchv1 "nixdispatch/proto/dispatch/v1"
+	"nixdispatch/proto/hookcall"
 )
 
 func replyWith(action dispatchv1.Reply_Action, reason string, warn bool) *dispatchv1.HookResponse {
@@ -85,7 +87,7 @@ func TestHookPassesOnTheDaemonsReply(t *testing.T) {
 		t.Run(fmt.Sprintf("%v warn=%v", tt.action, tt.warn), func(t *testing.T) {
 			t.Parallel()
 			d := answering(t, replyWith(tt.action, reason, tt.warn))
-			n := newFakeNix(t, testSettings(), socketEnv+"="+d.socket)
+			n := newFakeNix(t, testSettings(), daemonsocket.Env+"="+d.socket)
 			for range 3 {
 				n.messages = nil
 				if got, _ := n.try(testSystem, true); got != tt.want {
@@ -116,7 +118,7 @@ func TestHookForwardsOnlyWhatTheDaemonNeeds(t *testing.T) {
 	settings := testSettings()
 	settings["builders-use-substitutes"] = "true"
 	settings["max-build-log-size"] = "99"
-	n := newFakeNix(t, settings, socketEnv+"="+d.socket)
+	n := newFakeNix(t, settings, daemonsocket.Env+"="+d.socket)
 	n.try("riscv64-linux", true, "big-parallel", "kvm")
 	want := [2]*dispatchv1.HookRequest{
 		{Message: &dispatchv1.HookRequest_Hello{Hello: &dispatchv1.Hello{
@@ -138,7 +140,7 @@ func TestHookForwardsOnlyWhatTheDaemonNeeds(t *testing.T) {
 func TestHookRefusesForGoodWithoutBuilders(t *testing.T) {
 	settings := testSettings()
 	settings["builders"] = " \n"
-	n := newFakeNix(t, settings, socketEnv+"=/nonexistent/socket")
+	n := newFakeNix(t, settings, daemonsocket.Env+"=/nonexistent/socket")
 	if got, _ := n.try(testSystem, true); got != "decline-permanently" {
 		t.Fatalf("reply = %q", got)
 	}
@@ -158,7 +160,7 @@ func TestHookBuilds(t *testing.T) {
 		}
 		return s.Send(finished(dispatchv1.BuildStatus_BUILD_STATUS_BUILT, "ssh://mac", ""))
 	})
-	n := newFakeNix(t, testSettings(), socketEnv+"="+d.socket)
+	n := newFakeNix(t, testSettings(), daemonsocket.Env+"="+d.socket)
 	reply, machine := n.try(testSystem, true)
 	if reply != "accept" || machine != "ssh://mac" {
 		t.Fatalf("reply = %q %q", reply, machine)
@@ -196,7 +198,7 @@ func TestHookTellsWhyABuildFailed(t *testing.T) {
 				s.Send(logged("last words\n"))
 				return s.Send(finished(tt.status, "ssh://other", tt.text))
 			})
-			n := newFakeNix(t, testSettings(), socketEnv+"="+d.socket)
+			n := newFakeNix(t, testSettings(), daemonsocket.Env+"="+d.socket)
 			n.try(testSystem, true)
 			n.begin()
 			if got := n.wait(); got != tt.exit {
@@ -219,7 +221,7 @@ func TestHookWhenTheDaemonDiesWhileItBuilds(t *testing.T) {
 		<-s.Context().Done()
 		return nil
 	})
-	n := newFakeNix(t, testSettings(), socketEnv+"="+d.socket)
+	n := newFakeNix(t, testSettings(), daemonsocket.Env+"="+d.socket)
 	n.try(testSystem, true)
 	n.begin()
 	d.server.Stop()
@@ -239,7 +241,7 @@ func TestHookEndsTheCallWhenNixKillsIt(t *testing.T) {
 		close(ended)
 		return nil
 	})
-	n := newFakeNix(t, testSettings(), socketEnv+"="+d.socket)
+	n := newFakeNix(t, testSettings(), daemonsocket.Env+"="+d.socket)
 	n.try(testSystem, true)
 	n.begin()
 	<-begun
@@ -265,7 +267,7 @@ func TestHookLosesNoLogWhenNixReadsSlowly(t *testing.T) {
 		}
 		return s.Send(finished(dispatchv1.BuildStatus_BUILD_STATUS_BUILT, "", ""))
 	})
-	n := newFakeNix(t, testSettings(), socketEnv+"="+d.socket)
+	n := newFakeNix(t, testSettings(), daemonsocket.Env+"="+d.socket)
 	n.mu.Lock() // keeps the log's reader waiting
 	n.try(testSystem, true)
 	n.begin()
@@ -285,11 +287,11 @@ func TestHookLosesNoLogWhenNixReadsSlowly(t *testing.T) {
 
 func TestHookDeclinesEverythingAfterAPanic(t *testing.T) {
 	h := &hookProcess{} // without settings
-	d := h.decide(t.Context(), nil)
-	if d.action != dispatchv1.Reply_ACTION_DECLINE || !d.warn || !h.broken {
+	d := h.decide(nil)
+	if d.action != hookcall.Decline || !d.warn || !h.broken {
 		t.Errorf("decision = %+v, broken = %v", d, h.broken)
 	}
-	if d = h.decide(t.Context(), nil); d.action != dispatchv1.Reply_ACTION_DECLINE || d.warn {
+	if d = h.decide(nil); d.action != hookcall.Decline || d.warn {
 		t.Errorf("second decision = %+v", d)
 	}
 }
@@ -329,7 +331,7 @@ func TestHookDeclinesWhatItCannotRead(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			n := newFakeNix(t, testSettings(), socketEnv+"=/nonexistent/socket")
+			n := newFakeNix(t, testSettings(), daemonsocket.Env+"=/nonexistent/socket")
 			send(n)
 			n.w.Flush()
 			if got := n.reply(); got != "decline" {
@@ -349,7 +351,7 @@ func TestHookLeavesDescriptorsClosed(t *testing.T) {
 		<-s.Context().Done()
 		return nil
 	})
-	n := newFakeNix(t, testSettings(), socketEnv+"="+d.socket)
+	n := newFakeNix(t, testSettings(), daemonsocket.Env+"="+d.socket)
 	n.try(testSystem, true)
 	n.begin()
 	for len(n.copyLog()) == 0 {
@@ -379,8 +381,13 @@ func (n *fakeNix) copyLog() string {
 }
 
 func TestHookExplainsItself(t *testing.T) {
-	var out strings.Builder
-	if status := run(t.Context(), []string{"/x/nix-dispatch-hook", "--help"}, stdio{out: &out, err: io.Discard}); status != 0 || out.String() != hookUsage {
-		t.Errorf("status %d, output %q", status, out.String())
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.Command(self, "--help")
+	cmd.Env = append(os.Environ(), asHookEnv+"=1")
+	if out, err := cmd.CombinedOutput(); err != nil || string(out) != usage {
+		t.Errorf("%v, output %q", err, out)
 	}
 }

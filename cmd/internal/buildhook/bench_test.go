@@ -1,4 +1,4 @@
-package main
+package buildhook
 
 import (
 	"os/exec"
@@ -7,14 +7,15 @@ import (
 	"testing"
 	"time"
 
+	"nixdispatch/cmd/internal/daemonsocket"
 	dispatchv1 "nixdispatch/proto/dispatch/v1"
 )
 
 // BenchmarkHookAccepts measures what every build pays: from the start of the
 // hook process to its reply.
 func BenchmarkHookAccepts(b *testing.B) {
-	program := filepath.Join(b.TempDir(), "nix-dispatch")
-	build := exec.Command("go", "build", "-trimpath", "-ldflags=-s -w", "-o", program, ".")
+	program := filepath.Join(b.TempDir(), "nix-dispatch-hook")
+	build := exec.Command("go", "build", "-trimpath", "-ldflags=-s -w", "-o", program, "nixdispatch/cmd/nix-dispatch-hook")
 	build.Env = append(build.Environ(), "CGO_ENABLED=0")
 	if out, err := build.CombinedOutput(); err != nil {
 		b.Fatalf("build: %v\n%s", err, out)
@@ -24,7 +25,7 @@ func BenchmarkHookAccepts(b *testing.B) {
 	})
 	var times []time.Duration
 	for b.Loop() {
-		n := startFakeNix(b, exec.Command(program, "hook", "3"), testSettings(), socketEnv+"="+d.socket)
+		n := startFakeNix(b, exec.Command(program, "3"), testSettings(), daemonsocket.Env+"="+d.socket)
 		if reply, _ := n.try(testSystem, true); reply != "accept" {
 			b.Fatalf("reply = %q", reply)
 		}

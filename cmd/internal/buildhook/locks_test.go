@@ -1,4 +1,4 @@
-package main
+package buildhook
 
 import (
 	"os"
@@ -6,6 +6,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"nixdispatch/cmd/internal/daemonsocket"
 	dispatchv1 "nixdispatch/proto/dispatch/v1"
 )
 
@@ -55,7 +56,7 @@ func TestHookHandsTheLocksOverOnce(t *testing.T) {
 		states <- st
 		return s.Send(finished(dispatchv1.BuildStatus_BUILD_STATUS_BUILT, "", ""))
 	})
-	n := newFakeNix(t, testSettings(), socketEnv+"="+d.socket)
+	n := newFakeNix(t, testSettings(), daemonsocket.Env+"="+d.socket)
 	out, doc = n.output(outBase), n.output(docBase)
 	outLock, docLock := n.lock(outBase), n.lock(docBase)
 	n.try(testSystem, true)
@@ -80,7 +81,7 @@ func TestHookLeavesAStrangersLockAlone(t *testing.T) {
 		askForLocks(s, out)
 		return s.Send(finished(dispatchv1.BuildStatus_BUILD_STATUS_BUILT, "", ""))
 	})
-	n := newFakeNix(t, testSettings(), socketEnv+"="+d.socket)
+	n := newFakeNix(t, testSettings(), daemonsocket.Env+"="+d.socket)
 	out = n.output(outBase)
 	ours := n.lock(outBase)
 	n.try(testSystem, true)
@@ -118,7 +119,7 @@ func TestHookFreesALockThatSomebodyWaitsFor(t *testing.T) {
 		}
 		return s.Send(finished(dispatchv1.BuildStatus_BUILD_STATUS_BUILT, "", ""))
 	})
-	n := newFakeNix(t, testSettings(), socketEnv+"="+d.socket)
+	n := newFakeNix(t, testSettings(), daemonsocket.Env+"="+d.socket)
 	out = n.output(outBase)
 	n.lock(outBase)
 	n.try(testSystem, true)
@@ -149,7 +150,7 @@ func TestHookSaysWhenItCannotHandOver(t *testing.T) {
 
 func TestHookGivesTheStockHookWhatHasNoDerivation(t *testing.T) {
 	d := answering(t, replyWith(dispatchv1.Reply_ACTION_ACCEPT, "", false))
-	n := newFakeNix(t, testSettings(), socketEnv+"="+d.socket, stockHookEnv+"="+stockScript(t, `echo '# decline' >&2`))
+	n := newFakeNix(t, testSettings(), daemonsocket.Env+"="+d.socket, stockHookEnv+"="+stockScript(t, `echo '# decline' >&2`))
 	if err := os.WriteFile(string(n.drv), []byte("Derive(["), 0o644); err != nil {
 		t.Fatal(err)
 	}

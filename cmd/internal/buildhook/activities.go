@@ -1,9 +1,9 @@
-package main
+package buildhook
 
 import (
 	"fmt"
 
-	dispatchv1 "nixdispatch/proto/dispatch/v1"
+	"nixdispatch/proto/hookcall"
 	"nixdispatch/proto/nix"
 	"nixdispatch/proto/nix/hook"
 )
@@ -30,7 +30,7 @@ type copyActivity struct {
 	all, path hook.ActivityID
 	direction direction
 	name      string // of path
-	last      *dispatchv1.Transfer
+	last      *hookcall.Transfer
 	// credited is how many bytes the paths stopped so far were said to have had.
 	credited uint64
 }
@@ -47,24 +47,24 @@ func newActivities(log *hook.Log, drvPath, machine string) *activities {
 }
 
 // event shows one event; logs and the end of the build are not for it.
-func (a *activities) event(ev *dispatchv1.BuildEvent) {
-	switch e := ev.GetEvent().(type) {
-	case *dispatchv1.BuildEvent_Queued:
+func (a *activities) event(m hookcall.Message) {
+	switch e := m.(type) {
+	case hookcall.Queued:
 		a.stopAll()
 		text := fmt.Sprintf("waiting for a machine to build '%s'", a.drvPath)
-		if reason := e.Queued.GetReason(); reason != "" {
-			text += ": " + nix.PlainText(reason)
+		if e.Reason != "" {
+			text += ": " + nix.PlainText(e.Reason)
 		}
 		a.waiting = a.log.Start(hook.Talkative, hook.BuildWaiting, text, 0)
-	case *dispatchv1.BuildEvent_Placed:
+	case hookcall.Placed:
 		a.stopAll()
-		a.place(nix.PlainText(e.Placed.GetMachine()), nix.PlainText(e.Placed.GetReason()))
-	case *dispatchv1.BuildEvent_Copying:
-		a.transfer(toMachine, e.Copying.GetTransfer())
-	case *dispatchv1.BuildEvent_Building:
+		a.place(nix.PlainText(e.Machine), nix.PlainText(e.Reason))
+	case hookcall.Copying:
+		a.transfer(toMachine, e.Transfer)
+	case hookcall.Building:
 		a.endCopy(true)
-	case *dispatchv1.BuildEvent_Fetching:
-		a.transfer(fromMachine, e.Fetching.GetTransfer())
+	case hookcall.Fetching:
+		a.transfer(fromMachine, e.Transfer)
 	}
 }
 
@@ -83,8 +83,8 @@ func (a *activities) place(machine, reason string) {
 	a.placed = a.log.Start(hook.Info, hook.UnknownActivity, text, 0)
 }
 
-func (a *activities) transfer(dir direction, t *dispatchv1.Transfer) {
-	if t == nil || t.GetPaths() == 0 {
+func (a *activities) transfer(dir direction, t *hookcall.Transfer) {
+	if t == nil || t.Paths == 0 {
 		return
 	}
 	c := &a.copy
@@ -93,10 +93,10 @@ func (a *activities) transfer(dir direction, t *dispatchv1.Transfer) {
 	}
 	if c.all == 0 {
 		c.direction = dir
-		c.all = a.log.Start(hook.Info, hook.CopyPaths, a.copyText(dir, t.GetPaths()), a.placed)
-		a.log.SetExpected(c.all, hook.CopyPath, t.GetBytes())
-	} else if t.GetBytes() != c.last.GetBytes() {
-		a.log.SetExpected(c.all, hook.CopyPath, t.GetBytes())
+		c.all = a.log.Start(hook.Info, hook.CopyPaths, a.copyText(dir, t.Paths), a.placed)
+		a.log.SetExpected(c.all, hook.CopyPath, t.Bytes)
+	} else if t.Bytes != c.last.Bytes {
+		a.log.SetExpected(c.all, hook.CopyPath, t.Bytes)
 	}
 	c.last = t
 	a.transferPath(t)
@@ -104,7 +104,7 @@ func (a *activities) transfer(dir direction, t *dispatchv1.Transfer) {
 	if c.path != 0 {
 		running = 1
 	}
-	a.log.Progress(c.all, t.GetPathsDone(), t.GetPaths(), running)
+	a.log.Progress(c.all, t.PathsDone, t.Paths, running)
 }
 
 func (a *activities) copyText(dir direction, paths uint64) string {
@@ -118,11 +118,11 @@ func (a *activities) copyText(dir direction, paths uint64) string {
 	return fmt.Sprintf("copying %d %s %s '%s'", paths, noun, preposition, a.machine)
 }
 
-func (a *activities) transferPath(t *dispatchv1.Transfer) {
+func (a *activities) transferPath(t *hookcall.Transfer) {
 	c := &a.copy
-	path := nix.PlainText(t.GetPath())
+	path := nix.PlainText(t.Path)
 	if c.path != 0 && c.name != path {
-		a.endPath(t.GetBytesDone() - min(t.GetBytesDone(), t.GetPathBytesDone()))
+		a.endPath(t.BytesDone - min(t.BytesDone, t.PathBytesDone))
 	}
 	if path == "" {
 		return
@@ -136,7 +136,7 @@ func (a *activities) transferPath(t *dispatchv1.Transfer) {
 		}
 		c.path, c.name = a.log.Start(hook.Talkative, hook.CopyPath, text, c.all, path, from, to), path
 	}
-	a.log.Progress(c.path, t.GetPathBytesDone(), t.GetPathBytes(), 0)
+	a.log.Progress(c.path, t.PathBytesDone, t.PathBytes, 0)
 }
 
 // endPath stops the path under way when so many bytes of the whole copy are
@@ -160,13 +160,13 @@ func (a *activities) endCopy(complete bool) {
 	switch {
 	case c.path == 0:
 	case complete:
-		a.endPath(c.last.GetBytes())
+		a.endPath(c.last.Bytes)
 	default:
 		a.log.Stop(c.path)
 	}
 	if c.all != 0 {
 		if complete {
-			a.log.Progress(c.all, c.last.GetPaths(), c.last.GetPaths(), 0)
+			a.log.Progress(c.all, c.last.Paths, c.last.Paths, 0)
 		}
 		a.log.Stop(c.all)
 	}

@@ -1,4 +1,4 @@
-package main
+package buildhook
 
 import (
 	"bytes"
@@ -10,30 +10,12 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
-	dispatchv1 "nixdispatch/proto/dispatch/v1"
+	"nixdispatch/proto/hookcall"
 	"nixdispatch/proto/nix/hook"
 )
 
-func queued(reason string) *dispatchv1.BuildEvent {
-	return &dispatchv1.BuildEvent{Event: &dispatchv1.BuildEvent_Queued{Queued: &dispatchv1.Queued{Reason: reason}}}
-}
-
-func placed(machine, reason string) *dispatchv1.BuildEvent {
-	return &dispatchv1.BuildEvent{Event: &dispatchv1.BuildEvent_Placed{Placed: &dispatchv1.Placed{Machine: machine, Reason: reason}}}
-}
-
-func copying(t *dispatchv1.Transfer) *dispatchv1.BuildEvent {
-	return &dispatchv1.BuildEvent{Event: &dispatchv1.BuildEvent_Copying{Copying: &dispatchv1.Copying{Transfer: t}}}
-}
-
-func fetching(t *dispatchv1.Transfer) *dispatchv1.BuildEvent {
-	return &dispatchv1.BuildEvent{Event: &dispatchv1.BuildEvent_Fetching{Fetching: &dispatchv1.Fetching{Transfer: t}}}
-}
-
-var buildingEvent = &dispatchv1.BuildEvent{Event: &dispatchv1.BuildEvent_Building{Building: &dispatchv1.Building{}}}
-
 // shown plays events and returns what Nix is told, ids counted from 1.
-func shown(machine string, events ...*dispatchv1.BuildEvent) string {
+func shown(machine string, events ...hookcall.Message) string {
 	var out bytes.Buffer
 	a := newActivities(hook.NewLog(&out), "/nix/store/d.drv", machine)
 	for _, ev := range events {
@@ -52,12 +34,12 @@ func shown(machine string, events ...*dispatchv1.BuildEvent) string {
 
 func TestActivitiesOfAQueuedBuild(t *testing.T) {
 	got := shown("nix-dispatch",
-		queued("all 4 slots are taken"),
-		placed("ssh://mac", "least load"),
-		copying(&dispatchv1.Transfer{Path: "/nix/store/in", PathBytesDone: 10, PathBytes: 40, Paths: 2, Bytes: 100}),
-		copying(&dispatchv1.Transfer{Path: "/nix/store/src", PathBytes: 60, PathsDone: 1, Paths: 2, BytesDone: 40, Bytes: 100}),
-		buildingEvent,
-		fetching(&dispatchv1.Transfer{Path: "/nix/store/out", PathBytesDone: 5, PathBytes: 5, Paths: 1, Bytes: 5}),
+		hookcall.Queued{Reason: "all 4 slots are taken"},
+		hookcall.Placed{Machine: "ssh://mac", Reason: "least load"},
+		hookcall.Copying{Transfer: &hookcall.Transfer{Path: "/nix/store/in", PathBytesDone: 10, PathBytes: 40, Paths: 2, Bytes: 100}},
+		hookcall.Copying{Transfer: &hookcall.Transfer{Path: "/nix/store/src", PathBytes: 60, PathsDone: 1, Paths: 2, BytesDone: 40, Bytes: 100}},
+		hookcall.Building{},
+		hookcall.Fetching{Transfer: &hookcall.Transfer{Path: "/nix/store/out", PathBytesDone: 5, PathBytes: 5, Paths: 1, Bytes: 5}},
 	)
 	want := `@nix {"action":"start","id":1,"level":4,"type":111,"text":"waiting for a machine to build '/nix/store/d.drv': all 4 slots are taken","parent":0}
 @nix {"action":"stop","id":1}
@@ -91,20 +73,20 @@ func TestActivitiesOfAQueuedBuild(t *testing.T) {
 }
 
 func TestActivitiesSayTheMachineOnlyWhenItIsNews(t *testing.T) {
-	if got := shown("ssh://mac", placed("ssh://mac", "first listed"), buildingEvent); got != "" {
+	if got := shown("ssh://mac", hookcall.Placed{Machine: "ssh://mac", Reason: "first listed"}, hookcall.Building{}); got != "" {
 		t.Errorf("told again what the reply said:\n%s", got)
 	}
-	got := shown("ssh://mac", placed("ssh://mac", ""), placed("ssh://b", "ssh://mac went down"))
+	got := shown("ssh://mac", hookcall.Placed{Machine: "ssh://mac", Reason: ""}, hookcall.Placed{Machine: "ssh://b", Reason: "ssh://mac went down"})
 	if !strings.Contains(got, "building '/nix/store/d.drv' on 'ssh://b': ssh://mac went down") {
 		t.Errorf("a move was not told:\n%s", got)
 	}
 }
 
 func TestEveryActivityIsStopped(t *testing.T) {
-	up := &dispatchv1.Transfer{Path: "p", Paths: 3, PathBytes: 1}
-	all := []*dispatchv1.BuildEvent{
-		queued("a"), queued("b"), placed("m", ""), copying(up), fetching(up), copying(nil),
-		placed("n", ""), fetching(up), queued("c"), copying(&dispatchv1.Transfer{Paths: 1}), buildingEvent, {},
+	up := &hookcall.Transfer{Path: "p", Paths: 3, PathBytes: 1}
+	all := []hookcall.Message{
+		hookcall.Queued{Reason: "a"}, hookcall.Queued{Reason: "b"}, hookcall.Placed{Machine: "m", Reason: ""}, hookcall.Copying{Transfer: up}, hookcall.Fetching{Transfer: up}, hookcall.Copying{Transfer: nil},
+		hookcall.Placed{Machine: "n", Reason: ""}, hookcall.Fetching{Transfer: up}, hookcall.Queued{Reason: "c"}, hookcall.Copying{Transfer: &hookcall.Transfer{Paths: 1}}, hookcall.Building{}, nil,
 	}
 	for n := range len(all) + 1 {
 		got := shown("x", all[:n]...)
