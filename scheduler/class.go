@@ -6,15 +6,17 @@ import (
 	"strconv"
 )
 
-// A class is all builds with the same requirement: system, features and the
-// machines they failed on. What machines they may go to is worked out once for
+// A class is all builds with the same requirement: list of machines, system,
+// features and the machines they failed on. What machines they may go to is worked out once for
 // the class, so no event looks at each queued build.
 type class struct {
+	list     string
 	system   string
-	features []string    // sorted
-	exclude  []MachineID // sorted
+	features []string // sorted
+	exclude  []string // URIs, sorted
 
 	match    []bool     // by machine index: could ever run these builds
+	matching int        // how many of them do
 	ok       []bool     // by machine index: match, less the exclusions in force
 	machines []*machine // those that are ok, in list order
 
@@ -151,9 +153,10 @@ func (u *caller) addPlaced(n int) {
 
 // fit works out anew which machines c's builds may go to.
 func (c *class) fit(machines []*machine) {
-	c.match = make([]bool, len(machines))
+	c.match, c.matching = make([]bool, len(machines)), 0
 	for i, m := range machines {
-		c.match[i] = m.mismatch(c.system, c.features) == Eligible
+		c.match[i] = m.List == c.list && m.mismatch(c.system, c.features) == Eligible
+		c.matching += count(c.match[i])
 	}
 	c.applyExclusions(machines)
 }
@@ -163,12 +166,12 @@ func (c *class) fit(machines []*machine) {
 func (c *class) applyExclusions(machines []*machine) {
 	others := false
 	for i, m := range machines {
-		others = others || c.match[i] && m.coming() && !c.excludes(m.ID)
+		others = others || c.match[i] && m.coming() && !c.excludes(m.ID.URI())
 	}
 	c.ok = make([]bool, len(machines))
 	c.machines, c.open, c.room = nil, 0, 0
 	for i, m := range machines {
-		if !c.match[i] || others && c.excludes(m.ID) {
+		if !c.match[i] || others && c.excludes(m.ID.URI()) {
 			continue
 		}
 		c.ok[i] = true
@@ -178,8 +181,8 @@ func (c *class) applyExclusions(machines []*machine) {
 	}
 }
 
-func (c *class) excludes(id MachineID) bool {
-	_, found := slices.BinarySearch(c.exclude, id)
+func (c *class) excludes(uri string) bool {
+	_, found := slices.BinarySearch(c.exclude, uri)
 	return found
 }
 
@@ -194,10 +197,10 @@ func count(b bool) int {
 // some saves working out the machines for each of many equal builds.
 const maxIdleClasses = 256
 
-// class returns the class of builds that need system and features (sorted) and
-// failed on exclude (sorted).
-func (q *Queue) class(system string, features []string, exclude []MachineID) *class {
-	key := classKey(system, features, exclude)
+// class returns the class of builds such as r.
+func (q *Queue) class(r Request) *class {
+	features, exclude := sortedSet(r.Features), sortedURIs(r.Exclude)
+	key := classKey(r.List, r.System, features, exclude)
 	if c := q.byKey[key]; c != nil {
 		return c
 	}
@@ -205,7 +208,7 @@ func (q *Queue) class(system string, features []string, exclude []MachineID) *cl
 		q.dropIdleClasses()
 	}
 	c := &class{
-		system: system, features: features, exclude: exclude,
+		list: r.List, system: r.System, features: features, exclude: exclude,
 		queues: make(map[*caller]*callerQueue), waiting: -1,
 	}
 	c.fit(q.machines)
@@ -217,7 +220,7 @@ func (q *Queue) class(system string, features []string, exclude []MachineID) *cl
 func (q *Queue) dropIdleClasses() {
 	q.classes = slices.DeleteFunc(q.classes, func(c *class) bool {
 		if c.refs == 0 {
-			delete(q.byKey, classKey(c.system, c.features, c.exclude))
+			delete(q.byKey, classKey(c.list, c.system, c.features, c.exclude))
 		}
 		return c.refs == 0
 	})
@@ -241,20 +244,21 @@ func (q *Queue) unuse(b *build) {
 }
 
 // classKey is different for different requirements, whatever bytes are in them.
-func classKey(system string, features []string, exclude []MachineID) string {
+func classKey(list, system string, features, exclude []string) string {
 	key := make([]byte, 0, 64)
 	add := func(s string) {
 		key = strconv.AppendInt(key, int64(len(s)), 10)
 		key = append(key, ':')
 		key = append(key, s...)
 	}
+	add(list)
 	add(system)
 	for _, f := range features {
 		add(f)
 	}
 	key = append(key, '-')
-	for _, id := range exclude {
-		add(string(id))
+	for _, uri := range exclude {
+		add(uri)
 	}
 	return string(key)
 }

@@ -36,6 +36,21 @@
 // the same rule chooses among those with a free staging place. A build waits in
 // the queue only while no eligible machine has either.
 //
+// # Lists and shared slots
+//
+// Machines stand in lists, and a build goes to those of its own list only.
+//
+// Machines with the same store URI, in whatever list, are one host and share
+// slots, as they do in stock Nix, where slots are lock files named after the URI
+// and a number: each may use the first max-jobs of them. So no more builds run
+// there than the largest max-jobs says, and no more on one machine than its own.
+// A slot's number means nothing by itself: a build is granted one whenever the
+// running builds could be numbered so that each is within its own machine's. The
+// load of such a machine, for the choice, is how many of the slots that it may
+// use are spoken for. A build that failed on a machine avoids all with its URI.
+//
+// # The order of builds
+//
 // The queue's order: higher priority, then the caller with fewest placed
 // builds, then oldest.
 //

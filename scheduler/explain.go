@@ -46,16 +46,18 @@ type Explanation struct {
 	Chosen MachineID
 	// Why says in a line what happens to the build.
 	Why string
-	// Machines has all machines, in the order of their list.
+	// Machines has all machines of the build's list, in its order.
 	Machines []Verdict
 }
 
 // Explain tells where a build such as r would go now. It changes nothing.
 func (q *Queue) Explain(r Request) Explanation {
-	c := q.class(r.System, sortedSet(r.Features), sortedIDs(r.Exclude))
-	e := Explanation{System: r.System, Features: c.features, Machines: make([]Verdict, len(q.machines))}
-	for i, m := range q.machines {
-		e.Machines[i] = q.judge(c, m)
+	c := q.class(r)
+	e := Explanation{System: r.System, Features: c.features}
+	for _, m := range q.machines {
+		if m.List == c.list {
+			e.Machines = append(e.Machines, c.judge(m))
+		}
 	}
 	t := c.tally(q.machines)
 	m, rule := c.choose()
@@ -73,7 +75,7 @@ func (q *Queue) Explain(r Request) Explanation {
 	}
 	e.Why = e.Situation.text(t)
 	if m != nil {
-		e.Why = "goes to " + printable(string(m.ID)) + ": " + rule.text(m.open)
+		e.Why = "goes to " + printable(m.ID.URI()) + ": " + rule.text(m.open)
 	}
 	return e
 }
@@ -89,13 +91,13 @@ func (q *Queue) ExplainBuild(id BuildID) (Explanation, bool) {
 	e := q.Explain(b.req)
 	if b.machine != nil {
 		e.Chosen = b.machine.ID
-		e.Why = "is " + b.phase.String() + " on " + printable(string(b.machine.ID))
+		e.Why = "is " + b.phase.String() + " on " + printable(b.machine.ID.URI())
 	}
 	return e, true
 }
 
 // judge tells what keeps builds of c from m.
-func (q *Queue) judge(c *class, m *machine) Verdict {
+func (c *class) judge(m *machine) Verdict {
 	v := Verdict{Machine: m.ID, Reason: m.mismatch(c.system, c.features)}
 	switch {
 	case v.Reason != Eligible:
@@ -135,7 +137,7 @@ func (m *machine) words(reason Reason, c *class) string {
 	case OutOfReach:
 		return "is down" + because(m.reason)
 	case BeingDrained:
-		return "is draining" + because(m.reason)
+		return "is drained" + because(m.reason)
 	case FailedBefore:
 		return "failed this build before, and others can take it"
 	case SlotsTaken:
@@ -157,9 +159,9 @@ func (m *machine) loadWords() string {
 		n    int
 		what string
 	}{
-		{m.running, "running"},
-		{m.placed - m.running, "with inputs on the way or waiting for a slot"},
-		{m.held, "held after a lost connection"},
+		{m.pool.sum(func(m *machine) int { return m.running }), "running"},
+		{m.pool.sum(func(m *machine) int { return len(m.line) }), "with inputs on the way or waiting for a slot"},
+		{m.pool.sum(func(m *machine) int { return m.held }), "held after a lost connection"},
 	} {
 		if p.n > 0 {
 			words += sep + strconv.Itoa(p.n) + " " + p.what
@@ -167,6 +169,9 @@ func (m *machine) loadWords() string {
 		}
 	}
 	words += ")"
+	if len(m.pool.machines) > 1 {
+		words += ", counted over all lines with this URI"
+	}
 	if m.room {
 		words += "; a staging place is free"
 	}
@@ -191,7 +196,7 @@ func (e Explanation) Text(limit int) string {
 			fmt.Fprintf(&b, "\n  and %d more", len(e.Machines)-limit)
 			break
 		}
-		b.WriteString("\n  " + printable(string(v.Machine)) + " " + v.Text)
+		b.WriteString("\n  " + printable(v.Machine.URI()) + " " + v.Text)
 	}
 	return b.String()
 }

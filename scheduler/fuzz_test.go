@@ -40,7 +40,12 @@ func (w *world) n(limit int) int {
 
 func pick[T any](w *world, list ...T) T { return list[w.n(len(list))] }
 
-func (w *world) machineID() MachineID { return MachineID(fmt.Sprintf("ssh://m%d", w.n(7))) }
+func (w *world) machineID() MachineID { return machineID(w.n(7)) }
+
+// machineID names seven machines, some of which share a URI.
+func machineID(i int) MachineID {
+	return []MachineID{"ssh://m0", "ssh://m1", "ssh://m2", "ssh://m2#2", "ssh://m2#3", "ssh://m1#2", "ssh://m6"}[i]
+}
 
 func (w *world) machines() []Machine {
 	var ms []Machine
@@ -49,7 +54,8 @@ func (w *world) machines() []Machine {
 			continue
 		}
 		ms = append(ms, Machine{
-			ID:                MachineID(fmt.Sprintf("ssh://m%d", i)),
+			ID:                machineID(i),
+			List:              pick(w, "", "", "", "other"),
 			Systems:           pick(w, []string{"x"}, []string{"x", "y"}, []string{"y"}),
 			SupportedFeatures: pick(w, nil, nil, []string{"kvm"}, []string{"big", "kvm"}),
 			MandatoryFeatures: pick(w, nil, nil, nil, []string{"bench"}, []string{"bench", "kvm"}),
@@ -68,6 +74,7 @@ func (w *world) machines() []Machine {
 func (w *world) request(id BuildID) Request {
 	return Request{
 		ID:                id,
+		List:              pick(w, "", "", "", "other"),
 		System:            pick(w, "x", "x", "y", "builtin", "z"),
 		Features:          pick(w, nil, nil, []string{"kvm"}, []string{"kvm", "big"}, []string{"bench"}, []string{"kvm", "bench", "kvm"}),
 		Caller:            pick(w, "alice", "bob", "carol"),
@@ -214,13 +221,13 @@ func (w *world) check(orders []Order) {
 	for _, m := range snap.Machines {
 		n := w.naive.machine(m.ID)
 		want := MachineStatus{
-			ID: m.ID, State: n.state, Removed: slices.Contains(w.naive.removed, n), Slots: n.MaxJobs, Staging: n.Staging,
+			ID: m.ID, List: n.List, State: n.state, Removed: slices.Contains(w.naive.removed, n), Slots: n.MaxJobs, Staging: n.Staging,
 			Running: w.naive.on(n, Running), Placed: w.naive.on(n, Staging, Staged, Running), Held: n.held,
 		}
 		if diff := cmp.Diff(want, m); diff != "" {
 			w.fatalf("machine (-naive +got):\n%s", diff)
 		}
-		if granted[m.ID] && m.Running+m.Held > m.Slots {
+		if granted[m.ID] && (m.Running+m.Held > m.Slots || w.naive.free(n, w.naive.busy) < 0) {
 			w.fatalf("granted a slot beyond max-jobs: %+v", m)
 		}
 	}
@@ -230,7 +237,7 @@ func (w *world) check(orders []Order) {
 			if r := w.naive.build(o.Build).Request; !could(m.Machine, r) || !w.naive.takes(m) {
 				w.fatalf("%s of %+v on unfit %+v", o.Kind, r, m)
 			}
-			if w.naive.load(m) > m.MaxJobs+m.Staging {
+			if w.naive.own(m) > m.MaxJobs+m.Staging {
 				w.fatalf("%s on %s beyond its places", o.Kind, o.Machine)
 			}
 		}

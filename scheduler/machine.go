@@ -4,21 +4,33 @@ import (
 	"fmt"
 	"math"
 	"slices"
+	"strings"
 )
 
-// A MachineID names a machine: its store URI, such as "ssh://mac". Two lines of
-// the machines file with the same URI are one machine, merged by the caller.
+// A MachineID names a machine: its store URI, such as "ssh://mac". Machines with
+// the same URI, which share its slots, are told apart by a '#' and what the
+// caller likes after it: no store URI in a machines file has a '#'.
 type MachineID string
+
+// URI is the store URI that the machine is named after.
+func (id MachineID) URI() string {
+	uri, _, _ := strings.Cut(string(id), "#")
+	return uri
+}
 
 // A Machine is what the scheduler needs to know of one machine.
 type Machine struct {
 	ID MachineID
+	// List is the list of machines that it stands in; "" is a list, too. It takes
+	// only builds that name the same.
+	List string
 	// Systems it builds for, such as "x86_64-linux". Every machine builds for "builtin".
 	Systems []string
 	// SupportedFeatures and MandatoryFeatures: see the package comment.
 	SupportedFeatures []string
 	MandatoryFeatures []string
-	// MaxJobs is the number of build slots. A machine with 0 (or less) is never used.
+	// MaxJobs is the number of build slots, of those that its URI has. A machine
+	// with 0 (or less) is never used.
 	MaxJobs int
 	// SpeedFactor is relative to the other machines. 0, negative and NaN mean 1.
 	SpeedFactor float64
@@ -63,6 +75,7 @@ func (s MachineState) String() string {
 // A machine is a Machine with what is on it.
 type machine struct {
 	Machine
+	pool      *pool
 	systems   map[string]bool
 	supported map[string]bool // includes the mandatory features
 	state     MachineState
@@ -106,15 +119,12 @@ func (m *machine) configure(conf Machine) {
 	}
 }
 
-// load is the number of slots spoken for.
-func (m *machine) load() int { return m.placed + m.held }
-
 // takes tells whether new builds may be placed on m, room permitting.
 func (m *machine) takes() bool { return m.index >= 0 && m.state == Up }
 
 // grants tells whether builds on m may be given a slot.
 func (m *machine) grants() bool {
-	return (m.state == Up || m.state == Draining) && m.running+m.held < m.MaxJobs
+	return (m.state == Up || m.state == Draining) && m.pool.free(m, (*machine).busy) > 0
 }
 
 // coming tells whether m is up or on its first connection attempt.

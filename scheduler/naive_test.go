@@ -58,7 +58,50 @@ func (n *naive) on(m *naiveMachine, phases ...Phase) int {
 	return count
 }
 
-func (n *naive) load(m *naiveMachine) int { return n.on(m, Staging, Staged, Running) + m.held }
+func (n *naive) own(m *naiveMachine) int { return n.on(m, Staging, Staged, Running) + m.held }
+
+func (n *naive) busy(m *naiveMachine) int { return n.on(m, Running) + m.held }
+
+// sharers are the machines with m's URI.
+func (n *naive) sharers(m *naiveMachine) []*naiveMachine {
+	return slices.DeleteFunc(slices.Concat(n.listed, n.removed), func(o *naiveMachine) bool { return o.ID.URI() != m.ID.URI() })
+}
+
+// slots is how many of its URI's slots m may use.
+func (n *naive) slots(m *naiveMachine) int {
+	most := 0
+	for _, o := range n.sharers(m) {
+		if slices.Contains(n.listed, o) {
+			most = max(most, o.MaxJobs)
+		}
+	}
+	if most > 0 {
+		return min(most, m.MaxJobs)
+	}
+	return m.MaxJobs
+}
+
+// free tries every number k: the first k slots of a URI are for m, if it may use
+// no more, and no more than k builds can be confined to them.
+func (n *naive) free(m *naiveMachine, count func(*naiveMachine) int) int {
+	most := 0
+	for _, o := range n.sharers(m) {
+		most = max(most, n.slots(o))
+	}
+	free := n.slots(m) - count(m)
+	for k := n.slots(m); k <= most; k++ {
+		left := k
+		for _, o := range n.sharers(m) {
+			if n.slots(o) <= k {
+				left -= count(o)
+			}
+		}
+		free = min(free, left)
+	}
+	return free
+}
+
+func (n *naive) load(m *naiveMachine) int { return n.slots(m) - n.free(m, n.own) }
 
 func (n *naive) relativeLoad(m *naiveMachine) float64 { return float64(n.load(m)) / m.SpeedFactor }
 
@@ -83,7 +126,7 @@ func could(m Machine, r Request) bool {
 			return false
 		}
 	}
-	return m.MaxJobs > 0 && (r.System == "builtin" || slices.Contains(m.Systems, r.System))
+	return m.List == r.List && m.MaxJobs > 0 && (r.System == "builtin" || slices.Contains(m.Systems, r.System))
 }
 
 // eligible returns the listed machines that r may go to, whatever is on them.
@@ -95,7 +138,7 @@ func (n *naive) eligible(r Request) []*naiveMachine {
 			continue
 		}
 		all = append(all, m)
-		if !slices.Contains(r.Exclude, m.ID) {
+		if !slices.ContainsFunc(r.Exclude, func(id MachineID) bool { return id.URI() == m.ID.URI() }) {
 			rest = append(rest, m)
 			hope = hope || m.state == Up || m.state == Connecting
 		}
@@ -174,25 +217,38 @@ func (n *naive) line(m *naiveMachine) []*naiveBuild {
 
 func (n *naive) settle() []Order {
 	for _, m := range slices.Concat(n.listed, n.removed) {
-		n.grant(m)
+		for n.grant(n.sharers(m)) {
+		}
 	}
 	for n.place() || n.move() {
 	}
-	n.removed = slices.DeleteFunc(n.removed, func(m *naiveMachine) bool { return n.load(m) == 0 })
+	n.removed = slices.DeleteFunc(n.removed, func(m *naiveMachine) bool { return n.own(m) == 0 })
 	orders := n.orders
 	n.orders = nil
 	return orders
 }
 
-func (n *naive) grant(m *naiveMachine) {
-	ready := slices.DeleteFunc(n.line(m), func(b *naiveBuild) bool { return b.phase != Staged })
-	slices.SortStableFunc(ready, func(a, b *naiveBuild) int { return b.Priority - a.Priority })
-	for _, b := range ready {
-		if (m.state == Up || m.state == Draining) && n.on(m, Running)+m.held < m.MaxJobs {
-			b.phase = Running
-			n.orders = append(n.orders, Order{Kind: Grant, Build: b.ID, Machine: m.ID})
+// grant gives a slot to one of the builds on machines with the same URI.
+func (n *naive) grant(machines []*naiveMachine) bool {
+	var ready []*naiveBuild
+	for _, m := range machines {
+		if (m.state == Up || m.state == Draining) && n.free(m, n.busy) > 0 {
+			ready = append(ready, n.line(m)...)
 		}
 	}
+	ready = slices.DeleteFunc(ready, func(b *naiveBuild) bool { return b.phase != Staged })
+	slices.SortFunc(ready, func(a, b *naiveBuild) int {
+		if a.Priority != b.Priority {
+			return b.Priority - a.Priority
+		}
+		return a.placed - b.placed
+	})
+	if len(ready) == 0 {
+		return false
+	}
+	ready[0].phase = Running
+	n.orders = append(n.orders, Order{Kind: Grant, Build: ready[0].ID, Machine: ready[0].on.ID})
+	return true
 }
 
 func (n *naive) put(b *naiveBuild, m *naiveMachine) {
@@ -267,7 +323,7 @@ func (n *naive) SetMachines(ms []Machine) []Order {
 		n.listed = append(n.listed, m)
 	}
 	for _, m := range old {
-		if !slices.Contains(n.listed, m) && n.load(m) > 0 {
+		if !slices.Contains(n.listed, m) && n.own(m) > 0 {
 			n.removed = append(n.removed, m)
 		}
 	}
@@ -335,17 +391,22 @@ func (n *naive) Remove(id BuildID) []Order {
 // Offer is the table of replies, read from top to bottom.
 func (n *naive) Offer(r Request, amWilling bool) (Reply, MachineID) {
 	matching, alive, slots, queued, local := 0, 0, 0, 0, 0
+	most := map[string]int{}
 	for _, m := range n.listed {
 		if could(m.Machine, r) {
 			matching++
 			if m.state == Up || m.state == Connecting {
 				alive++
-				slots += m.MaxJobs
+				uri := m.ID.URI()
+				most[uri] = max(most[uri], m.MaxJobs)
 			}
 		}
 	}
+	for _, s := range most {
+		slots += s
+	}
 	for _, b := range n.queue() {
-		if b.System == r.System {
+		if b.System == r.System && b.List == r.List {
 			queued++
 			if b.CouldBuildLocally {
 				local++

@@ -89,10 +89,10 @@ const (
 // caller's word that one of its local slots is free. Offer changes nothing;
 // Enqueue right after an Accept places the build on the machine it named.
 //
-// Queued builds and slots are counted for r's system: builds that could not use
-// the same machines do not keep each other out.
+// Queued builds and slots are counted for r's list and system: builds that could
+// not use the same machines do not keep each other out.
 func (q *Queue) Offer(r Request, amWilling bool) Decision {
-	c := q.class(r.System, sortedSet(r.Features), sortedIDs(r.Exclude))
+	c := q.class(r)
 	if c.open > 0 {
 		m, rule := c.choose()
 		return Decision{Reply: Accept, Situation: SlotFree, Machine: m.ID, Why: rule.text(true)}
@@ -107,7 +107,7 @@ func (q *Queue) Offer(r Request, amWilling bool) Decision {
 		return t.decide(Decline, FullLocalFree)
 	}
 	var queued, local int
-	if s := q.systems[r.System]; s != nil {
+	if s := q.systems[systemKey{r.List, r.System}]; s != nil {
 		queued, local = s.queued, s.local
 	}
 	switch {
@@ -137,19 +137,30 @@ type tally struct {
 }
 
 func (c *class) tally(machines []*machine) tally {
-	var t tally
+	t := tally{matching: c.matching}
 	for i, m := range machines {
 		if !c.match[i] {
 			continue
 		}
-		t.matching++
 		if m.coming() {
 			t.coming++
 			t.up += count(m.state == Up)
-			t.slots += m.MaxJobs
+			t.slots += c.moreSlots(m)
 		}
 	}
 	return t
+}
+
+// moreSlots is how many slots of its URI m adds to those of the machines of c
+// that are listed before it.
+func (c *class) moreSlots(m *machine) int {
+	most := 0
+	for _, other := range m.pool.machines {
+		if other.index >= 0 && other.index < m.index && c.match[other.index] && other.coming() {
+			most = max(most, other.MaxJobs)
+		}
+	}
+	return max(0, m.MaxJobs-most)
 }
 
 // Stranded returns the queued builds that no machine could take even if all

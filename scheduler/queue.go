@@ -11,6 +11,8 @@ type BuildID uint64
 // A Request is what a build asks for.
 type Request struct {
 	ID BuildID
+	// List is the list of machines it may go to.
+	List string
 	// System is the derivation's, such as "x86_64-linux" or "builtin".
 	System string
 	// Features are the required system features, in any order.
@@ -22,7 +24,7 @@ type Request struct {
 	Priority int
 	// CouldBuildLocally tells that the caller's own Nix could build it too.
 	CouldBuildLocally bool
-	// Exclude names machines it already failed on; see Requeue.
+	// Exclude names machines it already failed on; their URIs count. See Requeue.
 	Exclude []MachineID
 }
 
@@ -103,7 +105,8 @@ type build struct {
 	phase  Phase
 	// machine is where it is, or where it ran; nil when queued.
 	machine *machine
-	index   int // in its buildHeap, while queued
+	index   int    // in its buildHeap, while queued
+	turn    uint64 // counts placings, while placed
 }
 
 // placed tells whether b counts in its machine's placed.
@@ -111,7 +114,10 @@ func (b *build) placed() bool {
 	return b.phase == Staging || b.phase == Staged || b.phase == Running
 }
 
-// A systemQueue counts the queued builds for one system.
+// A systemKey is a system, and the list of machines that builds for it go to.
+type systemKey struct{ list, system string }
+
+// A systemQueue counts the queued builds for one system and list.
 type systemQueue struct {
 	queued int
 	local  int // those of them that could be built locally
@@ -124,9 +130,10 @@ type Queue struct {
 	machines []*machine // in list order
 	removed  []*machine // no longer listed, but something is on them
 	byID     map[MachineID]*machine
+	pools    map[string]*pool // by URI
 	builds   map[BuildID]*build
 	callers  map[string]*caller
-	systems  map[string]*systemQueue
+	systems  map[systemKey]*systemQueue
 
 	byKey       map[string]*class
 	classes     []*class // in the order of their making
@@ -135,6 +142,7 @@ type Queue struct {
 
 	open    int // machines with a free slot
 	lastSeq uint64
+	turns   uint64
 	orders  []Order // of the event being worked on
 }
 
@@ -144,7 +152,7 @@ func New() *Queue {
 		byID:    make(map[MachineID]*machine),
 		builds:  make(map[BuildID]*build),
 		callers: make(map[string]*caller),
-		systems: make(map[string]*systemQueue),
+		systems: make(map[systemKey]*systemQueue),
 		byKey:   make(map[string]*class),
 	}
 }
@@ -200,12 +208,13 @@ func (q *Queue) list(ms []Machine) {
 	for _, m := range before {
 		switch {
 		case m.index >= 0:
-		case m.load() > 0:
+		case m.own() > 0:
 			q.removed = append(q.removed, m)
 		default:
 			delete(q.byID, m.ID)
 		}
 	}
+	q.repool()
 	q.open = 0
 	for _, m := range slices.Concat(q.machines, q.removed) {
 		m.open, m.room = false, false
@@ -240,8 +249,7 @@ func (q *Queue) Enqueue(r Request) []Order {
 	if q.builds[r.ID] != nil {
 		panic(fmt.Sprintf("scheduler: Enqueue of known build %d", r.ID))
 	}
-	r.Features = sortedSet(r.Features)
-	r.Exclude = sortedIDs(r.Exclude)
+	r.Features, r.Exclude = slices.Clone(r.Features), slices.Clone(r.Exclude)
 	q.lastSeq++
 	b := &build{req: r, seq: q.lastSeq}
 	b.caller = q.callers[r.Caller]
@@ -250,13 +258,14 @@ func (q *Queue) Enqueue(r Request) []Order {
 		q.callers[r.Caller] = b.caller
 	}
 	b.caller.refs++
-	b.system = q.systems[r.System]
+	key := systemKey{r.List, r.System}
+	b.system = q.systems[key]
 	if b.system == nil {
 		b.system = &systemQueue{}
-		q.systems[r.System] = b.system
+		q.systems[key] = b.system
 	}
 	b.system.refs++
-	q.use(b, q.class(r.System, r.Features, r.Exclude))
+	q.use(b, q.class(r))
 	q.builds[r.ID] = b
 	q.enqueue(b)
 	return q.settle()
@@ -311,9 +320,9 @@ func (q *Queue) Release(id MachineID) []Order {
 }
 
 // Requeue tells that the build failed on a machine, by the machine's fault. It
-// is queued again, as old as it was, and goes to that machine no more while
-// another that is up or coming can take it. A build that has left that machine
-// stays where it is, and only avoids the machine from now on.
+// is queued again, as old as it was, and goes to that machine, and others with
+// its URI, no more while one that is up or coming can take it. A build that has
+// left that machine stays where it is, and only avoids it from now on.
 func (q *Queue) Requeue(id BuildID, failed MachineID) []Order {
 	b := q.known("Requeue", id)
 	old := b.machine
@@ -338,9 +347,9 @@ func (q *Queue) Requeue(id BuildID, failed MachineID) []Order {
 
 // exclude makes b, which is not queued, a build that failed on machine id.
 func (q *Queue) exclude(b *build, id MachineID) {
-	b.req.Exclude = sortedIDs(append(slices.Clone(b.req.Exclude), id))
+	b.req.Exclude = append(b.req.Exclude, id)
 	old := b.class
-	c := q.class(b.req.System, b.req.Features, b.req.Exclude)
+	c := q.class(b.req)
 	if b.inLine() && b.machine.movable {
 		old.movable--
 		c.movable++
@@ -366,7 +375,7 @@ func (q *Queue) Remove(id BuildID) []Order {
 		delete(q.callers, b.caller.name)
 	}
 	if b.system.refs--; b.system.refs == 0 {
-		delete(q.systems, b.req.System)
+		delete(q.systems, systemKey{b.req.List, b.req.System})
 	}
 	if m == nil {
 		return q.settle()
@@ -390,8 +399,11 @@ func (q *Queue) need(call string, b *build, phase Phase) {
 	}
 }
 
-func sortedIDs(list []MachineID) []MachineID {
-	list = slices.Clone(list)
-	slices.Sort(list)
-	return slices.Compact(list)
+func sortedURIs(list []MachineID) []string {
+	uris := make([]string, len(list))
+	for i, id := range list {
+		uris[i] = id.URI()
+	}
+	slices.Sort(uris)
+	return slices.Compact(uris)
 }

@@ -144,11 +144,16 @@ func (s *scenario) state(state, name, reason string) string {
 	return orders(all)
 }
 
-// machine reads NAME SYSTEMS MAXJOBS SPEED SUPPORTED MANDATORY, and staging=N.
+// machine reads NAME SYSTEMS MAXJOBS SPEED SUPPORTED MANDATORY, then list=L, then
+// staging=N.
 func (s *scenario) machine(words []string) Machine {
 	var m Machine
 	if last := len(words) - 1; strings.HasPrefix(words[last], "staging=") {
 		m.Staging = s.number(strings.TrimPrefix(words[last], "staging="))
+		words = words[:last]
+	}
+	if last := len(words) - 1; strings.HasPrefix(words[last], "list=") {
+		m.List = strings.TrimPrefix(words[last], "list=")
 		words = words[:last]
 	}
 	for len(words) < 6 {
@@ -168,7 +173,7 @@ func (s *scenario) machine(words []string) Machine {
 	return m
 }
 
-// request reads SYSTEM and any of features=, caller=, priority=, local, exclude=.
+// request reads SYSTEM and any of list=, features=, caller=, priority=, local, exclude=.
 func (s *scenario) request(id BuildID, words []string) Request {
 	r := Request{ID: id, Caller: "alice"}
 	for _, w := range words {
@@ -176,6 +181,8 @@ func (s *scenario) request(id BuildID, words []string) Request {
 		switch key {
 		case "features":
 			r.Features = list(value)
+		case "list":
+			r.List = value
 		case "caller":
 			r.Caller = value
 		case "priority":

@@ -12,7 +12,7 @@ import "slices"
 // it ends.
 func (q *Queue) settle(touched ...*machine) []Order {
 	for _, m := range touched {
-		for m.grants() && q.grantNext(m) {
+		for q.grantNext(m.pool) {
 		}
 	}
 	for q.placeNext() || q.moveNext() {
@@ -25,24 +25,38 @@ func (q *Queue) settle(touched ...*machine) []Order {
 
 func (q *Queue) order(o Order) { q.orders = append(q.orders, o) }
 
-// grantNext gives a slot of m to the staged build of the highest priority that
-// was placed first, and tells whether there was one.
-func (q *Queue) grantNext(m *machine) bool {
+// grantNext gives a slot of the pool to the staged build of the highest priority
+// that was placed first, among those that may have one, and tells whether there
+// was one.
+func (q *Queue) grantNext(p *pool) bool {
 	var next *build
-	for _, b := range m.line {
-		if b.phase == Staged && (next == nil || b.req.Priority > next.req.Priority) {
-			next = b
+	for _, m := range p.machines {
+		if len(m.line) == 0 || !m.grants() {
+			continue
+		}
+		for _, b := range m.line {
+			if b.phase == Staged && (next == nil || grantedBefore(b, next)) {
+				next = b
+			}
 		}
 	}
 	if next == nil {
 		return false
 	}
+	m := next.machine
 	m.leaveLine(next)
 	next.phase = Running
 	m.running++
 	q.refresh(m)
 	q.order(Order{Kind: Grant, Build: next.req.ID, Machine: m.ID, Why: whyGrant})
 	return true
+}
+
+func grantedBefore(a, b *build) bool {
+	if a.req.Priority != b.req.Priority {
+		return a.req.Priority > b.req.Priority
+	}
+	return a.turn < b.turn
 }
 
 // placeNext places the queued build that is next among those some machine has
@@ -149,6 +163,8 @@ func (q *Queue) dequeue(b *build) {
 // place puts b, which is nowhere, on m.
 func (q *Queue) place(b *build, m *machine) {
 	b.phase, b.machine = Staging, m
+	q.turns++
+	b.turn = q.turns
 	m.placed++
 	m.line = append(m.line, b)
 	if m.movable {
@@ -183,9 +199,15 @@ func (m *machine) leaveLine(b *build) {
 	}
 }
 
-// refresh works out what m's state and counters mean, and keeps the counts of
-// the classes. It must follow every change of either.
+// refresh works out what m's state and counters mean for the machines of its
+// pool, and keeps the counts of the classes. It must follow every change of either.
 func (q *Queue) refresh(m *machine) {
+	for _, shares := range m.pool.machines {
+		q.refreshOne(shares)
+	}
+}
+
+func (q *Queue) refreshOne(m *machine) {
 	takes, load := m.takes(), m.load()
 	open := takes && load < m.MaxJobs
 	room := takes && load < m.MaxJobs+m.Staging
@@ -213,9 +235,11 @@ func (q *Queue) refresh(m *machine) {
 // on them any more.
 func (q *Queue) forgetRemoved() {
 	q.removed = slices.DeleteFunc(q.removed, func(m *machine) bool {
-		if m.load() == 0 {
-			delete(q.byID, m.ID)
+		if m.own() > 0 {
+			return false
 		}
-		return m.load() == 0
+		delete(q.byID, m.ID)
+		q.leave(m)
+		return true
 	})
 }

@@ -15,6 +15,7 @@ type Snapshot struct {
 // A MachineStatus tells what is on a machine.
 type MachineStatus struct {
 	ID     MachineID
+	List   string
 	State  MachineState
 	Reason string // as given to SetState
 	// Removed tells that it is no longer listed and goes when it is empty.
@@ -30,6 +31,8 @@ type MachineStatus struct {
 type BuildStatus struct {
 	ID    BuildID
 	Phase Phase
+	// Unplaceable tells of a queued build that no machine of its list can ever build it.
+	Unplaceable bool
 	// Machine is where it is; for a fetching or lost build where it ran; "" when queued.
 	Machine  MachineID
 	System   string
@@ -41,7 +44,7 @@ type BuildStatus struct {
 type SystemStatus struct {
 	System string
 	Queued int
-	// Unplaceable counts those of them that no machine in the list can ever build.
+	// Unplaceable counts those of them that no machine of their list can ever build.
 	Unplaceable int
 }
 
@@ -55,7 +58,7 @@ func (q *Queue) Machines() []MachineStatus {
 	list := make([]MachineStatus, 0, len(q.machines)+len(q.removed))
 	for _, m := range slices.Concat(q.machines, q.removed) {
 		list = append(list, MachineStatus{
-			ID: m.ID, State: m.state, Reason: m.reason, Removed: m.index < 0,
+			ID: m.ID, List: m.List, State: m.state, Reason: m.reason, Removed: m.index < 0,
 			Slots: m.MaxJobs, Staging: m.Staging,
 			Running: m.running, Placed: m.placed, Held: m.held,
 		})
@@ -86,6 +89,7 @@ func (b *build) status() BuildStatus {
 	s := BuildStatus{
 		ID: b.req.ID, Phase: b.phase,
 		System: b.req.System, Caller: b.req.Caller, Priority: b.req.Priority,
+		Unplaceable: b.phase == Queued && b.class.matching == 0,
 	}
 	if b.machine != nil {
 		s.Machine = b.machine.ID
@@ -96,20 +100,23 @@ func (b *build) status() BuildStatus {
 // QueuedBySystem returns the systems that have queued builds, by name. It
 // costs no time for each build.
 func (q *Queue) QueuedBySystem() []SystemStatus {
-	unplaceable := make(map[string]int)
+	queued, unplaceable := make(map[string]int), make(map[string]int)
 	for _, c := range q.waiting {
-		if c.tally(q.machines).matching > 0 {
+		if c.matching > 0 {
 			continue
 		}
 		for _, cq := range c.heads {
 			unplaceable[c.system] += len(cq.builds)
 		}
 	}
-	var list []SystemStatus
-	for name, s := range q.systems {
+	for key, s := range q.systems {
 		if s.queued > 0 {
-			list = append(list, SystemStatus{System: name, Queued: s.queued, Unplaceable: unplaceable[name]})
+			queued[key.system] += s.queued
 		}
+	}
+	var list []SystemStatus
+	for name, n := range queued {
+		list = append(list, SystemStatus{System: name, Queued: n, Unplaceable: unplaceable[name]})
 	}
 	slices.SortFunc(list, func(a, b SystemStatus) int { return cmp.Compare(a.System, b.System) })
 	return list
