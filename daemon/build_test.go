@@ -87,7 +87,7 @@ func TestBuildFromInputsToOutputs(t *testing.T) {
 		st := h.finish()
 		st.mustBe(t, dispatchv1.BuildStatus_BUILD_STATUS_BUILT)
 
-		if got, want := st.phases(), "placed copying building fetching"; got != want {
+		if got, want := st.phases(), "copying building fetching"; got != want {
 			t.Errorf("phases %q, want %q", got, want)
 		}
 		if want := strings.Join(r.log, "\n") + "\n"; st.log != want {

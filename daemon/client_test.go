@@ -13,6 +13,7 @@ import (
 
 	dispatchv1 "nixdispatch/proto/dispatch/v1"
 	"nixdispatch/proto/nix"
+	"nixdispatch/proto/nix/hook"
 )
 
 // A hookClient is a hook process. Its methods are for one goroutine.
@@ -24,6 +25,7 @@ type hookClient struct {
 	leave context.CancelFunc
 	// keepLocks leaves HandOver without an answer.
 	keepLocks bool
+	machine   string // that the reply named
 	// onHandOver is called when the daemon asks for the locks.
 	onHandOver func(paths []string)
 	// onEvent is called with each event.
@@ -101,12 +103,14 @@ func (h *hookClient) accepted(r *recipe) *dispatchv1.Reply {
 	if reply.GetAction() != dispatchv1.Reply_ACTION_ACCEPT {
 		h.t.Fatalf("reply = %v, want it accepted", reply)
 	}
+	h.machine = reply.GetMachineName()
 	h.start(r)
 	return reply
 }
 
 // A story is what a caller was told of a build.
 type story struct {
+	machine  string // that the reply named, a neutral name left out
 	events   []*dispatchv1.BuildEvent
 	log      string
 	finished *dispatchv1.Finished
@@ -152,6 +156,9 @@ func (s *story) phases() string {
 // placed are the machines the build was placed on, in order.
 func (s *story) placed() []string {
 	var uris []string
+	if s.machine != "" {
+		uris = append(uris, s.machine)
+	}
 	for _, e := range s.events {
 		if p := e.GetPlaced(); p != nil {
 			uris = append(uris, p.GetMachine())
@@ -166,6 +173,9 @@ func (s *story) status() dispatchv1.BuildStatus { return s.finished.GetStatus() 
 func (h *hookClient) finish() *story {
 	h.t.Helper()
 	s := new(story)
+	if h.machine != hook.NeutralMachine {
+		s.machine = h.machine
+	}
 	for s.finished == nil {
 		msg, err := h.stream.Recv()
 		if err != nil {

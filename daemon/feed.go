@@ -70,21 +70,25 @@ func (f *feed) post(e *dispatchv1.BuildEvent) {
 	f.signalLocked()
 }
 
-// postProgress replaces the progress that followers see.
+// postProgress replaces the progress that followers see. They are woken for the
+// first of a phase only after a while: most copies have ended by then.
 func (f *feed) postProgress(e *dispatchv1.BuildEvent) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
+	first := f.progress == nil
 	f.progress = e
 	f.version++
+	if first {
+		time.AfterFunc(progressInterval, f.signal)
+		return
+	}
 	f.signalLocked()
 }
 
 // Write appends to the log.
 func (f *feed) Write(p []byte) (int, error) {
 	n, err := f.log.Write(p)
-	f.mu.Lock()
-	f.signalLocked()
-	f.mu.Unlock()
+	f.signal()
 	return n, err
 }
 
@@ -121,6 +125,12 @@ func (f *feed) finish(o outcome) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.outcome = &o
+	f.signalLocked()
+}
+
+func (f *feed) signal() {
+	f.mu.Lock()
+	defer f.mu.Unlock()
 	f.signalLocked()
 }
 

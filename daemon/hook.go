@@ -20,9 +20,6 @@ import (
 	"nixdispatch/scheduler"
 )
 
-// neutralName is what a machine is called towards Nix while none is chosen.
-const neutralName = "nix-dispatch"
-
 // startWait bounds how long an accepted hook may take to say what to build with.
 // Nix sends it at once.
 const startWait = time.Minute
@@ -115,7 +112,11 @@ func (h *hookConversation) follow(f *hookFollower, accept *dispatchv1.Reply) err
 	listening.Go(func() { h.listen(ctx, f, cancel) })
 	defer listening.Wait()
 	defer cancel(nil)
+	news := hookNews{machine: accept.GetMachineName()}
 	send := func(e *dispatchv1.BuildEvent) error {
+		if !news.worth(e) {
+			return nil
+		}
 		return h.stream.Send(&dispatchv1.HookResponse{Message: &dispatchv1.HookResponse_Event{Event: e}})
 	}
 	handOver := func(paths []string) error {
@@ -127,6 +128,32 @@ func (h *hookConversation) follow(f *hookFollower, accept *dispatchv1.Reply) err
 		return err
 	}
 	return send(finished(f.b, o))
+}
+
+// hookNews tells which events are news to a hook: it knows the machine from the
+// reply, and the start of the build matters to it only as the end of the copying.
+// For the rest it need not be woken; there is one for every build.
+type hookNews struct {
+	machine string // that it was last told
+	copying bool
+}
+
+func (n *hookNews) worth(e *dispatchv1.BuildEvent) bool {
+	switch m := e.GetEvent().(type) {
+	case *dispatchv1.BuildEvent_Placed:
+		known := n.machine == m.Placed.GetMachine()
+		n.machine = m.Placed.GetMachine()
+		return !known || n.copying
+	case *dispatchv1.BuildEvent_Queued:
+		n.machine = ""
+	case *dispatchv1.BuildEvent_Copying:
+		n.copying = true
+	case *dispatchv1.BuildEvent_Building:
+		copied := n.copying
+		n.copying = false
+		return copied
+	}
+	return true
 }
 
 // listen takes Start and HandedOver until ctx ends.
@@ -232,7 +259,7 @@ func (h *hookConversation) offer(try *dispatchv1.Try, drvPath nix.StorePath, drv
 	switch decision.Reply {
 	case scheduler.Accept, scheduler.AcceptQueued:
 		r := reply(dispatchv1.Reply_ACTION_ACCEPT, decision.Why)
-		r.MachineName, r.BuildId = cmp.Or(string(decision.Machine), neutralName), uint64(f.b.id)
+		r.MachineName, r.BuildId = cmp.Or(string(decision.Machine), hook.NeutralMachine), uint64(f.b.id)
 		return r, f
 	case scheduler.Postpone:
 		return reply(dispatchv1.Reply_ACTION_POSTPONE, decision.Why), nil

@@ -14,6 +14,7 @@ import (
 	"google.golang.org/protobuf/testing/protocmp"
 
 	dispatchv1 "nixdispatch/proto/dispatch/v1"
+	"nixdispatch/proto/nix/hook"
 )
 
 const (
@@ -147,14 +148,14 @@ func TestHookRepliesWhenSlotsAreTaken(t *testing.T) {
 	got2 := s.hook(locally).try(s.drv("queued", drvConfig{}), false)
 	wantReply(t, got2, accept, "")
 	for _, r := range []*dispatchv1.Reply{got, got2} {
-		if r.GetMachineName() != neutralName {
-			t.Errorf("machine name = %q while none is free, want %q", r.GetMachineName(), neutralName)
+		if r.GetMachineName() != hook.NeutralMachine {
+			t.Errorf("machine name = %q while none is free, want %q", r.GetMachineName(), hook.NeutralMachine)
 		}
 	}
 	wantReply(t, s.hook(locally).try(s.drv("postponed", drvConfig{}), false), postpone, "")
 	got = s.hook().try(s.drv("never-local", drvConfig{}), true)
-	if wantReply(t, got, accept, ""); got.GetMachineName() != neutralName {
-		t.Errorf("machine name = %q while none is free, want %q", got.GetMachineName(), neutralName)
+	if wantReply(t, got, accept, ""); got.GetMachineName() != hook.NeutralMachine {
+		t.Errorf("machine name = %q while none is free, want %q", got.GetMachineName(), hook.NeutralMachine)
 	}
 	// A build in flight is joined, whatever the slots.
 	wantReply(t, s.hook(locally).try(s.recipe(s.findBuild("busy").drvPath), true), accept, "another caller")

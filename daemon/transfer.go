@@ -63,19 +63,28 @@ func (t *transfer) skip(i nix.PathInfo) {
 	t.now.Bytes -= i.NarSize
 }
 
-// flush reports the end of a batch.
+// flush reports the end of a batch, with its last path as done. Unlike progress
+// it reaches every follower.
 func (t *transfer) flush() {
-	t.endPath()
-	t.reported = time.Time{}
-	t.report()
+	if t.now.Path != "" {
+		t.now.PathsDone++
+	}
+	t.b.feed.post(t.event())
+	t.now.Path, t.now.PathBytes, t.now.PathBytesDone = "", 0, 0
 }
 
+// report tells how far the copy is, not too often.
 func (t *transfer) report() {
 	now := time.Now()
 	if now.Sub(t.reported) < progressInterval {
 		return
 	}
 	t.reported = now
+	t.b.feed.postProgress(t.event())
+}
+
+// event is the state of the copy.
+func (t *transfer) event() *dispatchv1.BuildEvent {
 	copied := &dispatchv1.Transfer{
 		Path: t.now.Path, PathBytesDone: t.now.PathBytesDone, PathBytes: t.now.PathBytes,
 		PathsDone: t.now.PathsDone, Paths: t.now.Paths,
@@ -87,7 +96,7 @@ func (t *transfer) report() {
 	} else {
 		e.Event = &dispatchv1.BuildEvent_Fetching{Fetching: &dispatchv1.Fetching{Transfer: copied}}
 	}
-	t.b.feed.postProgress(e)
+	return e
 }
 
 // A countingWriter passes a NAR on and keeps count. err is its own failure to

@@ -147,28 +147,36 @@ func (c *Call) Next() (Message, error) {
 	}
 }
 
-// complete returns the message under way if all of it is there: it has a byte
-// that tells whether it is compressed and a length before it.
+// Ready tells whether Next will return without waiting.
+func (c *Call) Ready() bool {
+	rest := c.message[c.next:]
+	return len(rest) >= prefixSize && len(rest)-prefixSize >= int(binary.BigEndian.Uint32(rest[1:]))
+}
+
+// prefixSize is the length of what comes before each message: a byte that tells
+// whether it is compressed, and its length.
+const prefixSize = 5
+
+// complete returns the message under way if all of it is there.
 func (c *Call) complete() (data []byte, ok bool, err error) {
-	const prefix = 5
-	if len(c.message) < prefix {
+	if len(c.message) < prefixSize {
 		return nil, false, nil
 	}
 	size := binary.BigEndian.Uint32(c.message[1:])
 	if c.message[0] != 0 || size > maxMessage {
 		return nil, false, fmt.Errorf("message of nix-dispatchd: %w", errMessage)
 	}
-	if len(c.message) < prefix+int(size) {
+	if len(c.message) < prefixSize+int(size) {
 		return nil, false, nil
 	}
-	c.next = prefix + int(size)
-	return c.message[prefix:c.next], true, nil
+	c.next = prefixSize + int(size)
+	return c.message[prefixSize:c.next], true, nil
 }
 
 // send puts a message into frames, and sends those that the daemon's windows do
 // not allow to be kept any longer.
 func (c *Call) send(m fields) error {
-	data := make([]byte, 5, 5+len(m))
+	data := make([]byte, prefixSize, prefixSize+len(m))
 	binary.BigEndian.PutUint32(data[1:], uint32(len(m))) //nolint:gosec // what Nix sends is bounded
 	data = append(data, m...)
 	for len(data) > 0 {

@@ -22,7 +22,7 @@ type activities struct {
 
 	waiting, placed hook.ActivityID
 	copy            copyActivity
-	moved           bool // was placed before
+	moved           bool // the next placing is not the first
 }
 
 // A copyActivity is the copy of paths to or from the machine.
@@ -43,7 +43,7 @@ const (
 )
 
 func newActivities(log *hook.Log, drvPath, machine string) *activities {
-	return &activities{log: log, drvPath: drvPath, machine: machine}
+	return &activities{log: log, drvPath: drvPath, machine: machine, moved: machine != hook.NeutralMachine}
 }
 
 // event shows one event; logs and the end of the build are not for it.
@@ -105,6 +105,9 @@ func (a *activities) transfer(dir direction, t *hookcall.Transfer) {
 		running = 1
 	}
 	a.log.Progress(c.all, t.PathsDone, t.Paths, running)
+	if t.PathsDone == t.Paths && t.BytesDone == t.Bytes {
+		a.endCopy(true)
+	}
 }
 
 func (a *activities) copyText(dir direction, paths uint64) string {

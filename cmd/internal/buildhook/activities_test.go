@@ -17,11 +17,13 @@ import (
 // shown plays events and returns what Nix is told, ids counted from 1.
 func shown(machine string, events ...hookcall.Message) string {
 	var out bytes.Buffer
-	a := newActivities(hook.NewLog(&out), "/nix/store/d.drv", machine)
+	log := hook.NewLog(&out)
+	a := newActivities(log, "/nix/store/d.drv", machine)
 	for _, ev := range events {
 		a.event(ev)
 	}
 	a.stopAll()
+	log.Flush()
 	base := uint64(os.Getpid()) << 32
 	return regexp.MustCompile(`"(id|parent)":(\d+)`).ReplaceAllStringFunc(out.String(), func(s string) string {
 		key, number, _ := strings.Cut(s, ":")

@@ -123,6 +123,7 @@ type hookProcess struct {
 // run answers Nix's questions until one is accepted and built, or Nix has no
 // more. Whatever happens, each question gets exactly one answer.
 func (h *hookProcess) run() int {
+	defer h.log.Flush()
 	settings, settingsErr := h.in.Settings()
 	if errors.Is(settingsErr, io.EOF) {
 		return 0

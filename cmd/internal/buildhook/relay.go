@@ -68,6 +68,9 @@ func (h *hookProcess) build(try *hook.Try, d decision) (status int) {
 // from the daemon only as fast as Nix reads from it: nothing is kept here.
 func (h *hookProcess) relay(acts *activities, locks *outputLocks) int {
 	for {
+		if !h.link.call.Ready() {
+			h.log.Flush()
+		}
 		message, err := h.link.call.Next()
 		if err != nil {
 			h.fail(acts, lostDaemon(err))
@@ -84,6 +87,7 @@ func (h *hookProcess) relay(acts *activities, locks *outputLocks) int {
 				return hookFailed
 			}
 		case hookcall.Log:
+			h.log.Flush()
 			if _, err := h.buildLog.Write(m.Data); err != nil {
 				return hookFailed // Nix is gone
 			}
@@ -145,11 +149,15 @@ func FailureText(drvPath, machine string, status hookcall.BuildStatus, message s
 // drain waits until Nix has read everything: it takes the first end of file on
 // either pipe for the end of the build and drops what the other still holds.
 func (h *hookProcess) drain() {
+	h.log.Flush()
 	poll := firstDrainPoll
-	for end := time.Now().Add(drainTimeout); time.Now().Before(end); time.Sleep(poll) {
+	for end := time.Now().Add(drainTimeout); time.Now().Before(end); {
 		if unread(logWriteFD) == 0 && unread(int(os.Stderr.Fd())) == 0 {
 			return
 		}
+		// time.Sleep would start the runtime's timers and poller for this alone.
+		pause := unix.NsecToTimespec(int64(poll))
+		unix.Nanosleep(&pause, nil) //nolint:errcheck // a signal only makes it shorter
 		poll = min(2*poll, lastDrainPoll)
 	}
 }

@@ -77,6 +77,7 @@ func executable(path string) bool {
 // group, which is what Nix kills.
 func (h *hookProcess) takeStock(stock string) int {
 	h.link.reset()
+	h.log.Flush()
 	program, sub, _ := strings.Cut(stock, " ")
 	cmd := exec.Command(program)
 	if sub != "" {

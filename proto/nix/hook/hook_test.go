@@ -233,7 +233,7 @@ func (w *writeCounter) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-func TestLogWritesEachMessageAtOnce(t *testing.T) {
+func TestLogWritesRepliesAtOnceAndMessagesTogether(t *testing.T) {
 	var w writeCounter
 	l := NewLog(&w)
 	l.Accept("ssh://mac\n# decline\x00")
@@ -247,6 +247,8 @@ func TestLogWritesEachMessageAtOnce(t *testing.T) {
 	l.SetExpected(id, CopyPath, 9)
 	l.Stop(child)
 	l.Stop(id)
+	l.Flush()
+	l.Flush() // nothing is left
 	base := ActivityID(os.Getpid()) << 32
 	if id != base+1 || child != base+2 {
 		t.Errorf("ids %d and %d, want them counted from the process id", id, child)
@@ -256,20 +258,16 @@ func TestLogWritesEachMessageAtOnce(t *testing.T) {
 		"# decline\n",
 		"# decline-permanently\n",
 		"# postpone\n",
-		`@nix {"action":"msg","level":0,"msg":"two\nlines ` + "\ufffd" + ` \"quoted\""}` + "\n",
-		`@nix {"action":"start","id":ID1,"level":3,"type":100,"text":"copying","parent":0,"fields":["/nix/store/x","local","ssh://mac"]}` + "\n",
-		`@nix {"action":"start","id":ID2,"level":4,"type":0,"text":"","parent":ID1}` + "\n",
-		`@nix {"action":"result","id":ID1,"type":105,"fields":[1,2,3,0]}` + "\n",
-		`@nix {"action":"result","id":ID1,"type":106,"fields":[100,9]}` + "\n",
-		`@nix {"action":"stop","id":ID2}` + "\n",
-		`@nix {"action":"stop","id":ID1}` + "\n",
+		strings.Join([]string{`@nix {"action":"msg","level":0,"msg":"two\nlines ` + "\ufffd" + ` \"quoted\""}` + "\n",
+			`@nix {"action":"start","id":ID1,"level":3,"type":100,"text":"copying","parent":0,"fields":["/nix/store/x","local","ssh://mac"]}` + "\n",
+			`@nix {"action":"start","id":ID2,"level":4,"type":0,"text":"","parent":ID1}` + "\n",
+			`@nix {"action":"result","id":ID1,"type":105,"fields":[1,2,3,0]}` + "\n",
+			`@nix {"action":"result","id":ID1,"type":106,"fields":[100,9]}` + "\n",
+			`@nix {"action":"stop","id":ID2}` + "\n",
+			`@nix {"action":"stop","id":ID1}` + "\n"}, ""),
 	}
 	for i := range want {
 		want[i] = strings.NewReplacer("ID1", fmt.Sprint(base+1), "ID2", fmt.Sprint(base+2)).Replace(want[i])
-	}
-	// json.Marshal spells the replacement character as an escape.
-	for i := range w {
-		w[i] = strings.ReplaceAll(w[i], `\ufffd`, "\ufffd")
 	}
 	if diff := cmp.Diff(want, []string(w)); diff != "" {
 		t.Errorf("writes (-want +got):\n%s", diff)
@@ -317,9 +315,21 @@ func FuzzLog(f *testing.F) {
 	line := regexp.MustCompile(`^@nix \{[^\n]*\}\n$`)
 	f.Fuzz(func(t *testing.T, text, field string) {
 		var b bytes.Buffer
-		NewLog(&b).Start(Info, CopyPath, text, 0, field)
-		if !line.Match(b.Bytes()) || !json.Valid(b.Bytes()[len("@nix "):]) {
+		l := NewLog(&b)
+		l.Start(Info, CopyPath, text, 0, field)
+		l.Flush()
+		if !line.Match(b.Bytes()) {
 			t.Fatalf("Start(%q) wrote %q", text, b.String())
+		}
+		var m struct {
+			Text   string
+			Fields []string
+		}
+		if err := json.Unmarshal(b.Bytes()[len("@nix "):], &m); err != nil {
+			t.Fatalf("Start(%q) wrote %q: %v", text, b.String(), err)
+		}
+		if want := strings.ToValidUTF8(text, "\ufffd"); strings.ReplaceAll(m.Text, "\ufffd", "") != strings.ReplaceAll(want, "\ufffd", "") {
+			t.Fatalf("Start(%q) is read as %q", text, m.Text)
 		}
 		b.Reset()
 		NewLog(&b).Accept(text)
