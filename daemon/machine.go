@@ -48,13 +48,16 @@ func newMachine(line nix.Machine, pool *sshpool.Pool, log *slog.Logger) *machine
 		idle:    &idlePool[*remote]{ttl: maxRemoteIdle, end: func(r *remote) { r.hangUp() }},
 		log:     log.With("machine", line.StoreURI),
 	}
+	if compress := line.Ref.Params["compress"]; compress == "true" || compress == "yes" || compress == "1" {
+		m.log.Warn("compress=true in the machine's URI has no effect: data is sent uncompressed")
+	}
 	m.host = pool.Add(m.sshConfig())
 	return m
 }
 
-// sshConfig says how the machine is reached. The columns of the machine's line
-// win over the URI's parameters (completeStoreReference in
-// src/libstore/machines.cc).
+// sshConfig says how the machine is reached: as the ssh of stock Nix would, from
+// the same arguments. The columns of the machine's line win over the URI's
+// parameters (completeStoreReference in src/libstore/machines.cc).
 func (m *machine) sshConfig() sshpool.Config {
 	ref := m.line.Ref
 	cfg := sshpool.Config{
@@ -63,6 +66,10 @@ func (m *machine) sshConfig() sshpool.Config {
 		Port:  ref.Port,
 		User:  ref.User,
 		Local: ref.FakeSSH(),
+
+		SSHConfig:  true,
+		SSHOptions: sshOptions(m.log),
+
 		Probe: m.probe, ProbeCommand: m.command,
 	}
 	if key := m.line.IdentityFile(); key != "" {

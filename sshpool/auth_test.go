@@ -65,9 +65,23 @@ func authorizedLine(t *testing.T, key agent.AddedKey) string {
 	return keyLine(signer.PublicKey())
 }
 
+func testUser(t testing.TB) *localUser {
+	t.Helper()
+	me, err := currentUser()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return me
+}
+
 // offers returns what would be offered, without fingerprints, and what not.
-func offers(cfg Config) (offered, unused string) {
-	ids := loadIdentities(cfg, time.Now().Add(10*time.Second))
+func offers(t *testing.T, cfg Config) (offered, unused string) {
+	t.Helper()
+	return offersOf(plainTarget(cfg, testUser(t)))
+}
+
+func offersOf(target *Target) (offered, unused string) {
+	ids := loadIdentities(target, time.Now().Add(10*time.Second))
 	defer ids.close()
 	var names []string
 	for _, o := range ids.offered {
@@ -108,8 +122,8 @@ func TestOrderOfIdentities(t *testing.T) {
 	}{
 		{"files in their order", []string{two, one}, "none", two + "; " + one, nil},
 		{"a file twice", []string{one, one}, "none", one, nil},
-		{"agent after the files", []string{one}, socket, one + `; agent key "laptop"; agent key "unlocked"`, nil},
-		{"agent for a file", []string{inAgent, one}, socket, inAgent + " from the agent; " + one + `; agent key "laptop"`, nil},
+		{"agent before the files", []string{one}, socket, `agent key "laptop"; agent key "unlocked"; ` + one, nil},
+		{"agent for a file", []string{one, inAgent}, socket, inAgent + ` from the agent; agent key "laptop"; ` + one, nil},
 		{"passphrase", []string{locked, one}, "none", one, []string{locked + ": has a passphrase: load it into an agent (ssh-add " + locked + ")"}},
 		{"missing file", []string{missing, one}, "none", one, []string{"no such file"}},
 		{"no key", []string{garbage}, "none", "", []string{garbage + ": ssh: no key found"}},
@@ -117,7 +131,7 @@ func TestOrderOfIdentities(t *testing.T) {
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
-			offered, unused := offers(Config{IdentityFiles: tt.files, AgentSocket: tt.agent})
+			offered, unused := offers(t, Config{IdentityFiles: tt.files, AgentSocket: tt.agent})
 			if offered != tt.offered {
 				t.Errorf("offers %s, want %s", offered, tt.offered)
 			}
@@ -134,7 +148,7 @@ func TestOrderOfIdentities(t *testing.T) {
 
 	t.Run("agent from the environment, before default files", func(t *testing.T) {
 		t.Setenv("SSH_AUTH_SOCK", socket)
-		if offered, _ := offers(Config{}); !strings.HasPrefix(offered, `agent key "laptop"; agent key "unlocked"`) {
+		if offered, _ := offers(t, Config{}); !strings.HasPrefix(offered, `agent key "laptop"; agent key "unlocked"`) {
 			t.Errorf("offers %s", offered)
 		}
 	})

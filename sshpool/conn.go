@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"io"
 	"net"
-	"strconv"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -20,6 +19,11 @@ type conn struct {
 	host *Host
 	ssh  ssh.Conn  // nil for a local host
 	net  *liveConn // nil for a local host
+
+	keepInterval time.Duration // silence is looked for so often
+	keepCount    int           // and so many times is too many
+
+	env []string // to send with each session
 
 	dying    chan struct{} // closed by kill, or when the transport fails
 	killOnce sync.Once
@@ -53,8 +57,10 @@ func (l *liveConn) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// connect makes a connection, without telling anyone of it.
-func (h *Host) connect(ctx context.Context) (*conn, error) {
+// connect makes a connection, without telling anyone of it. first says that there
+// is no other: then OpenSSH's configuration is asked anew, so that a change of it,
+// or of what its Match blocks look at, counts the next time the host is reached.
+func (h *Host) connect(ctx context.Context, first bool) (*conn, error) {
 	c := &conn{host: h, dying: make(chan struct{})}
 	if h.cfg.Local {
 		h.wg.Go(func() {
@@ -63,17 +69,23 @@ func (h *Host) connect(ctx context.Context) (*conn, error) {
 		})
 		return c, nil
 	}
-	port := h.cfg.Port
-	if port == 0 {
-		port = 22
+	t, err := h.resolveTarget(ctx, first)
+	if err != nil {
+		return nil, err
 	}
-	addr := net.JoinHostPort(h.cfg.Host, strconv.Itoa(port))
-	nc, err := h.dialTransport(ctx, addr)
+	c.keepInterval, c.keepCount, c.env = h.opts.KeepaliveInterval, h.opts.KeepaliveCount, t.Env
+	if t.ServerAliveInterval > 0 {
+		c.keepInterval = t.ServerAliveInterval
+		if t.ServerAliveCountMax > 0 {
+			c.keepCount = t.ServerAliveCountMax
+		}
+	}
+	nc, err := h.dialTransport(ctx, t)
 	if err != nil {
 		return nil, err
 	}
 	c.net = &liveConn{Conn: nc, onError: c.markLost}
-	chans, reqs, err := h.handshake(ctx, c, addr)
+	chans, reqs, err := h.handshake(ctx, c, t)
 	if err != nil {
 		nc.Close()
 		return nil, err
@@ -91,83 +103,6 @@ func (h *Host) connect(ctx context.Context) (*conn, error) {
 	})
 	h.wg.Go(c.keepAlive)
 	return c, nil
-}
-
-func (h *Host) dialTransport(ctx context.Context, addr string) (net.Conn, error) {
-	ctx, cancel := context.WithTimeout(ctx, h.opts.ConnectTimeout)
-	defer cancel()
-	nc, err := h.opts.Dial(ctx, "tcp", addr)
-	if err == nil {
-		return nc, nil
-	}
-	if ctx.Err() == context.DeadlineExceeded {
-		err = fmt.Errorf("no answer within %v: %w", h.opts.ConnectTimeout, err)
-	}
-	if _, ok := errors.AsType[*net.DNSError](err); ok {
-		return nil, &ConnectError{h.cfg.Name, StepResolve, err}
-	}
-	return nil, &ConnectError{h.cfg.Name, StepConnect, err}
-}
-
-// handshake makes an SSH connection of c.net and sets c.ssh.
-func (h *Host) handshake(ctx context.Context, c *conn, addr string) (<-chan ssh.NewChannel, <-chan *ssh.Request, error) {
-	keys, err := loadHostKeys(h.cfg, addr)
-	if err != nil {
-		return nil, nil, &ConnectError{h.cfg.Name, StepHostKey, err}
-	}
-	user, err := h.cfg.user()
-	if err != nil {
-		return nil, nil, &ConnectError{h.cfg.Name, StepAuthenticate, err}
-	}
-	for _, w := range keys.warnings {
-		if !h.warned[w.Error()] {
-			h.warned[w.Error()] = true
-			h.log.Warn("known_hosts line ignored", "err", w)
-		}
-	}
-	ids := loadIdentities(h.cfg, time.Now().Add(h.opts.HandshakeTimeout))
-	defer ids.close()
-
-	ctx, cancel := context.WithTimeout(ctx, h.opts.HandshakeTimeout)
-	defer cancel()
-	stop := context.AfterFunc(ctx, func() { c.net.Close() })
-	defer stop()
-
-	var keyErr error
-	verified := false
-	var chans <-chan ssh.NewChannel
-	var reqs <-chan *ssh.Request
-	c.ssh, chans, reqs, err = ssh.NewClientConn(c.net, addr, &ssh.ClientConfig{
-		User:              user,
-		Auth:              []ssh.AuthMethod{ssh.PublicKeys(ids.signers...)},
-		HostKeyAlgorithms: keys.algorithms,
-		HostKeyCallback: func(_ string, remote net.Addr, key ssh.PublicKey) error {
-			keyErr = keys.check(remote, key)
-			verified = keyErr == nil
-			return keyErr
-		},
-	})
-	if err == nil && ctx.Err() == nil {
-		return chans, reqs, nil
-	}
-	switch {
-	case err == nil: // too late: the transport is being closed
-		c.ssh.Wait()
-		err = &ConnectError{h.cfg.Name, StepAuthenticate, ctx.Err()}
-	case keyErr != nil:
-		err = &ConnectError{h.cfg.Name, StepHostKey, keyErr}
-	case ctx.Err() == context.DeadlineExceeded:
-		err = fmt.Errorf("no answer within %v: %w", h.opts.HandshakeTimeout, err)
-		fallthrough
-	default:
-		step := StepHandshake
-		if verified {
-			step = StepAuthenticate
-			err = ids.explain(user, err)
-		}
-		err = &ConnectError{h.cfg.Name, step, err}
-	}
-	return nil, nil, err
 }
 
 // kill ends the connection, and everything that waits for the peer with it. It
@@ -212,8 +147,7 @@ func (c *conn) retire() {
 // byte counts as life: the answer to a request of ours may have to wait behind
 // megabytes of data on a slow link.
 func (c *conn) keepAlive() {
-	opts := c.host.opts
-	ticker := time.NewTicker(opts.KeepaliveInterval)
+	ticker := time.NewTicker(c.keepInterval)
 	defer ticker.Stop()
 	asking := make(chan struct{}, 1) // one request at a time waits for its answer
 	before, silent := c.net.received.Load(), 0
@@ -228,8 +162,8 @@ func (c *conn) keepAlive() {
 			before, silent = received, 0
 			continue
 		}
-		if silent++; silent >= opts.KeepaliveCount {
-			c.kill(fmt.Errorf("not a byte received for %v", time.Duration(silent)*opts.KeepaliveInterval))
+		if silent++; silent >= c.keepCount {
+			c.kill(fmt.Errorf("not a byte received for %v", time.Duration(silent)*c.keepInterval))
 			return
 		}
 		select {

@@ -23,7 +23,11 @@ type Host struct {
 	look chan struct{} // something happened the owner should look at
 	done chan struct{} // closed when the owner and all it started have ended
 
-	warned map[string]bool // known_hosts lines complained of; belongs to the attempt to connect
+	// The following fields belong to the attempt to connect, of which there is
+	// one at a time.
+	warned   map[string]bool // what was complained of
+	resolver resolver
+	target   *Target // how the host was reached last; nil: not yet
 
 	wg sync.WaitGroup // everything started but the owner; see reserve
 
@@ -187,7 +191,7 @@ func (o *owner) dial(ctx context.Context, first bool) {
 	}
 	o.mu.Unlock()
 	o.wg.Go(func() {
-		c, err := o.connect(ctx)
+		c, err := o.connect(ctx, first)
 		if err == nil && first {
 			err = o.probe(ctx, c)
 		}
@@ -333,7 +337,7 @@ func (h *Host) probe(ctx context.Context, c *conn) (err error) {
 		stop()
 		s.Close()
 	} else if _, ok := err.(*refusedError); ok {
-		err = &ConnectError{h.cfg.Name, StepOpenSession, err}
+		err = h.fail(StepOpenSession, CauseSessionRefused, err, "")
 	}
 	if err == nil {
 		return nil
@@ -344,5 +348,5 @@ func (h *Host) probe(ctx context.Context, c *conn) (err error) {
 	if ce, ok := errors.AsType[*ConnectError](err); ok {
 		return ce
 	}
-	return &ConnectError{h.cfg.Name, StepProbe, err}
+	return h.fail(StepProbe, CauseCommandUnusable, err, "")
 }

@@ -2,72 +2,148 @@ package sshpool
 
 import (
 	"bytes"
-	"encoding/base64"
 	"errors"
 	"fmt"
-	"io/fs"
+	"log/slog"
 	"net"
 	"os"
-	"path/filepath"
 	"slices"
-	"strconv"
 	"strings"
 
-	"github.com/skeema/knownhosts"
 	"golang.org/x/crypto/ssh"
-	xknownhosts "golang.org/x/crypto/ssh/knownhosts"
 )
 
-// hostKeys are the keys a host may have.
+// hostKeys are the keys a host may have, and what is done about others.
 type hostKeys struct {
-	addr     string          // host:port
-	fixed    []ssh.PublicKey // from Config.HostKey; nil: db decides
-	db       *knownhosts.HostKeyDB
-	files    []string          // that were read or found missing, for messages
-	warnings []error           // lines that were ignored
-	names    map[string]string // of files db knows as copies
+	target     *Target
+	name, bare string          // in known_hosts; see Target.knownName
+	fixed      []ssh.PublicKey // from Config.HostKey; nil: the files decide
+	known      []knownKey      // about name
+	knownBare  []knownKey      // about bare
+	files      []string        // that were read or found missing, for messages
+	warnings   []error         // lines that were ignored
+	revoked    []knownKey      // of RevokedHostKeys
+	log        *slog.Logger
 
 	// algorithms are what to ask the host for: first those of its known keys,
 	// then all others, so that a host that now has a key of another type is
-	// recognised as changed. See ssh_config(5), HostKeyAlgorithms.
+	// recognised as changed. See order_hostkeyalgs in OpenSSH's sshconnect2.c.
 	algorithms []string
 }
 
-// loadHostKeys finds what the host at addr may identify itself with.
-func loadHostKeys(cfg Config, addr string) (*hostKeys, error) {
-	k := &hostKeys{addr: addr}
-	var known []string
-	if len(cfg.HostKey) > 0 {
-		var err error
-		if k.fixed, err = parseHostKeys(cfg.HostKey); err != nil {
-			return nil, err
-		}
-		for _, key := range k.fixed {
-			known = append(known, algorithmsOf(key.Type())...)
-		}
+// loadHostKeys finds what the host may identify itself with.
+func loadHostKeys(t *Target, log *slog.Logger) (*hostKeys, error) {
+	k := &hostKeys{target: t, log: log}
+	k.name, k.bare = t.knownName()
+	var err error
+	if len(t.given) > 0 {
+		k.fixed, err = parseHostKeys(t.given)
 	} else {
-		if err := k.readKnownHosts(cfg.KnownHostsFiles); err != nil {
+		err = k.readFiles()
+	}
+	if err != nil {
+		return nil, err
+	}
+	for _, file := range t.RevokedHostKeys {
+		if err := k.readRevoked(file); err != nil {
 			return nil, err
 		}
-		known = k.db.HostKeyAlgorithms(addr)
-		if other, ok := withoutPort(addr); ok && len(known) == 0 {
-			known = k.db.HostKeyAlgorithms(other)
-		}
 	}
-	supported := ssh.SupportedAlgorithms().HostKeys
-	for _, alg := range known {
-		if slices.Contains(supported, alg) && !slices.Contains(k.algorithms, alg) {
-			k.algorithms = append(k.algorithms, alg)
-		}
-	}
-	for _, alg := range supported {
-		// A certificate of an authority not known here would be refused,
-		// where the key itself may be known.
-		if !strings.Contains(alg, "-cert-") && !slices.Contains(k.algorithms, alg) {
-			k.algorithms = append(k.algorithms, alg)
-		}
-	}
+	k.chooseAlgorithms()
 	return k, nil
+}
+
+func (k *hostKeys) readFiles() error {
+	k.files = slices.Concat(k.target.UserKnownHosts, k.target.OtherKnownHosts)
+	r := &knownHostsReader{names: []string{k.name}}
+	if k.bare != "" {
+		r.names = append(r.names, k.bare)
+	}
+	r.found = make([][]knownKey, len(r.names))
+	for _, name := range k.files {
+		if err := r.readFile(name); err != nil {
+			return err
+		}
+	}
+	k.known, k.warnings = r.found[0], r.odd
+	if k.bare != "" {
+		k.knownBare = r.found[1]
+	}
+	return nil
+}
+
+// readRevoked reads a file of RevokedHostKeys: public keys, one a line. ssh also
+// takes key revocation lists, which are not understood here; as in ssh, a file
+// that cannot be read makes all keys refused.
+func (k *hostKeys) readRevoked(name string) error {
+	text, err := readRegular(name, 1<<20)
+	if err != nil {
+		return fmt.Errorf("RevokedHostKeys: %w", err)
+	}
+	if bytes.HasPrefix(text, []byte("SSHKRL\n\x00")) {
+		return fmt.Errorf("RevokedHostKeys %s: key revocation lists in binary form cannot be read here", name)
+	}
+	n := 0
+	for line := range bytes.Lines(text) {
+		n++
+		line = bytes.TrimSpace(line)
+		if len(line) == 0 || line[0] == '#' {
+			continue
+		}
+		key, err := parseKeyFields(line)
+		if err != nil {
+			return fmt.Errorf("RevokedHostKeys %s:%d: %w", name, n, err)
+		}
+		k.revoked = append(k.revoked, knownKey{file: name, line: n, marker: markRevoked, key: key})
+	}
+	return nil
+}
+
+func (k *hostKeys) chooseAlgorithms() {
+	allowed := k.target.HostKeyAlgorithms
+	if allowed == nil {
+		allowed = hostKeyOrder
+	}
+	var first []string
+	authority := false // its own key says nothing about the type of certificates
+	for _, e := range slices.Concat(k.known, k.knownBare) {
+		switch e.marker {
+		case markCA:
+			authority = true
+		case markNone:
+			first = append(first, algorithmsOf(e.key.Type())...)
+		}
+	}
+	for _, key := range k.fixed {
+		first = append(first, algorithmsOf(key.Type())...)
+	}
+	var rest []string
+	for _, alg := range allowed {
+		switch {
+		case strings.Contains(alg, "-cert-"):
+			// A certificate of an authority not known here says no more than
+			// the key in it.
+			if authority {
+				k.algorithms = append(k.algorithms, alg)
+			}
+		case !slices.Contains(first, alg):
+			rest = append(rest, alg)
+		}
+	}
+	for _, alg := range first {
+		if slices.Contains(allowed, alg) && !slices.Contains(k.algorithms, alg) {
+			k.algorithms = append(k.algorithms, alg)
+		}
+	}
+	k.algorithms = append(k.algorithms, rest...)
+}
+
+// hostKeyOrder is OpenSSH's order of preference, as far as the library goes.
+var hostKeyOrder = []string{
+	ssh.CertAlgoED25519v01, ssh.CertAlgoECDSA256v01, ssh.CertAlgoECDSA384v01, ssh.CertAlgoECDSA521v01,
+	ssh.CertAlgoRSASHA512v01, ssh.CertAlgoRSASHA256v01,
+	ssh.KeyAlgoED25519, ssh.KeyAlgoECDSA256, ssh.KeyAlgoECDSA384, ssh.KeyAlgoECDSA521,
+	ssh.KeyAlgoRSASHA512, ssh.KeyAlgoRSASHA256,
 }
 
 func algorithmsOf(keyType string) []string {
@@ -87,20 +163,9 @@ func parseHostKeys(text []byte) ([]ssh.PublicKey, error) {
 		if len(line) == 0 || line[0] == '#' {
 			continue
 		}
-		fields := bytes.Fields(line)
-		if len(fields) < 2 {
-			return nil, fmt.Errorf("given host key %q: expected a type and a key in base64", line)
-		}
-		blob, err := base64.StdEncoding.DecodeString(string(fields[1]))
+		key, err := parseKeyFields(line)
 		if err != nil {
 			return nil, fmt.Errorf("given host key %q: %w", line, err)
-		}
-		key, err := ssh.ParsePublicKey(blob)
-		if err != nil {
-			return nil, fmt.Errorf("given host key %q: %w", line, err)
-		}
-		if key.Type() != string(fields[0]) {
-			return nil, fmt.Errorf("given host key %q: it is of type %q", line, key.Type())
 		}
 		keys = append(keys, key)
 	}
@@ -110,192 +175,213 @@ func parseHostKeys(text []byte) ([]ssh.PublicKey, error) {
 	return keys, nil
 }
 
-func (k *hostKeys) readKnownHosts(files []string) error {
-	if len(files) == 0 {
-		files = []string{"/etc/ssh/ssh_known_hosts"}
-		if _, home, err := currentUser(); err == nil {
-			files = slices.Insert(files, 0, filepath.Join(home, ".ssh", "known_hosts"))
+// A keyVerdict is what the files say about a key.
+type keyVerdict struct {
+	cause Cause // "" if it is known
+	at    []knownKey
+	err   error
+	fix   string
+}
+
+// A hostKeyError is why a key is refused.
+type hostKeyError struct{ keyVerdict }
+
+func (e *hostKeyError) Error() string { return e.err.Error() }
+func (e *hostKeyError) Unwrap() error { return e.err }
+
+// check returns nil if key is one the host may have, and remembers a new one if
+// that is wanted. The error is a [*hostKeyError]. See check_host_key in OpenSSH's
+// sshconnect.c.
+func (k *hostKeys) check(remote net.Addr, key ssh.PublicKey) error {
+	t := k.target
+	if t.TrustLocalhost && t.HostKeyAlias == "" && isLoopback(remote) {
+		return nil
+	}
+	if size := rsaBits(key); size > 0 && size < t.RequiredRSASize {
+		return &hostKeyError{keyVerdict{cause: CauseNoSSH, fix: "lower RequiredRSASize, or give the machine another key",
+			err: fmt.Errorf("the host's RSA key has %d bits, RequiredRSASize is %d", size, t.RequiredRSASize)}}
+	}
+	if e := k.findRevoked(key); e != nil {
+		return &hostKeyError{keyVerdict{cause: CauseHostKeyRevoked, at: []knownKey{*e},
+			err: fmt.Errorf("the host's key %s is marked @revoked at %s", describe(key), e.place()),
+			fix: "give the machine a new host key, and find out why this one was revoked"}}
+	}
+	if k.fixed != nil {
+		return k.checkFixed(key)
+	}
+	var certErr error
+	if cert, ok := key.(*ssh.Certificate); ok {
+		if certErr = k.checkCertificate(cert); certErr == nil {
+			return nil
+		}
+		// As in OpenSSH, the key in it is judged without the certificate then.
+		key = cert.Key
+	}
+	v := k.lookUp(k.known, key)
+	if v.cause == CauseHostKeyUnknown && k.bare != "" && k.lookUp(k.knownBare, key).cause == "" {
+		return nil
+	}
+	if v.cause == "" || k.tolerate(v, key) {
+		return nil
+	}
+	if certErr != nil {
+		v.err = fmt.Errorf("%w; its certificate is no help: %w", v.err, certErr)
+	}
+	return &hostKeyError{v}
+}
+
+func (k *hostKeys) checkFixed(key ssh.PublicKey) error {
+	for _, want := range k.fixed {
+		if bytes.Equal(want.Marshal(), key.Marshal()) {
+			return nil
 		}
 	}
-	k.files = files
-	var present []string
-	for _, name := range files {
-		if _, err := os.Stat(name); errors.Is(err, fs.ErrNotExist) {
+	return &hostKeyError{keyVerdict{cause: CauseHostKeyChanged,
+		err: fmt.Errorf("the host has the key %s, which is not the one given for it (%s)", describe(key), describe(k.fixed[0])),
+		fix: "if the machine is meant to have this key, correct the one given"}}
+}
+
+// findRevoked finds the line that revokes a key, or the authority of a certificate.
+func (k *hostKeys) findRevoked(key ssh.PublicKey) *knownKey {
+	keys := [][]byte{key.Marshal()}
+	if cert, ok := key.(*ssh.Certificate); ok {
+		keys = append(keys, cert.Key.Marshal(), cert.SignatureKey.Marshal())
+	}
+	for _, e := range slices.Concat(k.known, k.knownBare, k.revoked) {
+		blob := e.key.Marshal()
+		if e.marker == markRevoked && slices.ContainsFunc(keys, func(b []byte) bool { return bytes.Equal(b, blob) }) {
+			return &e
+		}
+	}
+	return nil
+}
+
+// checkCertificate returns nil if a known authority says that this is the host.
+func (k *hostKeys) checkCertificate(cert *ssh.Certificate) error {
+	name := k.target.HostKeyAlias
+	if name == "" {
+		name = strings.ToLower(k.target.Host)
+	}
+	blob := cert.SignatureKey.Marshal()
+	if !slices.ContainsFunc(slices.Concat(k.known, k.knownBare), func(e knownKey) bool {
+		return e.marker == markCA && bytes.Equal(e.key.Marshal(), blob)
+	}) {
+		return fmt.Errorf("its authority %s is not known for this host", describe(cert.SignatureKey))
+	}
+	if cert.CertType != ssh.HostCert {
+		return errors.New("it is no host certificate")
+	}
+	if allowed := k.target.CASignatures; allowed != nil && !slices.Contains(allowed, cert.Signature.Format) {
+		return fmt.Errorf("it is signed with %q, which CASignatureAlgorithms does not allow", cert.Signature.Format)
+	}
+	i := slices.IndexFunc(cert.ValidPrincipals, func(p string) bool { return matchPattern(p, name) })
+	if i < 0 {
+		return fmt.Errorf("it is not for %q but for %q", name, cert.ValidPrincipals)
+	}
+	return new(ssh.CertChecker).CheckCert(cert.ValidPrincipals[i], cert)
+}
+
+// lookUp tells what entries about the host say about a plain key.
+func (k *hostKeys) lookUp(entries []knownKey, key ssh.PublicKey) keyVerdict {
+	var others []knownKey
+	for _, e := range entries {
+		if e.marker != markNone {
 			continue
 		}
-		present = append(present, name)
-	}
-	var err error
-	if k.db, err = knownhosts.NewDB(present...); err == nil {
-		return nil
-	}
-	return k.readDamaged(present)
-}
-
-// readDamaged reads known_hosts files with lines the library cannot read, for
-// which it gives up the whole file: keys of types it does not know, for example.
-// Like OpenSSH, it ignores them. It does so by giving the library copies in which
-// they are empty, so that the numbers of the other lines stay.
-func (k *hostKeys) readDamaged(files []string) error {
-	dir, err := os.MkdirTemp("", "known_hosts-")
-	if err != nil {
-		return err
-	}
-	defer os.RemoveAll(dir)
-	k.names = make(map[string]string)
-	var copies []string
-	for i, name := range files {
-		clean := filepath.Join(dir, strconv.Itoa(i))
-		if err := k.copyReadable(name, clean); err != nil {
-			return err
+		if bytes.Equal(e.key.Marshal(), key.Marshal()) {
+			return keyVerdict{}
 		}
-		copies = append(copies, clean)
-		k.names[clean] = name
+		others = append(others, e)
 	}
-	k.db, err = knownhosts.NewDB(copies...)
-	return err
-}
-
-// copyReadable copies a known_hosts file without the lines the library refuses.
-func (k *hostKeys) copyReadable(name, clean string) error {
-	text, err := os.ReadFile(name)
-	if err != nil {
-		return err
-	}
-	lines := bytes.Split(text, []byte("\n"))
-	drop := func(n int, problem string) {
-		lines[n] = nil
-		k.warnings = append(k.warnings, fmt.Errorf("%s:%d: %s", name, n+1, problem))
-	}
-	for n, line := range lines {
-		if problem := damage(line); problem != nil {
-			drop(n, problem.Error())
-		}
-	}
-	// What damage overlooks, such as odd host patterns, the library tells one
-	// line at a time.
-	for range maxOddLines {
-		if err := os.WriteFile(clean, bytes.Join(lines, []byte("\n")), 0o600); err != nil {
-			return err
-		}
-		_, err := xknownhosts.New(clean)
-		if err == nil {
-			return nil
-		}
-		n, problem := damagedLine(err, clean)
-		if n < 1 || n > len(lines) || len(lines[n-1]) == 0 {
-			return fmt.Errorf("%s: %w", name, err)
-		}
-		drop(n-1, problem)
-	}
-	return fmt.Errorf("%s: more than %d lines cannot be understood", name, maxOddLines)
-}
-
-const (
-	// maxKnownHostsLine is less than what the library's line reader can take.
-	maxKnownHostsLine = 60 << 10
-	// maxOddLines bounds how often a file is read.
-	maxOddLines = 100
-)
-
-// damage returns why a line of a known_hosts file cannot be understood, or nil.
-func damage(line []byte) error {
-	line = bytes.TrimSpace(line)
-	if len(line) == 0 || line[0] == '#' {
-		return nil
-	}
-	if len(line) > maxKnownHostsLine {
-		return errors.New("line too long")
-	}
-	marker, _, _, _, _, err := ssh.ParseKnownHosts(line)
-	if err == nil && marker != "" && marker != "cert-authority" && marker != "revoked" {
-		err = fmt.Errorf("unknown marker %q", "@"+marker)
-	}
-	return err
-}
-
-// damagedLine finds the line's number in an error of the library, which is
-// "knownhosts: FILE:LINE: PROBLEM".
-func damagedLine(err error, file string) (int, string) {
-	rest, ok := strings.CutPrefix(err.Error(), "knownhosts: "+file+":")
-	if !ok {
-		return 0, ""
-	}
-	number, problem, ok := strings.Cut(rest, ": ")
-	if !ok {
-		return 0, ""
-	}
-	n, err := strconv.Atoi(number)
-	if err != nil {
-		return 0, ""
-	}
-	return n, problem
-}
-
-// withoutPort returns the address OpenSSH also looks up when a host on another
-// port than 22 is not known: the host alone.
-func withoutPort(addr string) (string, bool) {
-	host, port, err := net.SplitHostPort(addr)
-	if err != nil || port == "22" {
-		return "", false
-	}
-	return net.JoinHostPort(host, "22"), true
-}
-
-// check returns nil if key is one the host may have.
-func (k *hostKeys) check(remote net.Addr, key ssh.PublicKey) error {
-	print := key.Type() + " " + ssh.FingerprintSHA256(key)
-	if k.fixed != nil {
-		for _, want := range k.fixed {
-			if bytes.Equal(want.Marshal(), key.Marshal()) {
-				return nil
-			}
-		}
-		return fmt.Errorf("the host has the key %s, which is not the one given for it (%s %s)",
-			print, k.fixed[0].Type(), ssh.FingerprintSHA256(k.fixed[0]))
-	}
-	if _, ok := remote.(*net.TCPAddr); !ok {
-		// A transport that is no TCP connection: the library insists on an
-		// address, though it looks up the name only.
-		remote = &net.TCPAddr{IP: net.IPv4zero, Port: 22}
-	}
-	check := k.db.HostKeyCallback()
-	err := check(k.addr, remote, key)
-	if knownhosts.IsHostUnknown(err) {
-		if other, ok := withoutPort(k.addr); ok && check(other, remote, key) == nil {
-			return nil
-		}
-	}
-	return k.explain(err, print)
-}
-
-// explain says what a check found out, in words that help to put it right.
-func (k *hostKeys) explain(err error, print string) error {
-	if revoked, ok := errors.AsType[*xknownhosts.RevokedError](err); ok {
-		return fmt.Errorf("the host's key %s is marked @revoked at %s: %w", print, k.place(revoked.Revoked), err)
-	}
-	keyErr, ok := errors.AsType[*xknownhosts.KeyError](err)
-	switch {
-	case err == nil:
-		return nil
-	case !ok:
-		return fmt.Errorf("the host's key %s is refused: %w", print, err)
-	case len(keyErr.Want) == 0:
-		return fmt.Errorf("the host's key %s is not known: %q is not in %s",
-			print, xknownhosts.Normalize(k.addr), strings.Join(k.files, ", "))
+	if len(others) == 0 {
+		return keyVerdict{cause: CauseHostKeyUnknown, fix: k.fixUnknown(),
+			err: fmt.Errorf("the host's key %s is not known: %q is not in %s",
+				describe(key), k.name, strings.Join(k.files, ", "))}
 	}
 	var places []string
-	for _, want := range keyErr.Want {
-		places = append(places, k.place(want))
+	for _, e := range others {
+		places = append(places, e.place())
 	}
-	return fmt.Errorf("the host's key has changed: it is now %s; expected the key at %s: %w",
-		print, strings.Join(places, ", "), err)
+	return keyVerdict{cause: CauseHostKeyChanged, at: others,
+		err: fmt.Errorf("the host's key has changed: it is now %s; expected the key at %s",
+			describe(key), strings.Join(places, ", ")),
+		fix: fmt.Sprintf("somebody may be in between; if not, forget the old key: ssh-keygen -R %q -f %s", k.name, others[0].file)}
 }
 
-func (k *hostKeys) place(known xknownhosts.KnownKey) string {
-	name := known.Filename
-	if original, ok := k.names[name]; ok {
-		name = original
+func (k *hostKeys) fixUnknown() string {
+	file := "a file named with UserKnownHostsFile"
+	if len(k.target.UserKnownHosts) > 0 {
+		file = k.target.UserKnownHosts[0]
 	}
-	return fmt.Sprintf("%s:%d", name, known.Line)
+	return fmt.Sprintf("compare the fingerprint with the machine's, then add the key to %s", file)
+}
+
+// tolerate tells whether StrictHostKeyChecking lets a key pass that is not known.
+func (k *hostKeys) tolerate(v keyVerdict, key ssh.PublicKey) bool {
+	t := k.target
+	log := k.log.With("host", k.name, "key", describe(key), "StrictHostKeyChecking", t.Strict.String())
+	switch {
+	case v.cause == CauseHostKeyUnknown && t.Strict >= StrictNew:
+		k.remember(log, key)
+		return true
+	case v.cause == CauseHostKeyChanged && t.Strict == StrictOff:
+		log.Warn("host key has changed, and is taken all the same", "known_at", v.at[0].place())
+		return true
+	default:
+		return false
+	}
+}
+
+// remember writes a new key into the user's known_hosts file.
+func (k *hostKeys) remember(log *slog.Logger, key ssh.PublicKey) {
+	files := k.target.UserKnownHosts
+	switch {
+	case len(files) == 0:
+		log.Warn("unknown host key is taken, and not remembered: there is no UserKnownHostsFile")
+	case strings.ContainsAny(k.bareName(), "@?*#[]|'\"\\ ,"):
+		log.Warn("unknown host key is taken, and not remembered: the name is not fit for a file")
+	default:
+		if err := addKnownHost(files[0], k.name, key, k.target.HashKnownHosts); err != nil {
+			log.Warn("unknown host key is taken, but cannot be remembered", "err", err)
+			return
+		}
+		log.Warn("unknown host key is taken and remembered", "file", files[0])
+	}
+}
+
+// bareName is the name without what was added to it for known_hosts.
+func (k *hostKeys) bareName() string {
+	if k.bare != "" {
+		return k.bare
+	}
+	return k.name
+}
+
+func isLoopback(addr net.Addr) bool {
+	tcp, ok := addr.(*net.TCPAddr)
+	return ok && tcp.IP.IsLoopback()
+}
+
+// describe is a key's type and fingerprint.
+func describe(key ssh.PublicKey) string {
+	if cert, ok := key.(*ssh.Certificate); ok {
+		return fmt.Sprintf("%s %s, signed by %s", cert.Type(), ssh.FingerprintSHA256(cert.Key), ssh.FingerprintSHA256(cert.SignatureKey))
+	}
+	return key.Type() + " " + ssh.FingerprintSHA256(key)
+}
+
+// readRegular reads a file within bounds, but no device or pipe, which could be
+// waited for without end.
+func readRegular(name string, limit int64) ([]byte, error) {
+	st, err := os.Stat(name)
+	if err != nil {
+		return nil, err
+	}
+	if !st.Mode().IsRegular() {
+		return nil, fmt.Errorf("%s: not a regular file", name)
+	}
+	if st.Size() > limit {
+		return nil, fmt.Errorf("%s: larger than %d bytes", name, limit)
+	}
+	return os.ReadFile(name)
 }

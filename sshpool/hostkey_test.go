@@ -3,10 +3,12 @@ package sshpool
 import (
 	"crypto/rand"
 	"crypto/rsa"
+	"log/slog"
 	"net"
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 
@@ -18,6 +20,20 @@ import (
 
 func keyLine(key ssh.PublicKey) string {
 	return strings.TrimSpace(string(ssh.MarshalAuthorizedKey(key)))
+}
+
+// targetAt is the target of a host at host:port.
+func targetAt(t testing.TB, cfg Config, addr string) *Target {
+	t.Helper()
+	host, port, err := net.SplitHostPort(addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	cfg.Host = host
+	if cfg.Port, err = strconv.Atoi(port); err != nil {
+		t.Fatal(err)
+	}
+	return plainTarget(cfg, testUser(t))
 }
 
 func hostCertificate(t *testing.T, ca ssh.Signer, key ssh.PublicKey, host string) ssh.PublicKey {
@@ -76,8 +92,8 @@ func TestKnownHosts(t *testing.T) {
 		{name: "rsa", files: []string{"mac " + keyLine(rsaKey)}, key: rsaKey, first: "rsa-sha2-512"},
 		{name: "revoked", files: []string{"mac " + goodLine + "\n@revoked * " + goodLine}, want: "is marked @revoked at FILE0:2"},
 		{name: "authority", files: []string{"@cert-authority mac " + caLine}, key: cert, first: "ssh-ed25519-cert-v01@openssh.com"},
-		{name: "authority for others", files: []string{"@cert-authority pc " + caLine}, key: cert, want: "is refused"},
-		{name: "authority's name as the host's", addr: "pc:22", files: []string{"@cert-authority pc " + caLine}, key: cert, want: "is refused"},
+		{name: "authority for others", files: []string{"@cert-authority pc " + caLine}, key: cert, want: "is not known"},
+		{name: "authority's name as the host's", addr: "pc:22", files: []string{"@cert-authority pc " + caLine}, key: cert, want: "is not known"},
 		{name: "damaged lines", files: []string{"mac ssh-ed25519 AAAA\nmac ssh-magic AAAA\nmac\n@what mac " + goodLine + "\nmac " + goodLine}, warn: 4},
 		{name: "changed after damaged lines", files: []string{"pc " + goodLine, "nonsense\nmac " + otherLine}, want: "expected the key at FILE1:2", warn: 1},
 		{name: "very long line", files: []string{strings.Repeat("x", 1<<20) + "\nmac " + goodLine}, warn: 1},
@@ -104,7 +120,7 @@ func TestKnownHosts(t *testing.T) {
 			if key == nil {
 				key = good.PublicKey()
 			}
-			k, err := loadHostKeys(Config{KnownHostsFiles: names}, addr)
+			k, err := loadHostKeys(targetAt(t, Config{KnownHostsFiles: names}, addr), slog.New(slog.DiscardHandler))
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -148,7 +164,7 @@ func TestGivenHostKeys(t *testing.T) {
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
-			k, err := loadHostKeys(Config{HostKey: []byte(tt.text)}, "mac:22")
+			k, err := loadHostKeys(targetAt(t, Config{HostKey: []byte(tt.text)}, "mac:22"), slog.New(slog.DiscardHandler))
 			if tt.load != "" {
 				if err == nil || !strings.Contains(err.Error(), tt.load) {
 					t.Errorf("load: %v, want %q", err, tt.load)
@@ -215,7 +231,7 @@ func FuzzKnownHosts(f *testing.F) {
 		if err := os.WriteFile(name, append(text, line...), 0o600); err != nil {
 			t.Fatal(err)
 		}
-		k, err := loadHostKeys(Config{KnownHostsFiles: []string{name}}, "mac:22")
+		k, err := loadHostKeys(targetAt(t, Config{KnownHostsFiles: []string{name}}, "mac:22"), slog.New(slog.DiscardHandler))
 		if err != nil {
 			t.Fatalf("%q: %v", text, err)
 		}

@@ -21,7 +21,7 @@ func (c *conn) runLocal(ctx context.Context, command string, result chan<- opene
 	l, err := startLocal(command)
 	if err != nil {
 		c.host.release(c, false)
-		deliver(ctx, result, opened{err: &ConnectError{c.host.cfg.Name, StepOpenSession, err}})
+		deliver(ctx, result, opened{err: c.host.fail(StepOpenSession, CauseSessionRefused, err, "")})
 		return
 	}
 	c.host.accepted(c)

@@ -33,9 +33,9 @@ type Options struct {
 	// [Host.Close] or [Pool.Close].
 	OnChange func(Status)
 
-	// Dial makes the transport of a connection. Nil uses a [net.Dialer].
-	// network is "tcp", addr is host:port. It must return soon after its
-	// context ends.
+	// Dial makes the transport of a connection, unless a proxy does. Nil uses a
+	// [net.Dialer]. network is "tcp", "tcp4" or "tcp6", addr is host:port. It
+	// must return soon after its context ends.
 	Dial func(ctx context.Context, network, addr string) (net.Conn, error)
 
 	// ConnectTimeout bounds resolving and connecting. Default 15 s.
@@ -65,15 +65,15 @@ type Options struct {
 	IdleTimeout time.Duration
 	// MaxConnections bounds the connections to one host. Default 64.
 	MaxConnections int
+
+	noProgram *sync.Once // for the one warning that there is no ssh program
 }
 
 func (o Options) withDefaults() Options {
 	if o.Logger == nil {
 		o.Logger = slog.New(slog.DiscardHandler)
 	}
-	if o.Dial == nil {
-		o.Dial = new(net.Dialer).DialContext
-	}
+	o.noProgram = new(sync.Once)
 	setDefault(&o.ConnectTimeout, 15*time.Second)
 	setDefault(&o.HandshakeTimeout, 30*time.Second)
 	setDefault(&o.ProbeTimeout, 60*time.Second)
@@ -105,24 +105,35 @@ type Config struct {
 	Port int
 	User string
 
-	// Local runs commands as children of this process instead, with no ssh;
-	// of the fields below only the probe counts then.
+	// Local runs commands as children of this process instead, with no ssh; of
+	// the fields below only the probe counts then.
 	Local bool
 
-	// IdentityFiles are private key files, offered in this order before the
-	// keys of the agent. When there are none, the agent's keys are offered,
-	// then ~/.ssh/id_ed25519, id_ecdsa and id_rsa. All are read anew for each
-	// connection.
+	// SSHConfig makes OpenSSH's configuration count: Host may be an alias, and
+	// whatever "ssh -G" says is followed as far as it can be; see [Resolve]. It
+	// is asked before the first connection, and again whenever there is none and
+	// one is to be made. Where there is no ssh program the host is as without
+	// SSHConfig, with a warning.
+	SSHConfig bool
+	// SSHOptions are arguments for that ssh. What they say goes before Port and
+	// IdentityFiles.
+	SSHOptions []string
+
+	// IdentityFiles are private key files. They are offered after the keys of
+	// the agent, of which those come first that are among the files. Empty
+	// means ~/.ssh/id_ed25519, id_ecdsa and id_rsa, or with SSHConfig what that
+	// says. All are read anew for each connection.
 	IdentityFiles []string
 	// AgentSocket is the ssh agent's socket. Empty means $SSH_AUTH_SOCK,
-	// "none" no agent.
+	// "none" no agent. With SSHConfig, IdentityAgent decides instead.
 	AgentSocket string
 
 	// HostKey holds the only keys the host may have, one a line, in the form
-	// "ssh-ed25519 AAAA... comment". Empty means KnownHostsFiles decide.
+	// "ssh-ed25519 AAAA... comment". Empty means known_hosts files decide.
 	HostKey []byte
 	// KnownHostsFiles are known_hosts files; missing ones are skipped. Empty
-	// means ~/.ssh/known_hosts and /etc/ssh/ssh_known_hosts.
+	// means ~/.ssh/known_hosts and /etc/ssh/ssh_known_hosts. With SSHConfig,
+	// UserKnownHostsFile and GlobalKnownHostsFile decide instead.
 	KnownHostsFiles []string
 
 	// Probe decides whether the host is up. It gets a session running

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strings"
 	"time"
 
 	"golang.org/x/crypto/ssh"
@@ -88,7 +89,7 @@ func (r *remote) start(command string) (<-chan *ssh.Request, error) {
 		case ssh.ConnectionFailed, ssh.ResourceShortage:
 			return nil, &refusedError{err: err}
 		default:
-			return nil, &ConnectError{c.host.cfg.Name, StepOpenSession, err}
+			return nil, c.host.fail(StepOpenSession, CauseSessionRefused, err, "")
 		}
 	}
 	if err != nil {
@@ -96,6 +97,11 @@ func (r *remote) start(command string) (<-chan *ssh.Request, error) {
 	}
 	r.channel = ch
 	c.host.accepted(c)
+	for _, v := range c.env {
+		name, value, _ := strings.Cut(v, "=")
+		// sshd takes what its AcceptEnv allows, and says nothing about the rest.
+		ch.SendRequest("env", false, ssh.Marshal(struct{ Name, Value string }{name, value}))
+	}
 	ok, err := ch.SendRequest("exec", true, ssh.Marshal(struct{ Command string }{command}))
 	if err == nil && ok {
 		return reqs, nil
@@ -105,8 +111,7 @@ func (r *remote) start(command string) (<-chan *ssh.Request, error) {
 	if err != nil {
 		return nil, r.broken(err)
 	}
-	return nil, &ConnectError{c.host.cfg.Name, StepOpenSession,
-		fmt.Errorf("the host refuses to run %q", command)}
+	return nil, c.host.fail(StepOpenSession, CauseSessionRefused, fmt.Errorf("the host refuses to run %q", command), "")
 }
 
 // broken returns the error for a failure that only a lost connection or a peer
@@ -118,7 +123,7 @@ func (r *remote) broken(err error) error {
 	case <-r.conn.dying:
 		return r.conn.lost()
 	case <-timer.C:
-		return &ConnectError{r.conn.host.cfg.Name, StepOpenSession, err}
+		return r.conn.host.fail(StepOpenSession, CauseSessionRefused, err, "")
 	}
 }
 

@@ -265,3 +265,10 @@ func (d *SSHD) start(c net.Conn) error {
 	})
 	return nil
 }
+
+// RequireSSH ends a test that needs OpenSSH's client where it is missing, as
+// [StartSSHD] does.
+func RequireSSH(t testing.TB) {
+	t.Helper()
+	mustFind(t, "ssh")
+}

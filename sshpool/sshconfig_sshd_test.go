@@ -1,0 +1,377 @@
+package sshpool
+
+import (
+	"bytes"
+	"fmt"
+	"log/slog"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	xknownhosts "golang.org/x/crypto/ssh/knownhosts"
+
+	"nixdispatch/sshpool/sshtest"
+)
+
+// hostBlock is what leads to d under an alias. What is in more wins.
+func hostBlock(t testing.TB, alias string, d *sshtest.SSHD, more ...string) string {
+	t.Helper()
+	known := filepath.Join(t.TempDir(), "known_hosts")
+	writeFile(t, known, d.KnownHosts(0)+"\n")
+	lines := append([]string{"Host " + alias}, more...)
+	lines = append(lines,
+		"HostName "+d.Host, "Port "+strconv.Itoa(d.Port), "User "+d.User, "IdentityFile "+d.Identity,
+		"IdentityAgent none", "UserKnownHostsFile "+known, "GlobalKnownHostsFile none")
+	return strings.Join(lines, "\n  ") + "\n"
+}
+
+func writeFile(t testing.TB, name, text string) {
+	t.Helper()
+	if err := os.WriteFile(name, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// A logBuffer is a logger's text, to be read while it is written.
+type logBuffer struct {
+	mu  sync.Mutex
+	buf bytes.Buffer
+}
+
+func (b *logBuffer) Write(p []byte) (int, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.buf.Write(p)
+}
+
+func (b *logBuffer) String() string {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.buf.String()
+}
+
+func (b *logBuffer) options() Options {
+	return Options{Logger: slog.New(slog.NewTextHandler(b, nil)), BackoffMin: 20 * time.Millisecond, BackoffMax: 200 * time.Millisecond}
+}
+
+// mustRun runs a command on a host that it waits for.
+func mustRun(t *testing.T, opts Options, cfg Config) *Host {
+	t.Helper()
+	h := upHost(t, opts, cfg)
+	if err := mustSession(t, h, "true").Wait(); err != nil {
+		t.Error(err)
+	}
+	return h
+}
+
+// failure is the error of a host that cannot be connected to.
+func failure(t *testing.T, opts Options, cfg Config) *ConnectError {
+	t.Helper()
+	p := New(opts)
+	defer p.Close()
+	st := awaitStatus(t, p.Add(cfg), "down", func(st Status) bool { return st.State != Connecting })
+	if st.State == Up {
+		t.Fatal("it is up")
+	}
+	return mustBe[*ConnectError](t, "LastError", st.LastError)
+}
+
+func mustFail(t *testing.T, cfg Config, step Step, cause Cause, words ...string) {
+	t.Helper()
+	e := failure(t, Options{}, cfg)
+	if e.Step != step || e.Cause != cause {
+		t.Errorf("failed at %q because of %q, want %q, %q: %v", e.Step, e.Cause, step, cause, e)
+	}
+	for _, w := range words {
+		if !strings.Contains(e.Error(), w) {
+			t.Errorf("error %q, want %q in it", e, w)
+		}
+	}
+}
+
+func TestAliasAndJumpsWithSSHD(t *testing.T) {
+	end, jump, first := sshtest.StartSSHD(t), sshtest.StartSSHD(t), sshtest.StartSSHD(t)
+	file := filepath.Join(t.TempDir(), "config")
+	jumps := hostBlock(t, "first", first) + hostBlock(t, "jump", jump)
+	for _, tt := range []struct {
+		name, option string
+		jumps        int // connections to jump and first
+	}{
+		{"alias", "", 0},
+		{"ProxyJump", "ProxyJump jump", 1},
+		{"ProxyJump with user and port", fmt.Sprintf("ProxyJump %s@jump:%d", jump.User, jump.Port), 1},
+		{"ProxyJump over two", "ProxyJump first,jump", 2},
+		{"ProxyCommand", "ProxyCommand ssh -F " + file + " -W %h:%p jump", 1},
+		{"ProxyCommand with a pipeline", "ProxyCommand cat | ssh -F " + file + " -W %h:%p jump | cat", 1},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			writeFile(t, file, hostBlock(t, "mac", end, tt.option)+jumps)
+			before := jump.Connections() + first.Connections()
+			mustRun(t, Options{}, Config{Name: "ssh://mac", Host: "mac", SSHConfig: true, SSHOptions: []string{"-F", file}})
+			if n := jump.Connections() + first.Connections() - before; n != tt.jumps {
+				t.Errorf("%d connections to jump hosts, want %d", n, tt.jumps)
+			}
+		})
+	}
+	t.Run("much data", func(t *testing.T) {
+		writeFile(t, file, hostBlock(t, "mac", end, "ProxyJump jump")+jumps)
+		testBulk(t, &target{cfg: Config{Name: "ssh://mac", Host: "mac", SSHConfig: true, SSHOptions: []string{"-F", file}}})
+	})
+	t.Run("jump host gone", func(t *testing.T) {
+		writeFile(t, file, hostBlock(t, "mac", end, "ProxyJump jump")+jumps)
+		h := mustRun(t, new(logBuffer).options(), Config{Name: "ssh://mac", Host: "mac", SSHConfig: true, SSHOptions: []string{"-F", file}})
+		s := mustSession(t, h, "cat")
+		jump.Cut()
+		mustBe[*LostError](t, "Wait", s.Wait())
+		awaitStatus(t, h, "up again", func(st Status) bool { return st.Connects == 2 && st.State == Up })
+	})
+}
+
+func TestFailingProxiesWithSSHD(t *testing.T) {
+	d := sshtest.StartSSHD(t)
+	for _, tt := range []struct {
+		name, option string
+		words        []string
+	}{
+		{"exits", "ProxyCommand sh -c 'echo no way from here >&2; exit 3'", []string{"connect: proxy \"exec sh -c", "exit status 3: no way from here"}},
+		{"is not there", "ProxyCommand /no/such/program", []string{"exit status 127", "/no/such/program"}},
+		{"ends at once", "ProxyCommand true", []string{"it ended"}},
+		{"closes its output", "ProxyCommand sh -c 'exec >&-; sleep 600'", []string{"it has closed its output, and does not end"}},
+		{"says much", "ProxyCommand yes no way | head -c 1000000 >&2; exit 1", []string{"exit status 1", "no way: no way"}},
+		{"jump host unknown", "ProxyJump no-such-host.invalid", []string{"proxy \"ssh -F", "no-such-host.invalid"}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			cfg := configured(t, hostBlock(t, "mac", d, tt.option))
+			mustFail(t, cfg, StepConnect, CauseProxy, tt.words...)
+		})
+	}
+	t.Run("no ssh at its end", func(t *testing.T) {
+		cfg := configured(t, hostBlock(t, "mac", d, "ProxyCommand echo hello; cat"))
+		e := failure(t, Options{HandshakeTimeout: time.Second, ConnectTimeout: time.Second}, cfg)
+		if e.Step != StepHandshake && e.Cause != CauseProxy {
+			t.Errorf("failed at %q: %v", e.Step, e)
+		}
+	})
+}
+
+// With the connection ends whatever its proxy has started.
+func TestProxyEndsWithItsConnection(t *testing.T) {
+	d := sshtest.StartSSHD(t)
+	file, pids := filepath.Join(t.TempDir(), "config"), filepath.Join(t.TempDir(), "pids")
+	writeFile(t, file, hostBlock(t, "mac", d,
+		"ProxyCommand sh -c 'trap \"\" TERM; sleep 600 & echo $$ $! >"+pids+"; ssh -F "+file+" -W %h:%p direct'")+hostBlock(t, "direct", d))
+	p := New(Options{})
+	h := p.Add(Config{Name: "ssh://mac", Host: "mac", SSHConfig: true, SSHOptions: []string{"-F", file}})
+	awaitStatus(t, h, "up", func(st Status) bool { return st.State == Up })
+	text, err := os.ReadFile(pids)
+	if err != nil {
+		t.Fatal(err)
+	}
+	p.Close()
+	for _, pid := range strings.Fields(string(text)) {
+		awaitGone(t, pid)
+	}
+}
+
+// awaitGone waits for the end of a process that has been killed.
+func awaitGone(t *testing.T, pid string) {
+	t.Helper()
+	for range 1000 {
+		state, err := os.ReadFile("/proc/" + strings.TrimSpace(pid) + "/stat")
+		if err != nil || strings.Contains(string(state), ") Z ") {
+			return
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+	t.Errorf("process %s lives on", pid)
+}
+
+// ProxyUseFdpass: the command hands over a connection instead of being it.
+func TestPassedConnectionWithSSHD(t *testing.T) {
+	python, err := exec.LookPath("python3")
+	if err != nil {
+		t.Skip("python3 is not installed")
+	}
+	d := sshtest.StartSSHD(t)
+	script := filepath.Join(t.TempDir(), "pass.py")
+	writeFile(t, script, "import socket,sys\ns=socket.create_connection((sys.argv[1],int(sys.argv[2])))\n"+
+		"socket.send_fds(socket.socket(fileno=1),[b'x'],[s.fileno()])\n")
+	mustRun(t, Options{}, configured(t, hostBlock(t, "mac", d, "ProxyCommand "+python+" "+script+" %h %p", "ProxyUseFdpass yes")))
+	mustFail(t, configured(t, hostBlock(t, "mac", d, "ProxyCommand sh -c 'echo no >&2; exit 4'", "ProxyUseFdpass yes")),
+		StepConnect, CauseProxy, "exit status 4", ": no")
+}
+
+func TestStrictHostKeyCheckingWithSSHD(t *testing.T) {
+	d := sshtest.StartSSHD(t)
+	other := keyLine(sshtest.NewKey().PublicKey())
+	name := fmt.Sprintf("[%s]:%d", d.Host, d.Port)
+	known, changed := strings.TrimSuffix(d.KnownHosts(0), " test")+"\n", "# comment\n"+name+" "+other+"\n"
+	revoked := "@revoked * " + d.HostKeys()[0] + "\n@revoked * " + d.HostKeys()[1] + "\n"
+	tests := []struct {
+		value, file string
+		cause       Cause // "" if it connects
+		added       bool
+		warning     string
+	}{
+		{"yes", known, "", false, ""},
+		{"yes", "", CauseHostKeyUnknown, false, ""},
+		{"yes", changed, CauseHostKeyChanged, false, ""},
+		{"ask", "", CauseHostKeyUnknown, false, ""},
+		{"ask", changed, CauseHostKeyChanged, false, ""},
+		{"accept-new", known, "", false, ""},
+		{"accept-new", "", "", true, "unknown host key is taken and remembered"},
+		{"accept-new", changed, CauseHostKeyChanged, false, ""},
+		{"accept-new", revoked, CauseHostKeyRevoked, false, ""},
+		{"no", known, "", false, ""},
+		{"no", "", "", true, "unknown host key is taken and remembered"},
+		{"no", changed, "", false, "host key has changed, and is taken all the same"},
+		{"no", revoked, CauseHostKeyRevoked, false, ""},
+	}
+	for i, tt := range tests {
+		t.Run(fmt.Sprintf("%s %d", tt.value, i), func(t *testing.T) {
+			file := filepath.Join(t.TempDir(), ".ssh", "known_hosts")
+			if tt.file != "" {
+				if err := os.Mkdir(filepath.Dir(file), 0o700); err != nil {
+					t.Fatal(err)
+				}
+				writeFile(t, file, tt.file)
+			}
+			cfg := configured(t, hostBlock(t, "mac", d, "StrictHostKeyChecking "+tt.value, "UserKnownHostsFile "+file))
+			log := new(logBuffer)
+			if tt.cause != "" {
+				before := d.Log()
+				e := failure(t, log.options(), cfg)
+				if e.Step != StepHostKey || e.Cause != tt.cause || e.Fix == "" || !strings.Contains(e.Error(), file) {
+					t.Errorf("error %q: step %q, cause %q, want %q and the file's name", e, e.Step, e.Cause, tt.cause)
+				}
+				if tt.cause == CauseHostKeyChanged && !strings.Contains(e.Error(), file+":2") {
+					t.Errorf("error %q does not name the line", e)
+				}
+				if strings.Contains(strings.TrimPrefix(d.Log(), before), "Accepted publickey") {
+					t.Error("it has logged in all the same")
+				}
+			} else {
+				mustRun(t, log.options(), cfg)
+			}
+			text, _ := os.ReadFile(file)
+			if tt.added && string(text) != tt.file+known || !tt.added && string(text) != tt.file {
+				t.Errorf("known_hosts is %q", text)
+			}
+			if warned := strings.Contains(log.String(), "host key"); tt.cause == "" && warned != (tt.warning != "") ||
+				!strings.Contains(log.String(), tt.warning) {
+				t.Errorf("log:\n%s\nwant %q", log, tt.warning)
+			}
+			if tt.added { // what was written is what ssh would find again
+				out, err := exec.Command("ssh-keygen", "-F", name, "-f", file).CombinedOutput()
+				if err != nil || !strings.Contains(string(out), known) {
+					t.Errorf("ssh-keygen -F: %v\n%s", err, out)
+				}
+			}
+		})
+	}
+}
+
+func TestRememberedKeysWithSSHD(t *testing.T) {
+	d := sshtest.StartSSHD(t)
+	file := filepath.Join(t.TempDir(), "known_hosts")
+	writeFile(t, file, "pc "+d.HostKeys()[0]) // no newline at its end
+	cfg := configured(t, hostBlock(t, "mac", d, "StrictHostKeyChecking accept-new", "HashKnownHosts yes",
+		"HostKeyAlias big", "UserKnownHostsFile "+file))
+	mustRun(t, Options{}, cfg)
+	text, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if lines := strings.Split(string(text), "\n"); len(lines) != 3 || !strings.HasPrefix(lines[1], "|1|") {
+		t.Fatalf("known_hosts is %q", text)
+	}
+	if out, err := exec.Command("ssh-keygen", "-F", "big", "-f", file).CombinedOutput(); err != nil {
+		t.Errorf("ssh-keygen -F: %v\n%s", err, out)
+	}
+	log := new(logBuffer)
+	mustRun(t, log.options(), cfg)
+	if strings.Contains(log.String(), "taken") {
+		t.Errorf("the key remembered was not found again:\n%s", log)
+	}
+	// No file to write into, and none that can be.
+	for file, want := range map[string]string{"none": "not remembered", "/dev/null": "remembered", "/no/such/dir/known": "cannot be remembered"} {
+		log := new(logBuffer)
+		mustRun(t, log.options(), configured(t, hostBlock(t, "mac", d, "StrictHostKeyChecking accept-new", "UserKnownHostsFile "+file)))
+		if !strings.Contains(log.String(), want) {
+			t.Errorf("%s: log has no %q:\n%s", file, want, log)
+		}
+	}
+}
+
+func TestKnownHostsOfConfigWithSSHD(t *testing.T) {
+	d := sshtest.StartSSHD(t)
+	name := fmt.Sprintf("[%s]:%d", d.Host, d.Port)
+	file := func(text string) string {
+		name := filepath.Join(t.TempDir(), "file")
+		writeFile(t, name, text+"\n")
+		return name
+	}
+	hashed := file(xknownhosts.HashHostname(name) + " " + d.HostKeys()[1])
+	for _, tt := range []struct {
+		name    string
+		options []string
+		cause   Cause
+	}{
+		{"hashed", []string{"UserKnownHostsFile " + hashed}, ""},
+		{"global", []string{"UserKnownHostsFile none", "GlobalKnownHostsFile " + hashed}, ""},
+		{"alias", []string{"HostKeyAlias big", "UserKnownHostsFile " + file("big "+d.HostKeys()[0])}, ""},
+		{"alias in other case", []string{"HostKeyAlias Big", "UserKnownHostsFile " + file("bIg "+d.HostKeys()[0])}, ""},
+		{"no such alias", []string{"HostKeyAlias big"}, CauseHostKeyUnknown},
+		{"revoked", []string{"RevokedHostKeys " + file(d.HostKeys()[0])}, CauseHostKeyRevoked},
+		{"other revoked", []string{"RevokedHostKeys " + file(keyLine(sshtest.NewKey().PublicKey()))}, ""},
+		{"list of revoked keys missing", []string{"RevokedHostKeys /no/such/file"}, CauseHostKeyFiles},
+		{"localhost", []string{"UserKnownHostsFile none", "NoHostAuthenticationForLocalhost yes"}, ""},
+		{"only the other algorithm", []string{"HostKeyAlgorithms ecdsa-sha2-nistp256"}, CauseHostKeyChanged},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			cfg := configured(t, hostBlock(t, "mac", d, tt.options...))
+			if tt.cause != "" {
+				step := StepHostKey
+				mustFail(t, cfg, step, tt.cause)
+				return
+			}
+			mustRun(t, Options{}, cfg)
+		})
+	}
+}
+
+// ssh_config edited while the host is down counts at the next attempt.
+func TestEditedConfigCounts(t *testing.T) {
+	d := sshtest.StartSSHD(t)
+	cfg := configured(t, hostBlock(t, "mac", d, "ProxyCommand exit 1", "Compression yes"))
+	log := new(logBuffer)
+	p := New(log.options())
+	defer p.Close()
+	h := p.Add(cfg)
+	awaitStatus(t, h, "down twice", func(st Status) bool { return st.ConnectFailures >= 2 })
+	writeFile(t, cfg.SSHOptions[1], hostBlock(t, "mac", d, "Compression yes"))
+	awaitStatus(t, h, "up", func(st Status) bool { return st.State == Up })
+	if n := strings.Count(log.String(), "ssh option compression"); n != 1 {
+		t.Errorf("%d warnings about Compression, want 1:\n%s", n, log)
+	}
+}
+
+func TestOtherOptionsWithSSHD(t *testing.T) {
+	d := sshtest.StartSSHD(t, "AcceptEnv GREETING", "Ciphers aes256-ctr,aes256-gcm@openssh.com")
+	h := upHost(t, Options{}, configured(t, hostBlock(t, "mac", d, "SetEnv GREETING=\"good day\" OTHER=x",
+		"BindAddress 127.0.0.1", "AddressFamily inet", "RekeyLimit 1M", "ConnectTimeout 20")))
+	s := mustSession(t, h, `test "$GREETING$OTHER" = "good day"`)
+	if err := s.Wait(); err != nil {
+		t.Errorf("SetEnv: %v", err)
+	}
+	mustFail(t, configured(t, hostBlock(t, "mac", d, "Ciphers aes128-ctr")), StepHandshake, CauseNoSSH, "no common algorithm")
+	mustFail(t, configured(t, hostBlock(t, "mac", d, "AddressFamily inet6")), StepConnect, CauseUnreachable)
+	mustFail(t, configured(t, hostBlock(t, "mac", d, "BindAddress no-such-host.invalid")), StepConfig, CauseConfig, "BindAddress")
+	mustFail(t, configured(t, hostBlock(t, "mac", d, "HostName no-such-host.invalid")), StepResolve, CauseHostUnknown)
+	mustFail(t, configured(t, hostBlock(t, "mac", d, "Port 1")), StepConnect, CauseRefused, "start sshd there")
+}
