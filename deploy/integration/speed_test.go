@@ -17,33 +17,51 @@ const stockHook = "/usr/libexec/nix/build-remote"
 func TestFasterThanStockHook(t *testing.T) {
 	for _, client := range []string{fleet.Trixie, fleet.Sid} {
 		t.Run("client="+client, func(t *testing.T) {
-			const builds = 100
 			var cfg siteConfig
 			cfg.client = client
 			for n := range 4 {
-				cfg.machines = append(cfg.machines, machineConfig{name: fmt.Sprintf("mac%d", n)})
+				cfg.machines = append(cfg.machines, machineConfig{
+					name: fmt.Sprintf("mac%d", n),
+					// Build users cost a machine two more processes for each build, as much
+					// as the rest of a build that does nothing, whichever hook it came from.
+					host: fleet.HostConfig{NixConf: "build-users-group =\n"},
+				})
 			}
 			s := newSite(t, cfg)
-			ours := []string{"--option", "build-hook", hookSetting(client)}
+			ours := []string{"--option", "build-hook", programs + "/nix-dispatch-hook"}
 			stock := []string{"--option", "build-hook", stockHook}
 			s.timeBuilds("warm", 8, ours)
 			s.timeBuilds("warm-stock", 2, stock)
-			// Ours before and after, so that noise that grows or fades hits both.
-			before := s.timeBuilds("before", builds, ours)
-			theirs := s.timeBuilds("stock", builds, stock)
-			after := s.timeBuilds("after", builds, ours)
-			mean := (before + after) / 2
-			t.Logf("%d builds with Nix %s: %s and %s through nix-dispatch, %s through the stock hook: 1/%.1f",
-				builds, s.client.NixVersion(), before.Round(time.Millisecond), after.Round(time.Millisecond),
-				theirs.Round(time.Millisecond), float64(theirs)/float64(mean))
-			// A busy host narrows the gap, for most of both times is the starting of
-			// processes: 1/2.6 with other work on both cores, up to 1/4.6. The bound
-			// leaves room for more of that; the ratio is what the line above says.
-			if mean*3 >= theirs*2 {
-				t.Errorf("%s through nix-dispatch is not less than two thirds of %s", mean, theirs)
+			// Most of both times is the starting of processes on two cores, so whatever
+			// else runs on them narrows the gap: a run that fell short is repeated.
+			const want, attempts = 4.0, 3
+			for n := 1; ; n++ {
+				ratio := s.compareHooks(fmt.Sprint(n), ours, stock)
+				if ratio > want {
+					break
+				}
+				if n == attempts {
+					t.Errorf("1/%.1f of the stock hook's time in the last of %d attempts, want less than 1/%.0f", ratio, n, want)
+					break
+				}
 			}
 		})
 	}
+}
+
+// compareHooks returns how many times as long 100 builds take with the stock
+// arguments as with ours.
+func (s *site) compareHooks(name string, ours, stock []string) float64 {
+	const builds = 100
+	// Ours before and after, so that noise that grows or fades hits both.
+	before := s.timeBuilds("before"+name, builds, ours)
+	theirs := s.timeBuilds("stock"+name, builds, stock)
+	after := s.timeBuilds("after"+name, builds, ours)
+	ratio := 2 * float64(theirs) / float64(before+after)
+	s.t.Logf("%d builds with Nix %s: %s and %s through nix-dispatch, %s through the stock hook: 1/%.1f",
+		builds, s.client.NixVersion(), before.Round(time.Millisecond), after.Round(time.Millisecond),
+		theirs.Round(time.Millisecond), ratio)
+	return ratio
 }
 
 // timeBuilds builds n derivations nobody has as root with further arguments for

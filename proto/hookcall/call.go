@@ -41,8 +41,9 @@ var errFrame = errors.New("malformed HTTP/2 frame")
 // It is not safe for concurrent use, and does nothing between calls.
 type Call struct {
 	socket   socket
-	deadline time.Time // of the answer waited for; zero for any sign of life
-	pinged   bool      // the daemon was asked for one
+	deadline time.Time     // of the answer waited for; zero for any sign of life
+	idle     time.Duration // idleTime, but in tests
+	pinged   bool          // the daemon was asked for a sign of life
 
 	in      [2 * (frameHeaderSize + maxFrame)]byte
 	inStart int // in[inStart:inEnd] is what was read and not yet used
@@ -68,9 +69,13 @@ func Dial(path string, deadline time.Time) (*Call, error) {
 	if err != nil {
 		return nil, err
 	}
-	c := &Call{socket: s, initialWindow: defaultWindow, connWindow: defaultWindow, streamWindow: defaultWindow}
+	return newCall(s), nil
+}
+
+func newCall(s socket) *Call {
+	c := &Call{socket: s, idle: idleTime, initialWindow: defaultWindow, connWindow: defaultWindow, streamWindow: defaultWindow}
 	c.out = appendOpening(c.out)
-	return c, nil
+	return c
 }
 
 // Close ends the call.
@@ -208,7 +213,7 @@ func (c *Call) flush() error {
 	}
 	deadline := c.deadline
 	if deadline.IsZero() {
-		deadline = time.Now().Add(2 * idleTime)
+		deadline = time.Now().Add(2 * c.idle)
 	}
 	err := c.socket.write(c.out, deadline)
 	c.out = c.out[:0]
@@ -239,7 +244,7 @@ func (c *Call) fill(n int) error {
 	for c.inEnd-c.inStart < n {
 		deadline := c.deadline
 		if deadline.IsZero() {
-			deadline = time.Now().Add(idleTime)
+			deadline = time.Now().Add(c.idle)
 		}
 		got, err := c.socket.read(c.in[c.inEnd:], deadline)
 		switch {

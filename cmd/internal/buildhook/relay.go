@@ -30,7 +30,7 @@ const (
 	// lastDrainPoll: Nix mostly reads at once, but a hundred hooks of a busy Nix
 	// must not keep it from doing so.
 	drainTimeout   = 10 * time.Second
-	firstDrainPoll = 200 * time.Microsecond
+	firstDrainPoll = time.Millisecond
 	lastDrainPoll  = 20 * time.Millisecond
 )
 
