@@ -69,6 +69,16 @@ func mustRun(t *testing.T, opts Options, cfg Config) *Host {
 	return h
 }
 
+// sshAgrees checks that ssh itself gets in, or does not.
+func sshAgrees(t *testing.T, cfg Config, in bool) {
+	t.Helper()
+	args := append([]string{"-oBatchMode=yes", cfg.Host, "-x"}, cfg.SSHOptions...)
+	out, err := exec.CommandContext(t.Context(), "ssh", append(args, "true")...).CombinedOutput()
+	if (err == nil) != in {
+		t.Errorf("gets in: %v; but ssh: %v\n%s", in, err, out)
+	}
+}
+
 // failure is the error of a host that cannot be connected to.
 func failure(t *testing.T, opts Options, cfg Config) *ConnectError {
 	t.Helper()
@@ -259,6 +269,9 @@ func TestStrictHostKeyCheckingWithSSHD(t *testing.T) {
 				mustRun(t, log.options(), cfg)
 			}
 			text, _ := os.ReadFile(file)
+			if tt.cause != CauseHostKeyRevoked || tt.value != "no" { // there only we refuse
+				sshAgrees(t, cfg, tt.cause == "")
+			}
 			if tt.added && string(text) != tt.file+known || !tt.added && string(text) != tt.file {
 				t.Errorf("known_hosts is %q", text)
 			}
@@ -335,9 +348,9 @@ func TestKnownHostsOfConfigWithSSHD(t *testing.T) {
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			cfg := configured(t, hostBlock(t, "mac", d, tt.options...))
+			sshAgrees(t, cfg, tt.cause == "")
 			if tt.cause != "" {
-				step := StepHostKey
-				mustFail(t, cfg, step, tt.cause)
+				mustFail(t, cfg, StepHostKey, tt.cause)
 				return
 			}
 			mustRun(t, Options{}, cfg)
