@@ -57,6 +57,8 @@ type Daemon struct {
 	dispatcher *dispatcher
 	metrics    *metrics
 	leftLocal  leftLocal
+	// copyStall is copyStall, but in tests.
+	copyStall time.Duration
 	// ssh says how connections to machines are made and kept.
 	ssh sshpool.Options
 
@@ -77,6 +79,7 @@ func New(opts Options) (*Daemon, error) {
 	d := &Daemon{
 		opts:       opts,
 		log:        opts.Logger,
+		copyStall:  copyStall,
 		local:      newLocalStore(),
 		machines:   readMachines(opts.Builders, opts.Logger),
 		dispatcher: newDispatcher(opts.Logger),
