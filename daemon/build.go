@@ -38,6 +38,8 @@ type build struct {
 	// queued is when the build began to wait for a machine; zero once it has
 	// one. Its goroutine's own.
 	queued time.Time
+	// at is where the last attempt was made. Its goroutine's own.
+	at scheduler.MachineID
 
 	// The dispatcher's mutex guards the rest.
 
@@ -76,10 +78,12 @@ func (b *build) infoLocked(s scheduler.BuildStatus) *dispatchv1.BuildInfo {
 		Id:      uint64(b.id),
 		DrvPath: string(b.drvPath),
 		Phase:   phases[s.Phase],
-		Machine: string(s.Machine),
+		Machine: s.Machine.URI(),
 		Since:   timestamppb.New(b.since),
 		Callers: uint32(b.followers), //nolint:gosec // a count of open streams
 		System:  b.drv.Platform,
+
+		Unplaceable: s.Unplaceable,
 	}
 }
 
@@ -121,9 +125,12 @@ type noMachineError struct {
 	explanation scheduler.Explanation
 }
 
-// Error tells of the machines that could build it only.
+// Error tells of the machines that could build it only, if there are any.
 func (e *noMachineError) Error() string {
 	x := e.explanation
+	if x.Situation == scheduler.Impossible { // the list has changed since it was accepted
+		return fmt.Sprintf("no machine has been able to build this for %s: %s", e.waited, x.Text(maxExplained))
+	}
 	x.Machines = slices.DeleteFunc(slices.Clone(x.Machines), func(v scheduler.Verdict) bool {
 		return v.Reason != scheduler.Eligible && v.Reason <= scheduler.NoSlots
 	})
@@ -155,7 +162,7 @@ func (d *Daemon) run(ctx context.Context, b *build) {
 	if err != nil {
 		o = outcomeOf(err)
 		if _, local := errors.AsType[*localError](err); !local {
-			o.machine = cmp.Or(o.machine, string(d.dispatcher.place(b).machine))
+			o.machine = cmp.Or(o.machine, d.dispatcher.place(b).machine.URI())
 		}
 	}
 	d.dispatcher.remove(b)
@@ -205,7 +212,7 @@ func (d *Daemon) retry(b *build, fault *machineError) {
 	e.Event = &dispatchv1.BuildEvent_Queued{Queued: &dispatchv1.Queued{Reason: fault.Error()}}
 	b.feed.post(e)
 	b.queued = time.Now()
-	d.dispatcher.requeue(b, scheduler.MachineID(fault.machine))
+	d.dispatcher.requeue(b, b.at)
 }
 
 // attempt tries the build on the machine the scheduler chooses. It returns the
@@ -223,7 +230,13 @@ func (d *Daemon) attempt(ctx context.Context, b *build) (outcome, error) {
 		b.queued = time.Time{}
 	}
 	b.postPlaced(place)
-	m := d.machines.get(place.machine)
+	m := d.machines.acquire(place.machine)
+	if m == nil {
+		// It was moved away, and nothing else kept the machine.
+		return outcome{}, cmp.Or(sleep(ctx, notUpPause), errMoved)
+	}
+	defer d.machines.release(m)
+	b.at = place.machine
 	ctx, stop := d.untilMoved(ctx, b, place)
 	defer stop()
 	// nix-store --serve substitutes nothing any more after its first build.
@@ -262,7 +275,7 @@ func (d *Daemon) holdSlot(b *build, at scheduler.MachineID) {
 
 func (b *build) postPlaced(p placement) {
 	e := b.event()
-	e.Event = &dispatchv1.BuildEvent_Placed{Placed: &dispatchv1.Placed{Machine: string(p.machine), Reason: p.why}}
+	e.Event = &dispatchv1.BuildEvent_Placed{Placed: &dispatchv1.Placed{Machine: p.machine.URI(), Reason: p.why}}
 	b.feed.post(e)
 }
 

@@ -315,8 +315,8 @@ func TestBuildersCannotMakeAMachineDistrustUs(t *testing.T) {
 		r.fail = &nix.BuildResult{Status: nix.PermanentFailure,
 			ErrorMsg: "builder failed with exit code 1; last 1 log lines:\n> " + refusal + "\n" + refusal}
 		s.build(r).mustBe(t, dispatchv1.BuildStatus_BUILD_STATUS_PERMANENT_FAILURE)
-		if len(m.built()) != 1 || s.d.machines.byURI[m.uri()].untrusted.Load() {
-			t.Errorf("%d attempts, untrusted %v; want one and trust", len(m.built()), s.d.machines.byURI[m.uri()].untrusted.Load())
+		if len(m.built()) != 1 || s.inUse(m).untrusted.Load() {
+			t.Errorf("%d attempts, untrusted %v; want one and trust", len(m.built()), s.inUse(m).untrusted.Load())
 		}
 	})
 }

@@ -7,6 +7,7 @@
 package daemon
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -15,6 +16,7 @@ import (
 	"net/http"
 	"os"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus/promhttp"
@@ -22,7 +24,6 @@ import (
 	"google.golang.org/grpc/health"
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
 
-	"nixdispatch/scheduler"
 	"nixdispatch/sshpool"
 )
 
@@ -35,11 +36,17 @@ type Options struct {
 	Socket string
 	// MetricsListen is the TCP address for Prometheus; "" for none.
 	MetricsListen string
-	// StateDir holds what must not be in memory: the logs of builds in progress.
+	// StateDir holds what must not be in memory: the logs of builds in progress,
+	// and which machines are drained.
 	StateDir string
 	// MachineWait is how long a build waits while no machine that could run it
 	// is up or coming. Zero means five minutes.
 	MachineWait time.Duration
+	// Hangup has the builders setting read anew; nil for never.
+	Hangup <-chan os.Signal
+	// ReloadPoll is how often the files of the builders setting are looked at for
+	// changes. Zero means two seconds.
+	ReloadPoll time.Duration
 	// Version is the program's own, for status and metrics.
 	Version string
 	// Logger gets the daemon's log. It must not be nil.
@@ -57,8 +64,10 @@ type Daemon struct {
 	dispatcher *dispatcher
 	metrics    *metrics
 	leftLocal  leftLocal
-	// copyStall is copyStall, but in tests.
-	copyStall time.Duration
+	reload     reloader
+	drainMu    sync.Mutex // held while a machine is drained, or that ends
+	// drainFault is why the drained machines are not known, nil if they are.
+	drainFault atomic.Pointer[error]
 	// ssh says how connections to machines are made and kept.
 	ssh sshpool.Options
 
@@ -68,27 +77,30 @@ type Daemon struct {
 	builds sync.WaitGroup
 }
 
-// New reads the machines and makes a daemon. It connects to nothing yet.
+// New makes a daemon. It connects to nothing yet.
 func New(opts Options) (*Daemon, error) {
-	if opts.MachineWait == 0 {
-		opts.MachineWait = 5 * time.Minute
-	}
+	opts.MachineWait = cmp.Or(opts.MachineWait, 5*time.Minute)
+	opts.ReloadPoll = cmp.Or(opts.ReloadPoll, reloadPoll)
 	if err := os.MkdirAll(opts.StateDir, 0o700); err != nil {
 		return nil, fmt.Errorf("state directory: %w", err)
 	}
 	d := &Daemon{
 		opts:       opts,
 		log:        opts.Logger,
-		copyStall:  copyStall,
 		local:      newLocalStore(),
-		machines:   readMachines(opts.Builders, opts.Logger),
+		machines:   newMachines(opts.Logger),
 		dispatcher: newDispatcher(opts.Logger),
 	}
 	d.ssh = sshpool.Options{Logger: d.log, OnChange: d.hostChanged}
 	d.life, d.end = context.WithCancelCause(context.Background())
-	d.metrics = newMetrics(opts.Version, d.machines)
+	d.metrics = newMetrics(opts.Version)
 	d.metrics.registry.MustRegister(newStateCollector(d))
-	d.dispatcher.do(func(q *scheduler.Queue) []scheduler.Order { return q.SetMachines(d.machines.forScheduler()) })
+	drained, err := readDrained(opts.StateDir)
+	if err != nil {
+		d.log.Error("cannot tell which machines are drained", "err", err)
+		d.drainFault.Store(&err)
+	}
+	d.machines.setDrains(drained)
 	return d, nil
 }
 
@@ -104,15 +116,16 @@ func (d *Daemon) Run(ctx context.Context) error {
 		return errors.Join(err, listener.Close())
 	}
 	pool := sshpool.New(d.ssh)
-	d.machines.connect(pool, d.log)
+	d.begin(pool)
 	server, healthServer := newGRPCServer(d, gate{own: uint32(os.Geteuid()), group: GroupName}) //nolint:gosec // a uid
 	failed := make(chan error, 2)
 	var serving sync.WaitGroup
 	serving.Go(func() { failed <- server.Serve(listener) })
 	serving.Go(func() { d.dispatcher.watchStranded(d.life, d.opts.MachineWait) })
+	serving.Go(func() { d.watchMachines(d.life, d.opts.ReloadPoll) })
 	web := d.serveMetrics(metricsListener, &serving, failed)
 	d.log.Info("ready", "socket", d.opts.Socket, "metrics", d.opts.MetricsListen,
-		"machines", len(d.machines.lines), "version", d.opts.Version)
+		"machines", len(d.machines.current().lines), "version", d.opts.Version)
 	select {
 	case <-ctx.Done():
 		err = nil
@@ -175,8 +188,8 @@ func (d *Daemon) shutDown(server *grpc.Server, h *health.Server, web *http.Serve
 		<-told
 	}
 	pool.Close()
-	for _, m := range d.machines.byURI {
-		m.idle.close()
+	for _, e := range d.machines.at(every) {
+		e.m.idle.close()
 	}
 	d.local.idle.close()
 	if web != nil {
@@ -186,21 +199,3 @@ func (d *Daemon) shutDown(server *grpc.Server, h *health.Server, web *http.Serve
 
 // stopping tells whether the daemon takes no more builds.
 func (d *Daemon) stopping() bool { return d.life.Err() != nil }
-
-// hostChanged passes a change of a connection's state on to the scheduler.
-func (d *Daemon) hostChanged(s sshpool.Status) {
-	state, reason := scheduler.Connecting, ""
-	switch s.State {
-	case sshpool.Up:
-		state = scheduler.Up
-	case sshpool.Down:
-		state, reason = scheduler.Down, "down"
-		if s.LastError != nil {
-			reason = s.LastError.Error()
-		}
-	case sshpool.Connecting:
-	}
-	d.dispatcher.do(func(q *scheduler.Queue) []scheduler.Order {
-		return q.SetState(scheduler.MachineID(s.Name), state, reason)
-	})
-}

@@ -118,7 +118,11 @@ func (g *goal) local(b *build) bool {
 	case g.drv.PreferLocalBuild() && g.drv.Platform == nixSystem() && len(features) == 0:
 		return true
 	default:
-		return g.r.d.dispatcher.explain(b.request()).Situation == scheduler.Impossible
+		impossible := g.r.d.dispatcher.explain(b.request()).Situation == scheduler.Impossible
+		if impossible {
+			g.r.d.metrics.leftUnplaceable(g.drv)
+		}
+		return impossible
 	}
 }
 

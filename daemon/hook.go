@@ -4,7 +4,6 @@ import (
 	"cmp"
 	"context"
 	"fmt"
-	"os"
 	"strings"
 	"sync"
 	"time"
@@ -194,7 +193,7 @@ func (h *hookConversation) listen(ctx context.Context, f *hookFollower, cancel c
 // Nix has worked them out. Others could have outputs built from something else
 // than the derivation says.
 func (h *hookConversation) inputs(ctx context.Context, drv *nix.Derivation, start *dispatchv1.Start) ([]nix.StorePath, error) {
-	if h.caller.uid == 0 || h.caller.uid == uint32(os.Geteuid()) { //nolint:gosec // a uid
+	if h.caller.commands() {
 		return storePaths(start.GetInputs())
 	}
 	return h.d.local.inputClosure(ctx, drv)
@@ -241,7 +240,7 @@ func (h *hookConversation) foreign() string {
 	default:
 		return fmt.Sprintf("the store %q is not the one this daemon serves", store)
 	}
-	if !h.d.machines.sameList(h.settings.GetBuilders()) {
+	if !h.d.machines.current().same(h.settings.GetBuilders()) {
 		return "the builders setting is not the list this daemon serves"
 	}
 	return ""
@@ -259,13 +258,16 @@ func (h *hookConversation) offer(try *dispatchv1.Try, drvPath nix.StorePath, drv
 	switch decision.Reply {
 	case scheduler.Accept, scheduler.AcceptQueued:
 		r := reply(dispatchv1.Reply_ACTION_ACCEPT, decision.Why)
-		r.MachineName, r.BuildId = cmp.Or(string(decision.Machine), hook.NeutralMachine), uint64(f.b.id)
+		r.MachineName, r.BuildId = cmp.Or(decision.Machine.URI(), hook.NeutralMachine), uint64(f.b.id)
 		return r, f
 	case scheduler.Postpone:
 		return reply(dispatchv1.Reply_ACTION_POSTPONE, decision.Why), nil
 	default:
-		if decision.Situation == scheduler.Impossible && h.d.machines.unsupportedCouldRun(drv) {
+		if decision.Situation == scheduler.Impossible && h.d.machines.current().unsupportedCouldRun(drv) {
 			return reply(dispatchv1.Reply_ACTION_STOCK, "only a machine of a kind that nix-dispatch does not serve could build it"), nil
+		}
+		if decision.Situation == scheduler.Impossible {
+			h.d.metrics.leftUnplaceable(drv)
 		}
 		r := reply(dispatchv1.Reply_ACTION_DECLINE, h.d.dispatcher.explain(b.request()).Text(maxExplained))
 		r.Warn = !b.local

@@ -36,6 +36,8 @@ type localStore struct {
 	dir string
 	// idle are connections between two uses.
 	idle *idlePool[*localConn]
+	// marks tell this store from others.
+	marks *storeMarks
 }
 
 func newLocalStore() localStore {
@@ -43,6 +45,7 @@ func newLocalStore() localStore {
 		socket: os.Getenv("NIX_DAEMON_SOCKET_PATH"),
 		dir:    os.Getenv("NIX_STORE_DIR"),
 		idle:   &idlePool[*localConn]{ttl: maxLocalIdle, end: (*localConn).abort},
+		marks:  new(storeMarks),
 	}
 	if s.socket == "" {
 		s.socket = defaultNixSocket

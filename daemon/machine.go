@@ -12,10 +12,15 @@ import (
 	"nixdispatch/sshpool"
 )
 
-// A machine is a machine line in use: how to reach it and what is known of it.
+// A machine is a way to a machine and what is known of it there. Several lines
+// may lead to it.
 type machine struct {
-	line    nix.Machine
+	// line is the first that did.
+	line   nix.Machine
+	config sshpool.Config
+	// host is set when the machine is connected to, before others know of it.
 	host    *sshpool.Host
+	local   localStore
 	ng      bool // ssh-ng://, the worker protocol; else ssh://, the serve protocol
 	command string
 	uploads *claims
@@ -25,6 +30,8 @@ type machine struct {
 	// untrusted is learned: from the worker protocol's handshake at each probe, or
 	// from the words of a refusal where the protocol cannot tell.
 	untrusted atomic.Bool
+	// another tells that the store there was found to be another than this host's.
+	another atomic.Bool
 }
 
 // unsupported says why the daemon cannot serve a machine, "" if it can. Builds
@@ -38,21 +45,27 @@ func unsupported(m nix.Machine) string {
 	}
 }
 
-// newMachine connects to the machine of a line, in the background.
-func newMachine(line nix.Machine, pool *sshpool.Pool, log *slog.Logger) *machine {
+// newMachine makes the machine of a line, without connecting to it.
+func newMachine(line nix.Machine, local localStore, log *slog.Logger) *machine {
 	m := &machine{
 		line:    line,
 		ng:      line.Ref.Scheme == "ssh-ng",
 		command: remoteCommand(line.Ref),
+		local:   local,
 		uploads: newClaims(),
 		idle:    &idlePool[*remote]{ttl: maxRemoteIdle, end: func(r *remote) { r.hangUp() }},
 		log:     log.With("machine", line.StoreURI),
 	}
-	if compress := line.Ref.Params["compress"]; compress == "true" || compress == "yes" || compress == "1" {
+	m.config = m.sshConfig()
+	return m
+}
+
+// connect begins to connect, in the background.
+func (m *machine) connect(pool *sshpool.Pool) {
+	if compress := m.line.Ref.Params["compress"]; compress == "true" || compress == "yes" || compress == "1" {
 		m.log.Warn("compress=true in the machine's URI has no effect: data is sent uncompressed")
 	}
-	m.host = pool.Add(m.sshConfig())
-	return m
+	m.host = pool.Add(m.config)
 }
 
 // sshConfig says how the machine is reached: as the ssh of stock Nix would, from
@@ -123,7 +136,8 @@ func (m *machine) probe(ctx context.Context, s *sshpool.Session) error {
 		return err
 	}
 	m.untrusted.Store(r.store.trust() == worker.NotTrusted)
-	return nil
+	m.another.Store(false) // the host behind the name may be another now
+	return m.checkStore(ctx, r)
 }
 
 // open finds or starts a remote process for one build. fresh says that it must
@@ -147,6 +161,10 @@ func (m *machine) open(ctx context.Context, fresh bool) (*remote, error) {
 	if err != nil {
 		_ = s.Close() // the handshake's error says more
 		return nil, m.fault("start "+m.command, contextCause(ctx, err))
+	}
+	if err := m.checkStore(ctx, r); err != nil {
+		_ = s.Close() // nothing is under way in it
+		return nil, m.fault("look at its store", contextCause(ctx, err))
 	}
 	r.bind(ctx)
 	return r, nil

@@ -2,153 +2,269 @@ package daemon
 
 import (
 	"fmt"
-	"io"
 	"log/slog"
-	"os"
-	"runtime"
+	"reflect"
 	"slices"
 	"strings"
+	"sync"
 
-	dispatchv1 "nixdispatch/proto/dispatch/v1"
 	"nixdispatch/proto/nix"
 	"nixdispatch/scheduler"
 	"nixdispatch/sshpool"
 )
 
-// machines are the machines of the builders setting. Once connect has been called
-// the set does not change, and is safe for concurrent use.
+// An entry is a machine line in use. Lines with the same store URI that are
+// reached in the same way share one machine.
+type entry struct {
+	// id is what the scheduler calls it, as long as it leads to the same machine.
+	id   scheduler.MachineID
+	line nix.Machine
+	m    *machine
+}
+
+// machines are the machine lines in use, and the connections they lead to. A
+// line whose way to its machine changes becomes another entry: builds on the old
+// one keep their connection to the end. Safe for concurrent use.
 type machines struct {
-	builders string // the setting, verbatim
-	lines    []nix.Machine
-	errs     []*nix.MachineError
-	byURI    map[string]*machine
-	// others are machines of kinds that the daemon cannot serve; all are lines and
-	// others in the list's order.
-	others, all []nix.Machine
+	log *slog.Logger
+
+	mu   sync.Mutex
+	list *machineList
+	// entries are the list's lines, in its order; byID has those, too, that are
+	// listed no more and may have builds on them.
+	entries []*entry
+	byID    map[scheduler.MachineID]*entry
+	serial  int
+	// uses counts the attempts that run on a machine.
+	uses map[*machine]int
+	// past counts the connections of machines that are gone, while others with the
+	// same URI are in use.
+	past map[string]connectCounts
+	// drained are the machines that are to take no builds, by URI.
+	drained map[string]drain
 }
 
-// readMachines parses the builders setting. Bad entries are reported and left
-// out; so are second entries of a URI.
-func readMachines(builders string, log *slog.Logger) *machines {
-	set := &machines{builders: builders, byURI: make(map[string]*machine)}
-	lines, errs := parseBuilders(builders, log)
-	set.errs = errs
-	seen := make(map[string]bool)
-	for _, line := range lines {
-		switch {
-		case seen[line.StoreURI]:
-			set.errs = append(set.errs, &nix.MachineError{
-				Source: line.Source, Column: 0, Name: "store URI", Found: line.StoreURI,
-				Expected: "each machine to be listed once; this entry is not used",
-			})
-		case unsupported(line) != "":
-			seen[line.StoreURI] = true
-			log.Warn("machine is left to the stock hook", "machine", line.StoreURI, "reason", unsupported(line))
-			set.others = append(set.others, line)
-			set.all = append(set.all, line)
-		default:
-			seen[line.StoreURI] = true
-			set.lines = append(set.lines, line)
-			set.all = append(set.all, line)
+// connectCounts are attempts to connect to a machine.
+type connectCounts struct{ ok, failed uint64 }
+
+func newMachines(log *slog.Logger) *machines {
+	return &machines{
+		log: log, list: new(machineList),
+		byID: make(map[scheduler.MachineID]*entry),
+		uses: make(map[*machine]int),
+		past: make(map[string]connectCounts),
+	}
+}
+
+// current is the list in use.
+func (s *machines) current() *machineList {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.list
+}
+
+// adopt makes list the list in use, begins to connect to the machines that are
+// new in it, and returns what the scheduler needs to know. made makes a machine
+// of a line, not connected yet.
+func (s *machines) adopt(list *machineList, made func(nix.Machine) *machine, pool *sshpool.Pool) []scheduler.Machine {
+	candidates := make([]*machine, len(list.lines))
+	for n, line := range list.lines {
+		candidates[n] = made(line) // not under the lock: it may take a while
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.list, s.entries = list, make([]*entry, len(list.lines))
+	free := make(map[*entry]bool)
+	for _, e := range s.byID {
+		free[e] = true
+	}
+	// A line that has not changed keeps its entry, whatever becomes of others with
+	// its URI.
+	for _, same := range []func(a, b nix.Machine) bool{sameLine, sameURI} {
+		for n, line := range list.lines {
+			if s.entries[n] != nil {
+				continue
+			}
+			if e := s.matchLocked(free, line, candidates[n], same); e != nil {
+				delete(free, e)
+				e.line = line
+				s.entries[n] = e
+			}
 		}
 	}
-	for _, err := range set.errs {
-		log.Error("bad entry in the builders setting is left out", "err", err)
+	for n, line := range list.lines {
+		if s.entries[n] == nil {
+			s.entries[n] = s.addLocked(line, candidates[n], pool)
+		}
 	}
-	return set
+	return s.forSchedulerLocked()
 }
 
-func parseBuilders(builders string, log *slog.Logger) ([]nix.Machine, []*nix.MachineError) {
-	return nix.ParseMachines(builders, nix.MachinesOptions{
-		DefaultSystems: []string{nixSystem()},
-		File:           "builders",
-		ReadFile:       readMachinesFile,
-		Warn:           func(e *nix.MachineError) { log.Warn("odd entry in the builders setting", "err", e) },
-	})
+func sameURI(a, b nix.Machine) bool { return a.StoreURI == b.StoreURI }
+
+// matchLocked finds an entry that leads where line does, the oldest first.
+func (s *machines) matchLocked(free map[*entry]bool, line nix.Machine, m *machine, same func(a, b nix.Machine) bool) *entry {
+	var found *entry
+	for e := range free {
+		if same(e.line, line) && sameWay(e.m, m) && (found == nil || older(e.id, found.id)) {
+			found = e
+		}
+	}
+	return found
 }
 
-// readMachinesFile reads an included file, within bounds.
-func readMachinesFile(path string) ([]byte, error) {
-	f, err := os.Open(path)
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close()
-	data, err := io.ReadAll(io.LimitReader(f, nix.MaxMachinesSize+1))
-	if err == nil && len(data) > nix.MaxMachinesSize {
-		err = fmt.Errorf("larger than %d bytes", nix.MaxMachinesSize)
-	}
-	return data, err
+func older(a, b scheduler.MachineID) bool {
+	return len(a) < len(b) || len(a) == len(b) && a < b
 }
 
-// connect starts connecting to all machines, in the background.
-func (s *machines) connect(pool *sshpool.Pool, log *slog.Logger) {
-	for _, line := range s.lines {
-		s.byURI[line.StoreURI] = newMachine(line, pool, log)
-	}
+// sameWay tells whether two machines are reached in the same way.
+func sameWay(a, b *machine) bool {
+	x, y := a.config, b.config
+	x.Probe, y.Probe = nil, nil // each its own machine's
+	return reflect.DeepEqual(x, y)
 }
 
-// get finds a machine by its store URI; nil if there is none.
-func (s *machines) get(uri scheduler.MachineID) *machine { return s.byURI[string(uri)] }
+// addLocked makes an entry of a line. It connects unless another entry leads
+// there in the same way.
+func (s *machines) addLocked(line nix.Machine, m *machine, pool *sshpool.Pool) *entry {
+	e := &entry{id: scheduler.MachineID(line.StoreURI), line: line, m: m}
+	if s.byID[e.id] != nil {
+		s.serial++
+		e.id = scheduler.MachineID(fmt.Sprintf("%s#%d", line.StoreURI, s.serial+1))
+	}
+	connected := false
+	for _, other := range s.byID {
+		if other.line.StoreURI == line.StoreURI && sameWay(other.m, m) {
+			e.m, connected = other.m, true
+		}
+	}
+	if !connected {
+		m.connect(pool)
+	}
+	s.byID[e.id] = e
+	return e
+}
 
-// forScheduler is what the scheduler needs to know of the machines.
-func (s *machines) forScheduler() []scheduler.Machine {
-	out := make([]scheduler.Machine, len(s.lines))
-	for n, line := range s.lines {
+func (s *machines) forSchedulerLocked() []scheduler.Machine {
+	out := make([]scheduler.Machine, len(s.entries))
+	for n, e := range s.entries {
 		out[n] = scheduler.Machine{
-			ID:                scheduler.MachineID(line.StoreURI),
-			Systems:           line.SystemTypes,
-			SupportedFeatures: line.SupportedFeatures,
-			MandatoryFeatures: line.MandatoryFeatures,
-			MaxJobs:           line.MaxJobs,
-			SpeedFactor:       line.SpeedFactor,
+			ID:                e.id,
+			Systems:           e.line.SystemTypes,
+			SupportedFeatures: e.line.SupportedFeatures,
+			MandatoryFeatures: e.line.MandatoryFeatures,
+			MaxJobs:           e.line.MaxJobs,
+			SpeedFactor:       e.line.SpeedFactor,
 		}
 	}
 	return out
 }
 
-// badEntries are the entries left out, for the API.
-func (s *machines) badEntries() []*dispatchv1.MachineError {
-	out := make([]*dispatchv1.MachineError, len(s.errs))
-	for n, e := range s.errs {
-		out[n] = &dispatchv1.MachineError{
-			File:    e.Source.File,
-			Line:    uint32(e.Source.Line), //nolint:gosec // the parser bounds it
-			Message: e.Error(),
+// acquire is for an attempt on a machine, which must release it; nil if there is
+// no such machine any more.
+func (s *machines) acquire(id scheduler.MachineID) *machine {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	e := s.byID[id]
+	if e == nil {
+		return nil
+	}
+	s.uses[e.m]++
+	return e.m
+}
+
+func (s *machines) release(m *machine) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.uses[m]--; s.uses[m] == 0 {
+		delete(s.uses, m)
+	}
+}
+
+// at returns the entries that a test picks, those of the list first, in its
+// order. The entries are not to be changed.
+func (s *machines) at(pick func(*entry) bool) []entry {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	var out []entry
+	for _, e := range s.entries {
+		if pick(e) {
+			out = append(out, *e)
 		}
+	}
+	listed := len(out)
+	for _, e := range s.byID {
+		if pick(e) && !slices.Contains(s.entries, e) {
+			out = append(out, *e)
+		}
+	}
+	slices.SortFunc(out[listed:], func(a, b entry) int { return strings.Compare(string(a.id), string(b.id)) })
+	return out
+}
+
+func withURI(uri string) func(*entry) bool {
+	return func(e *entry) bool { return e.line.StoreURI == uri }
+}
+
+func every(*entry) bool { return true }
+
+// retire forgets the entries that are listed no more and unknown to the
+// scheduler, and returns the machines that nothing leads to any more, for the
+// caller to close, and the URIs that are gone with them.
+func (s *machines) retire(known map[scheduler.MachineID]bool) (gone []*machine, uris []string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	led := make(map[*machine]bool) // to
+	here := make(map[string]bool)  // URIs
+	var left []*entry
+	for id, e := range s.byID {
+		if known[id] || slices.Contains(s.entries, e) || s.uses[e.m] > 0 {
+			led[e.m], here[e.line.StoreURI] = true, true
+		} else {
+			left = append(left, e)
+		}
+	}
+	for _, e := range left {
+		delete(s.byID, e.id)
+		if !led[e.m] && !slices.Contains(gone, e.m) {
+			gone = append(gone, e.m)
+		}
+	}
+	for _, m := range gone {
+		uri := m.line.StoreURI
+		if !here[uri] {
+			uris = append(uris, uri)
+			delete(s.past, uri)
+			continue
+		}
+		st, c := m.host.Status(), s.past[uri]
+		s.past[uri] = connectCounts{c.ok + uint64(st.Connects), c.failed + uint64(st.ConnectFailures)} //nolint:gosec // counts
+	}
+	return gone, uris
+}
+
+// connects counts the connections to machines, by URI.
+func (s *machines) connects() map[string]connectCounts {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	out := make(map[string]connectCounts)
+	for uri, c := range s.past {
+		out[uri] = c
+	}
+	seen := make(map[*machine]bool)
+	for _, e := range s.byID {
+		if seen[e.m] {
+			continue
+		}
+		seen[e.m] = true
+		st, c := e.m.host.Status(), out[e.line.StoreURI]
+		out[e.line.StoreURI] = connectCounts{c.ok + uint64(st.Connects), c.failed + uint64(st.ConnectFailures)} //nolint:gosec // counts
 	}
 	return out
 }
 
-// sameList tells whether a caller's builders setting is the daemon's own. Files
-// that a caller names are not read on its word, so lists with includes are
-// compared by their text.
-func (s *machines) sameList(builders string) bool {
-	if strings.TrimSpace(builders) == strings.TrimSpace(s.builders) {
-		return true
-	}
-	if strings.Contains(builders, "@") || len(s.errs) > 0 {
-		return false
-	}
-	lines, errs := nix.ParseMachines(builders, nix.MachinesOptions{DefaultSystems: []string{nixSystem()}})
-	return len(errs) == 0 && slices.EqualFunc(lines, s.all, sameMachine)
+// close ends what the machine keeps open for the next build, then its connections.
+func (m *machine) close() {
+	m.idle.close()
+	m.host.Close()
 }
-
-func sameMachine(a, b nix.Machine) bool {
-	return a.StoreURI == b.StoreURI && slices.Equal(a.SystemTypes, b.SystemTypes) && a.SSHKey == b.SSHKey &&
-		a.MaxJobs == b.MaxJobs && a.SpeedFactor == b.SpeedFactor &&
-		slices.Equal(a.SupportedFeatures, b.SupportedFeatures) &&
-		slices.Equal(a.MandatoryFeatures, b.MandatoryFeatures) && a.SSHPublicHostKey == b.SSHPublicHostKey
-}
-
-// unsupportedCouldRun tells whether a machine of a kind that the daemon cannot
-// serve could run a derivation.
-func (s *machines) unsupportedCouldRun(drv *nix.Derivation) bool {
-	features := drv.RequiredSystemFeatures()
-	return slices.ContainsFunc(s.others, func(m nix.Machine) bool {
-		return m.SystemSupported(drv.Platform) && m.AllSupported(features) && m.MandatoryMet(features)
-	})
-}
-
-// nixSystem is this host's system in Nix's words.
-func nixSystem() string { return nix.SystemName(runtime.GOOS, runtime.GOARCH) }

@@ -2,6 +2,7 @@ package daemon
 
 import (
 	"runtime"
+	"sync"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -9,7 +10,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus/promauto"
 
 	dispatchv1 "nixdispatch/proto/dispatch/v1"
-	"nixdispatch/scheduler"
+	"nixdispatch/proto/nix"
 )
 
 const metricsPrefix = "nix_dispatch"
@@ -23,17 +24,19 @@ const otherLabel = "other"
 // Safe for concurrent use.
 type metrics struct {
 	registry *prometheus.Registry
-	systems  map[string]bool // the label values of "system"
+
+	mu      sync.RWMutex
+	systems map[string]bool // the label values of "system"
 
 	builds        *prometheus.CounterVec
 	buildDuration *prometheus.HistogramVec
 	queueDuration *prometheus.HistogramVec
 	narBytes      *prometheus.CounterVec
+	unplaceable   *prometheus.CounterVec
 }
 
-// newMetrics makes the instruments, with the counters of the given machines at
-// zero.
-func newMetrics(version string, set *machines) *metrics {
+// newMetrics makes the instruments, without any machine.
+func newMetrics(version string) *metrics {
 	r := prometheus.NewRegistry()
 	f := promauto.With(r)
 	m := &metrics{registry: r, systems: map[string]bool{"builtin": true}}
@@ -55,20 +58,43 @@ func newMetrics(version string, set *machines) *metrics {
 		Namespace: metricsPrefix, Name: "nar_bytes_total",
 		Help: "Bytes of NARs copied to (up) and from (down) machines.",
 	}, []string{"machine", "direction"})
+	m.unplaceable = f.NewCounterVec(prometheus.CounterOpts{
+		Namespace: metricsPrefix, Name: "derivations_unplaceable_total",
+		Help: "Derivations asked for that no machine could ever build, and that were left to the local Nix.",
+	}, []string{"system"})
 	info := f.NewGaugeVec(prometheus.GaugeOpts{
 		Namespace: metricsPrefix, Name: "build_info",
 		Help: "Always 1; the labels say which program this is.",
 	}, []string{"version", "goversion"})
 	info.WithLabelValues(version, runtime.Version()).Set(1)
 	r.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
-	for _, line := range set.lines {
+	return m
+}
+
+// know makes the systems and machines of a list label values, with the machines'
+// counters at zero if they are new. Systems of earlier lists become "other".
+func (m *metrics) know(list *machineList) {
+	systems := map[string]bool{"builtin": true}
+	for _, line := range list.lines {
 		for _, s := range line.SystemTypes {
-			m.systems[s] = true
+			systems[s] = true
+			m.unplaceable.WithLabelValues(s)
 		}
 		m.sent(line.StoreURI)
 		m.received(line.StoreURI)
 	}
-	return m
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.systems = systems
+}
+
+// forget drops the counters of a machine that is gone, so that machines that come
+// and go do not pile up.
+func (m *metrics) forget(machine string) {
+	label := prometheus.Labels{"machine": machine}
+	m.builds.DeletePartialMatch(label)
+	m.buildDuration.DeletePartialMatch(label)
+	m.narBytes.DeletePartialMatch(label)
 }
 
 func (m *metrics) sent(machine string) prometheus.Counter {
@@ -81,6 +107,8 @@ func (m *metrics) received(machine string) prometheus.Counter {
 
 // system keeps the label bounded: callers choose derivations' systems freely.
 func (m *metrics) system(s string) string {
+	m.mu.RLock()
+	defer m.mu.RUnlock()
 	if m.systems[s] {
 		return s
 	}
@@ -116,68 +144,12 @@ func (m *metrics) buildEnded(b *build, o outcome) {
 	}
 }
 
+// leftUnplaceable counts a derivation that no machine can ever build.
+func (m *metrics) leftUnplaceable(drv *nix.Derivation) {
+	m.unplaceable.WithLabelValues(m.system(drv.Platform)).Inc()
+}
+
 // placed notes that a machine was chosen for a build.
 func (m *metrics) placed(b *build) {
 	m.queueDuration.WithLabelValues(m.system(b.drv.Platform)).Observe(time.Since(b.queued).Seconds())
-}
-
-// A stateCollector reports the state of machines and queue from one snapshot a
-// scrape, so that the numbers agree with each other.
-type stateCollector struct {
-	d *Daemon
-
-	up, slots, inUse, queued, connects *prometheus.Desc
-}
-
-func newStateCollector(d *Daemon) *stateCollector {
-	desc := func(name, help string, labels ...string) *prometheus.Desc {
-		return prometheus.NewDesc(prometheus.BuildFQName(metricsPrefix, "", name), help, labels, nil)
-	}
-	return &stateCollector{
-		d:        d,
-		up:       desc("machine_up", "Whether the machine can be given builds.", "machine"),
-		slots:    desc("machine_slots", "Builds the machine may run at once (max-jobs).", "machine"),
-		inUse:    desc("machine_slots_in_use", "Build slots in use.", "machine"),
-		queued:   desc("builds_queued", "Builds waiting for a machine; system is \"other\" if no machine has it.", "system"),
-		connects: desc("ssh_connects_total", "SSH connections made (ok) and attempts that failed (failed).", "machine", "result"),
-	}
-}
-
-// Describe implements prometheus.Collector.
-func (c *stateCollector) Describe(ch chan<- *prometheus.Desc) {
-	for _, d := range []*prometheus.Desc{c.up, c.slots, c.inUse, c.queued, c.connects} {
-		ch <- d
-	}
-}
-
-// Collect implements prometheus.Collector.
-func (c *stateCollector) Collect(ch chan<- prometheus.Metric) {
-	gauge := func(d *prometheus.Desc, v float64, label string) {
-		ch <- prometheus.MustNewConstMetric(d, prometheus.GaugeValue, v, label)
-	}
-	machines, systems := c.d.dispatcher.load()
-	for _, m := range machines {
-		up := 0.0
-		if m.State == scheduler.Up {
-			up = 1
-		}
-		gauge(c.up, up, string(m.ID))
-		gauge(c.slots, float64(m.Slots), string(m.ID))
-		gauge(c.inUse, float64(m.Running+m.Held), string(m.ID))
-	}
-	for uri, m := range c.d.machines.byURI {
-		s := m.host.Status()
-		ch <- prometheus.MustNewConstMetric(c.connects, prometheus.CounterValue, float64(s.Connects), uri, "ok")
-		ch <- prometheus.MustNewConstMetric(c.connects, prometheus.CounterValue, float64(s.ConnectFailures), uri, "failed")
-	}
-	queued := map[string]int{otherLabel: 0}
-	for system := range c.d.metrics.systems {
-		queued[system] = 0
-	}
-	for _, s := range systems {
-		queued[c.d.metrics.system(s.System)] += s.Queued
-	}
-	for system, n := range queued {
-		gauge(c.queued, float64(n), system)
-	}
 }

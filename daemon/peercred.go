@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"os"
 	"os/user"
 	"slices"
 	"strconv"
@@ -32,6 +33,12 @@ type caller struct {
 
 // String identifies the user, for logs.
 func (c caller) String() string { return "uid " + strconv.FormatUint(uint64(c.uid), 10) }
+
+// commands tells whether the caller may tell the daemon what to do, beyond
+// submitting builds: root and the user that it runs as may.
+func (c caller) commands() bool {
+	return c.uid == 0 || c.uid == uint32(os.Geteuid()) //nolint:gosec // a uid
+}
 
 // peerCredentials are transport credentials that learn who is calling from the
 // unix socket itself. Nothing is encrypted: the bytes never leave the host.

@@ -318,7 +318,7 @@ func TestSameBuilders(t *testing.T) {
 		"ssh://a x86_64-linux - 4": false,
 		"ssh://a x86_64-linux - 4 ; ssh-ng://b x86_64-linux,i686-linux - 2 x kvm big": false,
 	} {
-		if got := s.d.machines.sameList(builders); got != want {
+		if got := s.d.machines.current().same(builders); got != want {
 			t.Errorf("sameList(%q) = %v, want %v", builders, got, want)
 		}
 	}

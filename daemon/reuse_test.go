@@ -121,7 +121,7 @@ func TestRemoteProcessIsNotReused(t *testing.T) {
 // idleRemote changes the remote process that waits for the next build.
 func (s *site) idleRemote(m *fakeMachine, change func(*remote)) {
 	s.t.Helper()
-	pool := s.d.machines.byURI[m.uri()].idle
+	pool := s.inUse(m).idle
 	pool.mu.Lock()
 	defer pool.mu.Unlock()
 	if len(pool.idle) != 1 {

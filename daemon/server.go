@@ -3,6 +3,7 @@ package daemon
 import (
 	"context"
 	"errors"
+	"path/filepath"
 	"time"
 
 	"google.golang.org/grpc"
@@ -53,16 +54,25 @@ func newGRPCServer(d *Daemon, g gate) (*grpc.Server, *health.Server) {
 // Status reports machines and builds.
 func (s *server) Status(context.Context, *dispatchv1.StatusRequest) (*dispatchv1.StatusResponse, error) {
 	snapshot, builds := s.d.dispatcher.snapshot()
+	list := s.d.machines.current()
 	r := &dispatchv1.StatusResponse{
 		Version: s.d.opts.Version,
 		Started: timestamppb.New(s.d.started),
 		Builds:  builds,
-		Errors:  s.d.machines.badEntries(),
+		Errors:  list.badEntries(),
+		Reload:  s.d.reload.status(),
 	}
-	for _, m := range snapshot.Machines {
-		r.Machines = append(r.Machines, s.machineStatus(m))
+	if fault := s.d.drainFault.Load(); fault != nil {
+		r.Errors = append(r.Errors, &dispatchv1.MachineError{
+			File: filepath.Join(s.d.opts.StateDir, drainedFile), Message: (*fault).Error()})
 	}
-	for _, line := range s.d.machines.others {
+	for _, system := range snapshot.Queued {
+		r.Unplaceable += uint32(system.Unplaceable) //nolint:gosec // the queue is bounded
+	}
+	for _, m := range s.d.machineStatuses(snapshot.Machines) {
+		r.Machines = append(r.Machines, m.proto())
+	}
+	for _, line := range list.others {
 		r.Machines = append(r.Machines, &dispatchv1.MachineStatus{
 			Uri:    line.StoreURI,
 			State:  dispatchv1.MachineState_MACHINE_STATE_UNSUPPORTED,
@@ -73,34 +83,22 @@ func (s *server) Status(context.Context, *dispatchv1.StatusRequest) (*dispatchv1
 	return r, nil
 }
 
-var machineStates = map[scheduler.MachineState]dispatchv1.MachineState{
-	scheduler.Connecting: dispatchv1.MachineState_MACHINE_STATE_CONNECTING,
-	scheduler.Up:         dispatchv1.MachineState_MACHINE_STATE_UP,
-	scheduler.Down:       dispatchv1.MachineState_MACHINE_STATE_DOWN,
-	scheduler.Draining:   dispatchv1.MachineState_MACHINE_STATE_DRAINING,
-}
-
-func (s *server) machineStatus(m scheduler.MachineStatus) *dispatchv1.MachineStatus {
-	out := &dispatchv1.MachineStatus{
-		Uri:     string(m.ID),
-		State:   machineStates[m.State],
-		Slots:   uint32(m.Slots),              //nolint:gosec // the parser bounds it
-		Running: uint32(m.Running + m.Held),   //nolint:gosec // at most slots
-		Staging: uint32(m.Placed - m.Running), //nolint:gosec // bounded by the scheduler
-		Reason:  m.Reason,
+// status is the last attempt to read the builders setting anew, for the API.
+func (r *reloader) status() *dispatchv1.ReloadStatus {
+	r.lastMu.Lock()
+	defer r.lastMu.Unlock()
+	if r.last == nil {
+		return nil
 	}
-	if machine := s.d.machines.get(m.ID); machine != nil {
-		ssh := machine.host.Status()
-		out.Since = timestamppb.New(ssh.Since)
-		out.Connections = uint32(ssh.Connections) //nolint:gosec // a handful
-	}
-	return out
+	return &dispatchv1.ReloadStatus{
+		Time: timestamppb.New(r.last.at), Success: r.last.success(), Errors: r.last.list.badEntries()}
 }
 
 // Machines lists the machines as they were understood.
 func (s *server) Machines(context.Context, *dispatchv1.MachinesRequest) (*dispatchv1.MachinesResponse, error) {
-	r := &dispatchv1.MachinesResponse{Errors: s.d.machines.badEntries()}
-	for _, line := range s.d.machines.lines {
+	list := s.d.machines.current()
+	r := &dispatchv1.MachinesResponse{Errors: list.badEntries()}
+	for _, line := range list.lines {
 		r.Machines = append(r.Machines, &dispatchv1.Machine{
 			StoreUri:          line.StoreURI,
 			Systems:           line.SystemTypes,
@@ -130,19 +128,20 @@ var (
 	errNoSuchBuild = errors.New("no such build is in progress")
 	errNotYours    = errors.New("the build is another user's")
 	errBadRequest  = errors.New("bad request")
+	errNotAllowed  = errors.New("only root and the user that nix-dispatchd runs as may do that")
 )
 
 // toStatus is the one place where errors become gRPC codes.
 func toStatus(err error) error {
 	code := codes.Internal
 	switch {
-	case errors.Is(err, errBadRequest):
+	case errors.Is(err, errBadRequest), errors.Is(err, errAmbiguous):
 		code = codes.InvalidArgument
-	case errors.Is(err, errNoSuchBuild), errors.Is(err, errNotInStore):
+	case errors.Is(err, errNoSuchBuild), errors.Is(err, errNotInStore), errors.Is(err, errNoSuchMachine):
 		code = codes.NotFound
-	case errors.Is(err, errNotYours):
+	case errors.Is(err, errNotYours), errors.Is(err, errNotAllowed):
 		code = codes.PermissionDenied
-	case errors.Is(err, errShutdown):
+	case errors.Is(err, errShutdown), errors.Is(err, errNotRunning):
 		code = codes.Unavailable
 	case errors.Is(err, context.Canceled):
 		code = codes.Canceled

@@ -198,6 +198,16 @@ func (s *site) machineStatus(m *fakeMachine) *dispatchv1.MachineStatus {
 	return nil
 }
 
+// inUse is what the daemon has of a machine.
+func (s *site) inUse(m *fakeMachine) *machine {
+	s.t.Helper()
+	entries := s.d.machines.at(withURI(m.uri()))
+	if len(entries) != 1 {
+		s.t.Fatalf("%d entries of %s, want 1", len(entries), m.uri())
+	}
+	return entries[0].m
+}
+
 // idle waits until no build is in progress and no slot is in use.
 func (s *site) idle() {
 	s.t.Helper()
@@ -317,6 +327,9 @@ func (l *localNix) count() int {
 }
 
 func (l *localNix) importing(info nix.PathInfo) error {
+	if info.Path.Name() == markName {
+		return nil // no build's
+	}
 	l.mu.Lock()
 	before := l.beforeImport
 	l.imports = append(l.imports, info)

@@ -68,7 +68,10 @@ func parseBuild(args []string, std stdio) (opts *buildOptions, status int, ok bo
 	req.Limits = new(dispatchv1.Limits)
 	flags := newFlagSet(std, "build", "[OPTION]... DRV...", `Builds derivations and whatever they need that is not there yet, and prints the
 paths of their outputs. DRV is the path of a .drv file; DRV^out,doc or DRV!out,doc
-asks for some outputs only. Times are in seconds, or like 1h30m.`)
+asks for some outputs only. Times are in seconds, or like 1h30m.
+
+Example:
+  nix-dispatch build -L --out-link result $(nix-instantiate hello.nix)`)
 	socket := socketFlag(flags)
 	flags.BoolVar(&opts.json, "json", false, "print the outputs as JSON")
 	const outLink = "make `PATH` a link to the output and keep it from being garbage-collected"

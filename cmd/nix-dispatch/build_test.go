@@ -20,7 +20,6 @@ import (
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/testing/protocmp"
 	"google.golang.org/protobuf/types/known/durationpb"
-	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"nixdispatch/proto/dispatch/dispatchtest"
 	dispatchv1 "nixdispatch/proto/dispatch/v1"
@@ -257,77 +256,6 @@ func TestResolveDerivation(t *testing.T) {
 		if got != tt.want || (err == nil) != (tt.want != "") {
 			t.Errorf("resolveDerivation(%q) = %q, %v, want %q", tt.operand, got, err, tt.want)
 		}
-	}
-}
-
-func TestStatus(t *testing.T) {
-	now := time.Now()
-	d := (&fakeDaemon{status: &dispatchv1.StatusResponse{
-		Machines: []*dispatchv1.MachineStatus{
-			{Uri: "ssh://mac", State: dispatchv1.MachineState_MACHINE_STATE_UP, Slots: 8, Running: 1},
-			{Uri: "ssh://poochie", State: dispatchv1.MachineState_MACHINE_STATE_DOWN, Slots: 1, Reason: "no\nroute\x1b[2J"},
-		},
-		Builds: []*dispatchv1.BuildInfo{
-			{Id: 7, DrvPath: helloDrv, Phase: dispatchv1.Phase_PHASE_BUILDING, Machine: "ssh://mac", Since: timestamppb.New(now.Add(-time.Minute))},
-			{Id: 8, DrvPath: otherDrv, Phase: dispatchv1.Phase_PHASE_QUEUED, Reason: "all slots are taken"},
-		},
-	}}).start(t)
-
-	code, stdout, _ := runCommand(t.Context(), d.socket, "status")
-	want := []string{"ssh://mac", "up", "1 of 8", "ssh://poochie", "down", "no route", "7", "building", "1m0s", "queued", "all slots are taken"}
-	for _, word := range want {
-		if code != exitOK || !strings.Contains(stdout, word) || strings.ContainsRune(stdout, 0x1b) {
-			t.Errorf("status %d, want %q in:\n%s", code, word, stdout)
-		}
-	}
-
-	_, stdout, _ = runCommand(t.Context(), d.socket, "status", "--json")
-	var got map[string][]map[string]any
-	if err := json.Unmarshal([]byte(stdout), &got); err != nil {
-		t.Fatal(err)
-	}
-	if s, ok := got["builds"][0]["seconds"].(float64); !ok || s < 60 || s > 600 {
-		t.Errorf("seconds = %v, want about 60", got["builds"][0]["seconds"])
-	}
-	delete(got["builds"][0], "seconds")
-	wantJSON := map[string][]map[string]any{
-		"machines": {
-			{"uri": "ssh://mac", "state": "up", "slots": 8.0, "running": 1.0, "reason": ""},
-			{"uri": "ssh://poochie", "state": "down", "slots": 1.0, "running": 0.0, "reason": "no\nroute\x1b[2J"},
-		},
-		"builds": {
-			{"id": 7.0, "drvPath": helloDrv, "phase": "building", "machine": "ssh://mac"},
-			{"id": 8.0, "drvPath": otherDrv, "phase": "queued", "machine": "", "seconds": 0.0},
-		},
-	}
-	if diff := cmp.Diff(wantJSON, got); diff != "" {
-		t.Errorf("(-want +got):\n%s", diff)
-	}
-}
-
-func TestStatusOfNothingIsEmptyLists(t *testing.T) {
-	d := (&fakeDaemon{status: &dispatchv1.StatusResponse{}}).start(t)
-	_, stdout, _ := runCommand(t.Context(), d.socket, "status", "--json")
-	if want := "{\n  \"machines\": [],\n  \"builds\": []\n}\n"; stdout != want {
-		t.Errorf("output %q, want %q", stdout, want)
-	}
-}
-
-func TestCancel(t *testing.T) {
-	var got []uint64
-	d := (&fakeDaemon{cancel: func(id uint64) error {
-		got = append(got, id)
-		if id == 2 {
-			return status.Error(codes.NotFound, "no build 2 is in progress")
-		}
-		return nil
-	}}).start(t)
-	code, _, stderr := runCommand(t.Context(), d.socket, "cancel", "1", "2", "3")
-	if code != exitFailed || !strings.Contains(stderr, "no build 2 is in progress") {
-		t.Errorf("status %d, said %q", code, stderr)
-	}
-	if diff := cmp.Diff([]uint64{1, 2, 3}, got); diff != "" {
-		t.Errorf("cancelled (-want +got):\n%s", diff)
 	}
 }
 

@@ -53,8 +53,11 @@ func commands() []command {
 	return []command{
 		{"build", "[OPTION]... DRV...", "build derivations on the machines", runBuild},
 		{"status", "[--json]", "show machines and builds", runStatus},
+		{"explain", "DRV|--system S", "tell where a build can go, and why not elsewhere", runExplain},
 		{"cancel", "BUILD...", "end builds for all who wait for them", runCancel},
-		{"machines", "check [FILE|-]", "show how a machines file is understood", runMachines},
+		{"drain", "MACHINE...", "give machines no new builds", runDrain},
+		{"undrain", "MACHINE...", "give drained machines builds again", runUndrain},
+		{"reload", "", "read the list of machines anew", runReload},
 		{"machines", "check [--json] [FILE|-]", "show how a machines file is understood", runMachines},
 		{"hook", "[VERBOSITY]", "what Nix's build-hook setting runs", func(_ context.Context, args []string, _ stdio) int { return buildhook.Main(args) }},
 	}

@@ -16,6 +16,10 @@ type fakeDaemon struct {
 	build  func(*dispatchv1.BuildRequest, grpc.ServerStreamingServer[dispatchv1.BuildResponse]) error
 	status *dispatchv1.StatusResponse
 	cancel func(uint64) error
+	// drain is asked by Drain and Undrain.
+	drain   func(machine string, drained bool) (string, error)
+	reload  *dispatchv1.ReloadResponse
+	explain func(*dispatchv1.ExplainRequest) (*dispatchv1.ExplainResponse, error)
 
 	socket string
 	server *grpc.Server
@@ -31,6 +35,24 @@ func (d *fakeDaemon) Status(context.Context, *dispatchv1.StatusRequest) (*dispat
 
 func (d *fakeDaemon) Cancel(_ context.Context, req *dispatchv1.CancelRequest) (*dispatchv1.CancelResponse, error) {
 	return &dispatchv1.CancelResponse{}, d.cancel(req.BuildId)
+}
+
+func (d *fakeDaemon) Drain(_ context.Context, req *dispatchv1.DrainRequest) (*dispatchv1.DrainResponse, error) {
+	uri, err := d.drain(req.GetMachine(), true)
+	return &dispatchv1.DrainResponse{Machine: uri, Builds: 2}, err
+}
+
+func (d *fakeDaemon) Undrain(_ context.Context, req *dispatchv1.UndrainRequest) (*dispatchv1.UndrainResponse, error) {
+	uri, err := d.drain(req.GetMachine(), false)
+	return &dispatchv1.UndrainResponse{Machine: uri}, err
+}
+
+func (d *fakeDaemon) Reload(context.Context, *dispatchv1.ReloadRequest) (*dispatchv1.ReloadResponse, error) {
+	return d.reload, nil
+}
+
+func (d *fakeDaemon) Explain(_ context.Context, req *dispatchv1.ExplainRequest) (*dispatchv1.ExplainResponse, error) {
+	return d.explain(req)
 }
 
 // start serves d on a socket until the test ends.

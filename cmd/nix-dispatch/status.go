@@ -32,6 +32,14 @@ type (
 	statusJSON struct {
 		Machines []machineJSON `json:"machines"`
 		Builds   []buildJSON   `json:"builds"`
+		// Unplaceable counts the builds that no machine can ever run.
+		Unplaceable uint32      `json:"unplaceable"`
+		Reload      *reloadJSON `json:"reload"`
+	}
+	reloadJSON struct {
+		Time    time.Time `json:"time"`
+		Success bool      `json:"success"`
+		Errors  []string  `json:"errors"`
 	}
 	machineJSON struct {
 		URI     string `json:"uri"`
@@ -39,6 +47,8 @@ type (
 		Slots   uint32 `json:"slots"`
 		Running uint32 `json:"running"`
 		Reason  string `json:"reason"`
+		Drained bool   `json:"drained"`
+		Removed bool   `json:"removed"`
 	}
 	buildJSON struct {
 		ID      uint64  `json:"id"`
@@ -46,11 +56,15 @@ type (
 		Phase   string  `json:"phase"`
 		Machine string  `json:"machine"`
 		Seconds float64 `json:"seconds"`
+		Reason  string  `json:"reason"`
 	}
 )
 
 func runStatus(ctx context.Context, args []string, std stdio) int {
-	flags := newFlagSet(std, "status", "[--json]", "Shows the machines and the builds in progress.")
+	flags := newFlagSet(std, "status", "[--json]", `Shows the machines and the builds in progress.
+
+Example:
+  nix-dispatch status --json | jq -r '.machines[] | select(.state != "up") | .uri'`)
 	socket := socketFlag(flags)
 	asJSON := flags.Bool("json", false, "print JSON")
 	operands, status, ok := parseFlags(flags, args)
@@ -60,33 +74,32 @@ func runStatus(ctx context.Context, args []string, std stdio) int {
 	if len(operands) > 0 {
 		return usageError(std, "status", "unexpected argument %q", operands[0])
 	}
-	ctx, stop := interruptible(ctx)
-	defer stop()
-	conn, err := dialReady(ctx, *socket)
-	if err != nil {
-		return reportCallError(std.err, *socket, err)
-	}
-	defer conn.Close()
-	ctx, cancel := context.WithTimeout(ctx, callTimeout)
-	defer cancel()
-	resp, err := conn.Status(ctx, &dispatchv1.StatusRequest{})
-	if err != nil {
-		return reportCallError(std.err, *socket, err)
-	}
-	if *asJSON {
-		return printJSON(std, statusOf(resp, time.Now()))
-	}
-	printStatus(std.out, resp, time.Now())
-	return exitOK
+	return withDaemon(ctx, *socket, std, func(ctx context.Context, conn *daemonConn) (int, error) {
+		resp, err := conn.Status(ctx, &dispatchv1.StatusRequest{})
+		if err != nil {
+			return exitFailed, err
+		}
+		if *asJSON {
+			return printJSON(std, statusOf(resp, time.Now())), nil
+		}
+		printStatus(std.out, resp, time.Now())
+		return exitOK, nil
+	})
 }
 
 func statusOf(resp *dispatchv1.StatusResponse, now time.Time) statusJSON {
-	s := statusJSON{Machines: []machineJSON{}, Builds: []buildJSON{}}
+	s := statusJSON{Machines: []machineJSON{}, Builds: []buildJSON{}, Unplaceable: resp.GetUnplaceable()}
+	if r := resp.GetReload(); r != nil {
+		s.Reload = &reloadJSON{Time: r.GetTime().AsTime(), Success: r.GetSuccess(), Errors: []string{}}
+		for _, e := range r.GetErrors() {
+			s.Reload.Errors = append(s.Reload.Errors, e.GetMessage())
+		}
+	}
 	for _, m := range resp.Machines {
-		s.Machines = append(s.Machines, machineJSON{m.Uri, stateName(m.State), m.Slots, m.Running, m.Reason})
+		s.Machines = append(s.Machines, machineJSON{m.Uri, stateName(m.State), m.Slots, m.Running, m.Reason, m.Drained, m.Removed})
 	}
 	for _, b := range resp.Builds {
-		s.Builds = append(s.Builds, buildJSON{b.Id, b.DrvPath, phaseName(b.Phase), b.Machine, age(b, now).Seconds()})
+		s.Builds = append(s.Builds, buildJSON{b.Id, b.DrvPath, phaseName(b.Phase), b.Machine, age(b, now).Seconds(), b.Reason})
 	}
 	return s
 }
@@ -118,7 +131,13 @@ func printStatus(w io.Writer, resp *dispatchv1.StatusResponse, now time.Time) {
 		fmt.Fprintln(w, "(no machines)")
 	}
 	for _, e := range resp.Errors {
-		fmt.Fprintf(w, "left out: %s:%d: %s\n", cell(e.File), e.Line, cell(e.Message))
+		fmt.Fprintf(w, "left out: %s\n", cell(e.Message))
+	}
+	if r := resp.GetReload(); r != nil && !r.GetSuccess() {
+		fmt.Fprintf(w, "the list of machines was not read anew at %s, because of\n", r.GetTime().AsTime().Local().Format("2006-01-02 15:04:05"))
+		for _, e := range r.GetErrors() {
+			fmt.Fprintf(w, "  %s\n", cell(e.Message))
+		}
 	}
 	fmt.Fprintln(w)
 	if len(resp.Builds) == 0 {
@@ -131,6 +150,9 @@ func printStatus(w io.Writer, resp *dispatchv1.StatusResponse, now time.Time) {
 			cmp.Or(cell(b.Machine), "-"), cell(b.DrvPath), cell(b.Reason))
 	}
 	tw.Flush()
+	if n := resp.GetUnplaceable(); n > 0 {
+		fmt.Fprintf(w, "\nbuilds that no machine can ever run: %d; 'nix-dispatch explain DRV' tells why\n", n)
+	}
 }
 
 // cell makes foreign text fit for one cell of a table.
@@ -150,7 +172,10 @@ func printJSON(std stdio, v any) int {
 }
 
 func runCancel(ctx context.Context, args []string, std stdio) int {
-	flags := newFlagSet(std, "cancel", "BUILD...", "Ends builds, by their numbers in 'nix-dispatch status', for all who wait for them.")
+	flags := newFlagSet(std, "cancel", "BUILD...", `Ends builds, by their numbers in 'nix-dispatch status', for all who wait for them.
+
+Example:
+  nix-dispatch cancel 17`)
 	socket := socketFlag(flags)
 	operands, status, ok := parseFlags(flags, args)
 	if !ok {
@@ -167,21 +192,12 @@ func runCancel(ctx context.Context, args []string, std stdio) int {
 		}
 		ids = append(ids, id)
 	}
-	ctx, stop := interruptible(ctx)
-	defer stop()
-	conn, err := dialReady(ctx, *socket)
-	if err != nil {
-		return reportCallError(std.err, *socket, err)
-	}
-	defer conn.Close()
-	worst := exitOK
+	var calls []func(context.Context, *daemonConn) (int, error)
 	for _, id := range ids {
-		callCtx, cancel := context.WithTimeout(ctx, callTimeout)
-		_, err := conn.Cancel(callCtx, &dispatchv1.CancelRequest{BuildId: id})
-		cancel()
-		if err != nil {
-			worst = max(worst, reportCallError(std.err, *socket, err))
-		}
+		calls = append(calls, func(ctx context.Context, conn *daemonConn) (int, error) {
+			_, err := conn.Cancel(ctx, &dispatchv1.CancelRequest{BuildId: id})
+			return exitOK, err
+		})
 	}
-	return worst
+	return withDaemon(ctx, *socket, std, calls...)
 }

@@ -31,12 +31,17 @@ Options:
   --socket PATH           where to listen (default /run/nix-dispatch/socket)
   --metrics-listen ADDR   where Prometheus may scrape /metrics, "" for nowhere
                           (default 127.0.0.1:9747)
-  --state-dir DIR         what must not be in memory (default /var/lib/nix-dispatch)
+  --state-dir DIR         what must not be in memory, and which machines are drained
+                          (default /var/lib/nix-dispatch)
   --machine-wait DURATION how long a build waits while none of its machines is up
                           (default 5m)
   --log-level LEVEL       debug, info, warn or error (default info)
   --version               print the version and exit
   --help                  print this and exit
+
+Signals:
+  HUP                     read the list of machines anew
+  TERM, INT               stop
 
 Examples:
   nix-dispatchd
@@ -46,14 +51,16 @@ Examples:
 func main() {
 	syscall.Umask(0o077)
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
-	code := run(ctx, os.Args[1:], os.Stdout, os.Stderr)
+	hangup := make(chan os.Signal, 1) // one that is not seen yet will do for all
+	signal.Notify(hangup, syscall.SIGHUP)
+	code := run(ctx, os.Args[1:], hangup, os.Stdout, os.Stderr)
 	stop()
 	os.Exit(code)
 }
 
 // run is the program without the process around it. It returns the exit status:
 // 0, 1 if the daemon failed, 2 for bad usage.
-func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
+func run(ctx context.Context, args []string, hangup <-chan os.Signal, stdout, stderr io.Writer) int {
 	opts, level, err := parse(args, stdout)
 	if errors.Is(err, flag.ErrHelp) {
 		return 0
@@ -62,7 +69,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 		fmt.Fprintf(stderr, "nix-dispatchd: %v\nTry 'nix-dispatchd --help'.\n", err)
 		return 2
 	}
-	opts.Logger = newLogger(stderr, level)
+	opts.Logger, opts.Hangup = newLogger(stderr, level), hangup
 	d, err := daemon.New(opts)
 	if err == nil {
 		err = d.Run(ctx)

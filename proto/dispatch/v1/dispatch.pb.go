@@ -245,6 +245,90 @@ func (Phase) EnumDescriptor() ([]byte, []int) {
 	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{2}
 }
 
+// The first thing that keeps a build from a machine.
+type VerdictReason int32
+
+const (
+	VerdictReason_VERDICT_REASON_UNSPECIFIED VerdictReason = 0
+	// Nothing does.
+	VerdictReason_VERDICT_REASON_ELIGIBLE VerdictReason = 1
+	VerdictReason_VERDICT_REASON_SYSTEM   VerdictReason = 2
+	// A feature that the build requires is missing.
+	VerdictReason_VERDICT_REASON_FEATURE_MISSING VerdictReason = 3
+	// A mandatory feature of the machine is not required by the build.
+	VerdictReason_VERDICT_REASON_MANDATORY_FEATURE VerdictReason = 4
+	// Its max-jobs is 0.
+	VerdictReason_VERDICT_REASON_NO_SLOTS   VerdictReason = 5
+	VerdictReason_VERDICT_REASON_CONNECTING VerdictReason = 6
+	VerdictReason_VERDICT_REASON_DOWN       VerdictReason = 7
+	VerdictReason_VERDICT_REASON_DRAINED    VerdictReason = 8
+	// It failed this build before, and other machines can take it.
+	VerdictReason_VERDICT_REASON_FAILED_BEFORE VerdictReason = 9
+	// All its slots are taken.
+	VerdictReason_VERDICT_REASON_FULL VerdictReason = 10
+	// The daemon cannot serve this kind of machine; the stock hook does.
+	VerdictReason_VERDICT_REASON_UNSUPPORTED VerdictReason = 11
+)
+
+// Enum value maps for VerdictReason.
+var (
+	VerdictReason_name = map[int32]string{
+		0:  "VERDICT_REASON_UNSPECIFIED",
+		1:  "VERDICT_REASON_ELIGIBLE",
+		2:  "VERDICT_REASON_SYSTEM",
+		3:  "VERDICT_REASON_FEATURE_MISSING",
+		4:  "VERDICT_REASON_MANDATORY_FEATURE",
+		5:  "VERDICT_REASON_NO_SLOTS",
+		6:  "VERDICT_REASON_CONNECTING",
+		7:  "VERDICT_REASON_DOWN",
+		8:  "VERDICT_REASON_DRAINED",
+		9:  "VERDICT_REASON_FAILED_BEFORE",
+		10: "VERDICT_REASON_FULL",
+		11: "VERDICT_REASON_UNSUPPORTED",
+	}
+	VerdictReason_value = map[string]int32{
+		"VERDICT_REASON_UNSPECIFIED":       0,
+		"VERDICT_REASON_ELIGIBLE":          1,
+		"VERDICT_REASON_SYSTEM":            2,
+		"VERDICT_REASON_FEATURE_MISSING":   3,
+		"VERDICT_REASON_MANDATORY_FEATURE": 4,
+		"VERDICT_REASON_NO_SLOTS":          5,
+		"VERDICT_REASON_CONNECTING":        6,
+		"VERDICT_REASON_DOWN":              7,
+		"VERDICT_REASON_DRAINED":           8,
+		"VERDICT_REASON_FAILED_BEFORE":     9,
+		"VERDICT_REASON_FULL":              10,
+		"VERDICT_REASON_UNSUPPORTED":       11,
+	}
+)
+
+func (x VerdictReason) Enum() *VerdictReason {
+	p := new(VerdictReason)
+	*p = x
+	return p
+}
+
+func (x VerdictReason) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (VerdictReason) Descriptor() protoreflect.EnumDescriptor {
+	return file_dispatch_v1_dispatch_proto_enumTypes[3].Descriptor()
+}
+
+func (VerdictReason) Type() protoreflect.EnumType {
+	return &file_dispatch_v1_dispatch_proto_enumTypes[3]
+}
+
+func (x VerdictReason) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use VerdictReason.Descriptor instead.
+func (VerdictReason) EnumDescriptor() ([]byte, []int) {
+	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{3}
+}
+
 type Reply_Action int32
 
 const (
@@ -292,11 +376,11 @@ func (x Reply_Action) String() string {
 }
 
 func (Reply_Action) Descriptor() protoreflect.EnumDescriptor {
-	return file_dispatch_v1_dispatch_proto_enumTypes[3].Descriptor()
+	return file_dispatch_v1_dispatch_proto_enumTypes[4].Descriptor()
 }
 
 func (Reply_Action) Type() protoreflect.EnumType {
-	return &file_dispatch_v1_dispatch_proto_enumTypes[3]
+	return &file_dispatch_v1_dispatch_proto_enumTypes[4]
 }
 
 func (x Reply_Action) Number() protoreflect.EnumNumber {
@@ -2019,8 +2103,14 @@ type StatusResponse struct {
 	Started  *timestamppb.Timestamp `protobuf:"bytes,2,opt,name=started,proto3" json:"started,omitempty"`
 	Machines []*MachineStatus       `protobuf:"bytes,3,rep,name=machines,proto3" json:"machines,omitempty"`
 	Builds   []*BuildInfo           `protobuf:"bytes,4,rep,name=builds,proto3" json:"builds,omitempty"`
-	// Entries of the builders setting that could not be used.
-	Errors        []*MachineError `protobuf:"bytes,5,rep,name=errors,proto3" json:"errors,omitempty"`
+	// Entries of the builders setting that could not be used, and what else of the
+	// daemon's own files could not.
+	Errors []*MachineError `protobuf:"bytes,5,rep,name=errors,proto3" json:"errors,omitempty"`
+	// What became of the last attempt to read the builders setting anew; unset
+	// before the first.
+	Reload *ReloadStatus `protobuf:"bytes,6,opt,name=reload,proto3" json:"reload,omitempty"`
+	// How many of the builds no machine can ever run, as the machines are now.
+	Unplaceable   uint32 `protobuf:"varint,7,opt,name=unplaceable,proto3" json:"unplaceable,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2090,6 +2180,84 @@ func (x *StatusResponse) GetErrors() []*MachineError {
 	return nil
 }
 
+func (x *StatusResponse) GetReload() *ReloadStatus {
+	if x != nil {
+		return x.Reload
+	}
+	return nil
+}
+
+func (x *StatusResponse) GetUnplaceable() uint32 {
+	if x != nil {
+		return x.Unplaceable
+	}
+	return 0
+}
+
+// What became of an attempt to read the builders setting anew.
+type ReloadStatus struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// When it was.
+	Time *timestamppb.Timestamp `protobuf:"bytes,1,opt,name=time,proto3" json:"time,omitempty"`
+	// Whether the machines are those that were read.
+	Success bool `protobuf:"varint,2,opt,name=success,proto3" json:"success,omitempty"`
+	// What is wrong in the setting: nothing was changed because of it.
+	Errors        []*MachineError `protobuf:"bytes,3,rep,name=errors,proto3" json:"errors,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReloadStatus) Reset() {
+	*x = ReloadStatus{}
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[25]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReloadStatus) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReloadStatus) ProtoMessage() {}
+
+func (x *ReloadStatus) ProtoReflect() protoreflect.Message {
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[25]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReloadStatus.ProtoReflect.Descriptor instead.
+func (*ReloadStatus) Descriptor() ([]byte, []int) {
+	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{25}
+}
+
+func (x *ReloadStatus) GetTime() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Time
+	}
+	return nil
+}
+
+func (x *ReloadStatus) GetSuccess() bool {
+	if x != nil {
+		return x.Success
+	}
+	return false
+}
+
+func (x *ReloadStatus) GetErrors() []*MachineError {
+	if x != nil {
+		return x.Errors
+	}
+	return nil
+}
+
 // A machine as it is now.
 type MachineStatus struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -2107,14 +2275,18 @@ type MachineStatus struct {
 	// Since when.
 	Since *timestamppb.Timestamp `protobuf:"bytes,7,opt,name=since,proto3" json:"since,omitempty"`
 	// Open SSH connections.
-	Connections   uint32 `protobuf:"varint,8,opt,name=connections,proto3" json:"connections,omitempty"`
+	Connections uint32 `protobuf:"varint,8,opt,name=connections,proto3" json:"connections,omitempty"`
+	// Whether it was drained, in whatever state it is.
+	Drained bool `protobuf:"varint,9,opt,name=drained,proto3" json:"drained,omitempty"`
+	// Whether it is listed no more, and goes when its builds have ended.
+	Removed       bool `protobuf:"varint,10,opt,name=removed,proto3" json:"removed,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *MachineStatus) Reset() {
 	*x = MachineStatus{}
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[25]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2126,7 +2298,7 @@ func (x *MachineStatus) String() string {
 func (*MachineStatus) ProtoMessage() {}
 
 func (x *MachineStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[25]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2139,7 +2311,7 @@ func (x *MachineStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MachineStatus.ProtoReflect.Descriptor instead.
 func (*MachineStatus) Descriptor() ([]byte, []int) {
-	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{25}
+	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *MachineStatus) GetUri() string {
@@ -2198,6 +2370,20 @@ func (x *MachineStatus) GetConnections() uint32 {
 	return 0
 }
 
+func (x *MachineStatus) GetDrained() bool {
+	if x != nil {
+		return x.Drained
+	}
+	return false
+}
+
+func (x *MachineStatus) GetRemoved() bool {
+	if x != nil {
+		return x.Removed
+	}
+	return false
+}
+
 // A build in progress.
 type BuildInfo struct {
 	state   protoimpl.MessageState `protogen:"open.v1"`
@@ -2211,15 +2397,17 @@ type BuildInfo struct {
 	// How many callers wait for it.
 	Callers uint32 `protobuf:"varint,6,opt,name=callers,proto3" json:"callers,omitempty"`
 	// Why it waits; "" once it does not.
-	Reason        string `protobuf:"bytes,7,opt,name=reason,proto3" json:"reason,omitempty"`
-	System        string `protobuf:"bytes,8,opt,name=system,proto3" json:"system,omitempty"`
+	Reason string `protobuf:"bytes,7,opt,name=reason,proto3" json:"reason,omitempty"`
+	System string `protobuf:"bytes,8,opt,name=system,proto3" json:"system,omitempty"`
+	// Whether no machine can ever run it, as the machines are now.
+	Unplaceable   bool `protobuf:"varint,9,opt,name=unplaceable,proto3" json:"unplaceable,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *BuildInfo) Reset() {
 	*x = BuildInfo{}
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[26]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2231,7 +2419,7 @@ func (x *BuildInfo) String() string {
 func (*BuildInfo) ProtoMessage() {}
 
 func (x *BuildInfo) ProtoReflect() protoreflect.Message {
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[26]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2244,7 +2432,7 @@ func (x *BuildInfo) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BuildInfo.ProtoReflect.Descriptor instead.
 func (*BuildInfo) Descriptor() ([]byte, []int) {
-	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{26}
+	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *BuildInfo) GetId() uint64 {
@@ -2303,6 +2491,13 @@ func (x *BuildInfo) GetSystem() string {
 	return ""
 }
 
+func (x *BuildInfo) GetUnplaceable() bool {
+	if x != nil {
+		return x.Unplaceable
+	}
+	return false
+}
+
 type MachinesRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -2311,7 +2506,7 @@ type MachinesRequest struct {
 
 func (x *MachinesRequest) Reset() {
 	*x = MachinesRequest{}
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[27]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2323,7 +2518,7 @@ func (x *MachinesRequest) String() string {
 func (*MachinesRequest) ProtoMessage() {}
 
 func (x *MachinesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[27]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2336,7 +2531,7 @@ func (x *MachinesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MachinesRequest.ProtoReflect.Descriptor instead.
 func (*MachinesRequest) Descriptor() ([]byte, []int) {
-	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{27}
+	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{28}
 }
 
 type MachinesResponse struct {
@@ -2349,7 +2544,7 @@ type MachinesResponse struct {
 
 func (x *MachinesResponse) Reset() {
 	*x = MachinesResponse{}
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[28]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2361,7 +2556,7 @@ func (x *MachinesResponse) String() string {
 func (*MachinesResponse) ProtoMessage() {}
 
 func (x *MachinesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[28]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2374,7 +2569,7 @@ func (x *MachinesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MachinesResponse.ProtoReflect.Descriptor instead.
 func (*MachinesResponse) Descriptor() ([]byte, []int) {
-	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{28}
+	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *MachinesResponse) GetMachines() []*Machine {
@@ -2408,7 +2603,7 @@ type Machine struct {
 
 func (x *Machine) Reset() {
 	*x = Machine{}
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[29]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2420,7 +2615,7 @@ func (x *Machine) String() string {
 func (*Machine) ProtoMessage() {}
 
 func (x *Machine) ProtoReflect() protoreflect.Message {
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[29]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2433,7 +2628,7 @@ func (x *Machine) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Machine.ProtoReflect.Descriptor instead.
 func (*Machine) Descriptor() ([]byte, []int) {
-	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{29}
+	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *Machine) GetStoreUri() string {
@@ -2504,7 +2699,7 @@ type MachineError struct {
 
 func (x *MachineError) Reset() {
 	*x = MachineError{}
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[30]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2516,7 +2711,7 @@ func (x *MachineError) String() string {
 func (*MachineError) ProtoMessage() {}
 
 func (x *MachineError) ProtoReflect() protoreflect.Message {
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[30]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2529,7 +2724,7 @@ func (x *MachineError) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MachineError.ProtoReflect.Descriptor instead.
 func (*MachineError) Descriptor() ([]byte, []int) {
-	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{30}
+	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *MachineError) GetFile() string {
@@ -2562,7 +2757,7 @@ type CancelRequest struct {
 
 func (x *CancelRequest) Reset() {
 	*x = CancelRequest{}
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[31]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2574,7 +2769,7 @@ func (x *CancelRequest) String() string {
 func (*CancelRequest) ProtoMessage() {}
 
 func (x *CancelRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[31]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2587,7 +2782,7 @@ func (x *CancelRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CancelRequest.ProtoReflect.Descriptor instead.
 func (*CancelRequest) Descriptor() ([]byte, []int) {
-	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{31}
+	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *CancelRequest) GetBuildId() uint64 {
@@ -2605,7 +2800,7 @@ type CancelResponse struct {
 
 func (x *CancelResponse) Reset() {
 	*x = CancelResponse{}
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[32]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2617,7 +2812,7 @@ func (x *CancelResponse) String() string {
 func (*CancelResponse) ProtoMessage() {}
 
 func (x *CancelResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[32]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2630,7 +2825,522 @@ func (x *CancelResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CancelResponse.ProtoReflect.Descriptor instead.
 func (*CancelResponse) Descriptor() ([]byte, []int) {
-	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{32}
+	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{33}
+}
+
+// A build to be explained: a derivation, or a system and features.
+type ExplainRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// A store path of a derivation of the local store; "" for none. If a build of it
+	// is in progress the answer is about that build.
+	DrvPath string `protobuf:"bytes,1,opt,name=drv_path,json=drvPath,proto3" json:"drv_path,omitempty"`
+	// Such as "x86_64-linux"; counts only without a derivation.
+	System string `protobuf:"bytes,2,opt,name=system,proto3" json:"system,omitempty"`
+	// Required system features; count only without a derivation.
+	Features      []string `protobuf:"bytes,3,rep,name=features,proto3" json:"features,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ExplainRequest) Reset() {
+	*x = ExplainRequest{}
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[34]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ExplainRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ExplainRequest) ProtoMessage() {}
+
+func (x *ExplainRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[34]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ExplainRequest.ProtoReflect.Descriptor instead.
+func (*ExplainRequest) Descriptor() ([]byte, []int) {
+	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{34}
+}
+
+func (x *ExplainRequest) GetDrvPath() string {
+	if x != nil {
+		return x.DrvPath
+	}
+	return ""
+}
+
+func (x *ExplainRequest) GetSystem() string {
+	if x != nil {
+		return x.System
+	}
+	return ""
+}
+
+func (x *ExplainRequest) GetFeatures() []string {
+	if x != nil {
+		return x.Features
+	}
+	return nil
+}
+
+type ExplainResponse struct {
+	state    protoimpl.MessageState `protogen:"open.v1"`
+	System   string                 `protobuf:"bytes,1,opt,name=system,proto3" json:"system,omitempty"`
+	Features []string               `protobuf:"bytes,2,rep,name=features,proto3" json:"features,omitempty"`
+	// Whether some machine could run it, whatever is on it and whether or not it
+	// is up.
+	Possible bool `protobuf:"varint,3,opt,name=possible,proto3" json:"possible,omitempty"`
+	// The store URI of the machine it would go to now, or is on; "" if none has
+	// room.
+	Chosen string `protobuf:"bytes,4,opt,name=chosen,proto3" json:"chosen,omitempty"`
+	// What happens to the build and why, in words for a person.
+	Why string `protobuf:"bytes,5,opt,name=why,proto3" json:"why,omitempty"`
+	// All machines, in the order of their list.
+	Machines []*Verdict `protobuf:"bytes,6,rep,name=machines,proto3" json:"machines,omitempty"`
+	// The build in progress that this is about; 0 if there is none.
+	BuildId uint64 `protobuf:"varint,7,opt,name=build_id,json=buildId,proto3" json:"build_id,omitempty"`
+	// All of it, in lines for a person.
+	Text          string `protobuf:"bytes,8,opt,name=text,proto3" json:"text,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ExplainResponse) Reset() {
+	*x = ExplainResponse{}
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[35]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ExplainResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ExplainResponse) ProtoMessage() {}
+
+func (x *ExplainResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[35]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ExplainResponse.ProtoReflect.Descriptor instead.
+func (*ExplainResponse) Descriptor() ([]byte, []int) {
+	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{35}
+}
+
+func (x *ExplainResponse) GetSystem() string {
+	if x != nil {
+		return x.System
+	}
+	return ""
+}
+
+func (x *ExplainResponse) GetFeatures() []string {
+	if x != nil {
+		return x.Features
+	}
+	return nil
+}
+
+func (x *ExplainResponse) GetPossible() bool {
+	if x != nil {
+		return x.Possible
+	}
+	return false
+}
+
+func (x *ExplainResponse) GetChosen() string {
+	if x != nil {
+		return x.Chosen
+	}
+	return ""
+}
+
+func (x *ExplainResponse) GetWhy() string {
+	if x != nil {
+		return x.Why
+	}
+	return ""
+}
+
+func (x *ExplainResponse) GetMachines() []*Verdict {
+	if x != nil {
+		return x.Machines
+	}
+	return nil
+}
+
+func (x *ExplainResponse) GetBuildId() uint64 {
+	if x != nil {
+		return x.BuildId
+	}
+	return 0
+}
+
+func (x *ExplainResponse) GetText() string {
+	if x != nil {
+		return x.Text
+	}
+	return ""
+}
+
+// What is to be said of one machine for one build.
+type Verdict struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Its store URI.
+	Machine string        `protobuf:"bytes,1,opt,name=machine,proto3" json:"machine,omitempty"`
+	Reason  VerdictReason `protobuf:"varint,2,opt,name=reason,proto3,enum=nixdispatch.v1.VerdictReason" json:"reason,omitempty"`
+	// The reason in words for a person.
+	Text          string `protobuf:"bytes,3,opt,name=text,proto3" json:"text,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Verdict) Reset() {
+	*x = Verdict{}
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[36]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Verdict) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Verdict) ProtoMessage() {}
+
+func (x *Verdict) ProtoReflect() protoreflect.Message {
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[36]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Verdict.ProtoReflect.Descriptor instead.
+func (*Verdict) Descriptor() ([]byte, []int) {
+	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{36}
+}
+
+func (x *Verdict) GetMachine() string {
+	if x != nil {
+		return x.Machine
+	}
+	return ""
+}
+
+func (x *Verdict) GetReason() VerdictReason {
+	if x != nil {
+		return x.Reason
+	}
+	return VerdictReason_VERDICT_REASON_UNSPECIFIED
+}
+
+func (x *Verdict) GetText() string {
+	if x != nil {
+		return x.Text
+	}
+	return ""
+}
+
+type DrainRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The machine's store URI, or its host's name if no other machine has that.
+	Machine       string `protobuf:"bytes,1,opt,name=machine,proto3" json:"machine,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DrainRequest) Reset() {
+	*x = DrainRequest{}
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[37]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DrainRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DrainRequest) ProtoMessage() {}
+
+func (x *DrainRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[37]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DrainRequest.ProtoReflect.Descriptor instead.
+func (*DrainRequest) Descriptor() ([]byte, []int) {
+	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{37}
+}
+
+func (x *DrainRequest) GetMachine() string {
+	if x != nil {
+		return x.Machine
+	}
+	return ""
+}
+
+type DrainResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The machine's store URI.
+	Machine string `protobuf:"bytes,1,opt,name=machine,proto3" json:"machine,omitempty"`
+	// How many builds are on it.
+	Builds        uint32 `protobuf:"varint,2,opt,name=builds,proto3" json:"builds,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DrainResponse) Reset() {
+	*x = DrainResponse{}
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[38]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DrainResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DrainResponse) ProtoMessage() {}
+
+func (x *DrainResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[38]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DrainResponse.ProtoReflect.Descriptor instead.
+func (*DrainResponse) Descriptor() ([]byte, []int) {
+	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{38}
+}
+
+func (x *DrainResponse) GetMachine() string {
+	if x != nil {
+		return x.Machine
+	}
+	return ""
+}
+
+func (x *DrainResponse) GetBuilds() uint32 {
+	if x != nil {
+		return x.Builds
+	}
+	return 0
+}
+
+type UndrainRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// As in DrainRequest.
+	Machine       string `protobuf:"bytes,1,opt,name=machine,proto3" json:"machine,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *UndrainRequest) Reset() {
+	*x = UndrainRequest{}
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[39]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *UndrainRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*UndrainRequest) ProtoMessage() {}
+
+func (x *UndrainRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[39]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use UndrainRequest.ProtoReflect.Descriptor instead.
+func (*UndrainRequest) Descriptor() ([]byte, []int) {
+	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{39}
+}
+
+func (x *UndrainRequest) GetMachine() string {
+	if x != nil {
+		return x.Machine
+	}
+	return ""
+}
+
+type UndrainResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The machine's store URI.
+	Machine       string `protobuf:"bytes,1,opt,name=machine,proto3" json:"machine,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *UndrainResponse) Reset() {
+	*x = UndrainResponse{}
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[40]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *UndrainResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*UndrainResponse) ProtoMessage() {}
+
+func (x *UndrainResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[40]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use UndrainResponse.ProtoReflect.Descriptor instead.
+func (*UndrainResponse) Descriptor() ([]byte, []int) {
+	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{40}
+}
+
+func (x *UndrainResponse) GetMachine() string {
+	if x != nil {
+		return x.Machine
+	}
+	return ""
+}
+
+type ReloadRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReloadRequest) Reset() {
+	*x = ReloadRequest{}
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[41]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReloadRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReloadRequest) ProtoMessage() {}
+
+func (x *ReloadRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[41]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReloadRequest.ProtoReflect.Descriptor instead.
+func (*ReloadRequest) Descriptor() ([]byte, []int) {
+	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{41}
+}
+
+type ReloadResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// What is wrong in the setting: nothing was changed because of it.
+	Errors []*MachineError `protobuf:"bytes,1,rep,name=errors,proto3" json:"errors,omitempty"`
+	// How many machines there are now.
+	Machines      uint32 `protobuf:"varint,2,opt,name=machines,proto3" json:"machines,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReloadResponse) Reset() {
+	*x = ReloadResponse{}
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[42]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReloadResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReloadResponse) ProtoMessage() {}
+
+func (x *ReloadResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[42]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReloadResponse.ProtoReflect.Descriptor instead.
+func (*ReloadResponse) Descriptor() ([]byte, []int) {
+	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{42}
+}
+
+func (x *ReloadResponse) GetErrors() []*MachineError {
+	if x != nil {
+		return x.Errors
+	}
+	return nil
+}
+
+func (x *ReloadResponse) GetMachines() uint32 {
+	if x != nil {
+		return x.Machines
+	}
+	return 0
 }
 
 var File_dispatch_v1_dispatch_proto protoreflect.FileDescriptor
@@ -2757,13 +3467,19 @@ const file_dispatch_v1_dispatch_proto_rawDesc = "" +
 	"\fACTION_STOCK\x10\x05\" \n" +
 	"\bHandOver\x12\x14\n" +
 	"\x05paths\x18\x01 \x03(\tR\x05paths\"\x0f\n" +
-	"\rStatusRequest\"\x84\x02\n" +
+	"\rStatusRequest\"\xdc\x02\n" +
 	"\x0eStatusResponse\x12\x18\n" +
 	"\aversion\x18\x01 \x01(\tR\aversion\x124\n" +
 	"\astarted\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\astarted\x129\n" +
 	"\bmachines\x18\x03 \x03(\v2\x1d.nixdispatch.v1.MachineStatusR\bmachines\x121\n" +
 	"\x06builds\x18\x04 \x03(\v2\x19.nixdispatch.v1.BuildInfoR\x06builds\x124\n" +
-	"\x06errors\x18\x05 \x03(\v2\x1c.nixdispatch.v1.MachineErrorR\x06errors\"\x8b\x02\n" +
+	"\x06errors\x18\x05 \x03(\v2\x1c.nixdispatch.v1.MachineErrorR\x06errors\x124\n" +
+	"\x06reload\x18\x06 \x01(\v2\x1c.nixdispatch.v1.ReloadStatusR\x06reload\x12 \n" +
+	"\vunplaceable\x18\a \x01(\rR\vunplaceable\"\x8e\x01\n" +
+	"\fReloadStatus\x12.\n" +
+	"\x04time\x18\x01 \x01(\v2\x1a.google.protobuf.TimestampR\x04time\x12\x18\n" +
+	"\asuccess\x18\x02 \x01(\bR\asuccess\x124\n" +
+	"\x06errors\x18\x03 \x03(\v2\x1c.nixdispatch.v1.MachineErrorR\x06errors\"\xbf\x02\n" +
 	"\rMachineStatus\x12\x10\n" +
 	"\x03uri\x18\x01 \x01(\tR\x03uri\x122\n" +
 	"\x05state\x18\x02 \x01(\x0e2\x1c.nixdispatch.v1.MachineStateR\x05state\x12\x14\n" +
@@ -2772,7 +3488,10 @@ const file_dispatch_v1_dispatch_proto_rawDesc = "" +
 	"\astaging\x18\x05 \x01(\rR\astaging\x12\x16\n" +
 	"\x06reason\x18\x06 \x01(\tR\x06reason\x120\n" +
 	"\x05since\x18\a \x01(\v2\x1a.google.protobuf.TimestampR\x05since\x12 \n" +
-	"\vconnections\x18\b \x01(\rR\vconnections\"\xf9\x01\n" +
+	"\vconnections\x18\b \x01(\rR\vconnections\x12\x18\n" +
+	"\adrained\x18\t \x01(\bR\adrained\x12\x18\n" +
+	"\aremoved\x18\n" +
+	" \x01(\bR\aremoved\"\x9b\x02\n" +
 	"\tBuildInfo\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\x04R\x02id\x12\x19\n" +
 	"\bdrv_path\x18\x02 \x01(\tR\adrvPath\x12+\n" +
@@ -2781,7 +3500,8 @@ const file_dispatch_v1_dispatch_proto_rawDesc = "" +
 	"\x05since\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\x05since\x12\x18\n" +
 	"\acallers\x18\x06 \x01(\rR\acallers\x12\x16\n" +
 	"\x06reason\x18\a \x01(\tR\x06reason\x12\x16\n" +
-	"\x06system\x18\b \x01(\tR\x06system\"\x11\n" +
+	"\x06system\x18\b \x01(\tR\x06system\x12 \n" +
+	"\vunplaceable\x18\t \x01(\bR\vunplaceable\"\x11\n" +
 	"\x0fMachinesRequest\"}\n" +
 	"\x10MachinesResponse\x123\n" +
 	"\bmachines\x18\x01 \x03(\v2\x17.nixdispatch.v1.MachineR\bmachines\x124\n" +
@@ -2801,7 +3521,37 @@ const file_dispatch_v1_dispatch_proto_rawDesc = "" +
 	"\amessage\x18\x03 \x01(\tR\amessage\"*\n" +
 	"\rCancelRequest\x12\x19\n" +
 	"\bbuild_id\x18\x01 \x01(\x04R\abuildId\"\x10\n" +
-	"\x0eCancelResponse*\xbf\x04\n" +
+	"\x0eCancelResponse\"_\n" +
+	"\x0eExplainRequest\x12\x19\n" +
+	"\bdrv_path\x18\x01 \x01(\tR\adrvPath\x12\x16\n" +
+	"\x06system\x18\x02 \x01(\tR\x06system\x12\x1a\n" +
+	"\bfeatures\x18\x03 \x03(\tR\bfeatures\"\xef\x01\n" +
+	"\x0fExplainResponse\x12\x16\n" +
+	"\x06system\x18\x01 \x01(\tR\x06system\x12\x1a\n" +
+	"\bfeatures\x18\x02 \x03(\tR\bfeatures\x12\x1a\n" +
+	"\bpossible\x18\x03 \x01(\bR\bpossible\x12\x16\n" +
+	"\x06chosen\x18\x04 \x01(\tR\x06chosen\x12\x10\n" +
+	"\x03why\x18\x05 \x01(\tR\x03why\x123\n" +
+	"\bmachines\x18\x06 \x03(\v2\x17.nixdispatch.v1.VerdictR\bmachines\x12\x19\n" +
+	"\bbuild_id\x18\a \x01(\x04R\abuildId\x12\x12\n" +
+	"\x04text\x18\b \x01(\tR\x04text\"n\n" +
+	"\aVerdict\x12\x18\n" +
+	"\amachine\x18\x01 \x01(\tR\amachine\x125\n" +
+	"\x06reason\x18\x02 \x01(\x0e2\x1d.nixdispatch.v1.VerdictReasonR\x06reason\x12\x12\n" +
+	"\x04text\x18\x03 \x01(\tR\x04text\"(\n" +
+	"\fDrainRequest\x12\x18\n" +
+	"\amachine\x18\x01 \x01(\tR\amachine\"A\n" +
+	"\rDrainResponse\x12\x18\n" +
+	"\amachine\x18\x01 \x01(\tR\amachine\x12\x16\n" +
+	"\x06builds\x18\x02 \x01(\rR\x06builds\"*\n" +
+	"\x0eUndrainRequest\x12\x18\n" +
+	"\amachine\x18\x01 \x01(\tR\amachine\"+\n" +
+	"\x0fUndrainResponse\x12\x18\n" +
+	"\amachine\x18\x01 \x01(\tR\amachine\"\x0f\n" +
+	"\rReloadRequest\"b\n" +
+	"\x0eReloadResponse\x124\n" +
+	"\x06errors\x18\x01 \x03(\v2\x1c.nixdispatch.v1.MachineErrorR\x06errors\x12\x1a\n" +
+	"\bmachines\x18\x02 \x01(\rR\bmachines*\xbf\x04\n" +
 	"\vBuildStatus\x12\x1c\n" +
 	"\x18BUILD_STATUS_UNSPECIFIED\x10\x00\x12\x16\n" +
 	"\x12BUILD_STATUS_BUILT\x10\x01\x12\x1c\n" +
@@ -2834,13 +3584,31 @@ const file_dispatch_v1_dispatch_proto_rawDesc = "" +
 	"\rPHASE_COPYING\x10\x02\x12\x10\n" +
 	"\fPHASE_STAGED\x10\x03\x12\x12\n" +
 	"\x0ePHASE_BUILDING\x10\x04\x12\x12\n" +
-	"\x0ePHASE_FETCHING\x10\x052\x81\x03\n" +
+	"\x0ePHASE_FETCHING\x10\x05*\xfd\x02\n" +
+	"\rVerdictReason\x12\x1e\n" +
+	"\x1aVERDICT_REASON_UNSPECIFIED\x10\x00\x12\x1b\n" +
+	"\x17VERDICT_REASON_ELIGIBLE\x10\x01\x12\x19\n" +
+	"\x15VERDICT_REASON_SYSTEM\x10\x02\x12\"\n" +
+	"\x1eVERDICT_REASON_FEATURE_MISSING\x10\x03\x12$\n" +
+	" VERDICT_REASON_MANDATORY_FEATURE\x10\x04\x12\x1b\n" +
+	"\x17VERDICT_REASON_NO_SLOTS\x10\x05\x12\x1d\n" +
+	"\x19VERDICT_REASON_CONNECTING\x10\x06\x12\x17\n" +
+	"\x13VERDICT_REASON_DOWN\x10\a\x12\x1a\n" +
+	"\x16VERDICT_REASON_DRAINED\x10\b\x12 \n" +
+	"\x1cVERDICT_REASON_FAILED_BEFORE\x10\t\x12\x17\n" +
+	"\x13VERDICT_REASON_FULL\x10\n" +
+	"\x12\x1e\n" +
+	"\x1aVERDICT_REASON_UNSUPPORTED\x10\v2\xa8\x05\n" +
 	"\x0fDispatchService\x12F\n" +
 	"\x05Build\x12\x1c.nixdispatch.v1.BuildRequest\x1a\x1d.nixdispatch.v1.BuildResponse0\x01\x12E\n" +
 	"\x04Hook\x12\x1b.nixdispatch.v1.HookRequest\x1a\x1c.nixdispatch.v1.HookResponse(\x010\x01\x12G\n" +
 	"\x06Status\x12\x1d.nixdispatch.v1.StatusRequest\x1a\x1e.nixdispatch.v1.StatusResponse\x12M\n" +
 	"\bMachines\x12\x1f.nixdispatch.v1.MachinesRequest\x1a .nixdispatch.v1.MachinesResponse\x12G\n" +
-	"\x06Cancel\x12\x1d.nixdispatch.v1.CancelRequest\x1a\x1e.nixdispatch.v1.CancelResponseB*Z(nixdispatch/proto/dispatch/v1;dispatchv1b\x06proto3"
+	"\x06Cancel\x12\x1d.nixdispatch.v1.CancelRequest\x1a\x1e.nixdispatch.v1.CancelResponse\x12J\n" +
+	"\aExplain\x12\x1e.nixdispatch.v1.ExplainRequest\x1a\x1f.nixdispatch.v1.ExplainResponse\x12D\n" +
+	"\x05Drain\x12\x1c.nixdispatch.v1.DrainRequest\x1a\x1d.nixdispatch.v1.DrainResponse\x12J\n" +
+	"\aUndrain\x12\x1e.nixdispatch.v1.UndrainRequest\x1a\x1f.nixdispatch.v1.UndrainResponse\x12G\n" +
+	"\x06Reload\x12\x1d.nixdispatch.v1.ReloadRequest\x1a\x1e.nixdispatch.v1.ReloadResponseB*Z(nixdispatch/proto/dispatch/v1;dispatchv1b\x06proto3"
 
 var (
 	file_dispatch_v1_dispatch_proto_rawDescOnce sync.Once
@@ -2854,102 +3622,127 @@ func file_dispatch_v1_dispatch_proto_rawDescGZIP() []byte {
 	return file_dispatch_v1_dispatch_proto_rawDescData
 }
 
-var file_dispatch_v1_dispatch_proto_enumTypes = make([]protoimpl.EnumInfo, 4)
-var file_dispatch_v1_dispatch_proto_msgTypes = make([]protoimpl.MessageInfo, 33)
+var file_dispatch_v1_dispatch_proto_enumTypes = make([]protoimpl.EnumInfo, 5)
+var file_dispatch_v1_dispatch_proto_msgTypes = make([]protoimpl.MessageInfo, 43)
 var file_dispatch_v1_dispatch_proto_goTypes = []any{
 	(BuildStatus)(0),              // 0: nixdispatch.v1.BuildStatus
 	(MachineState)(0),             // 1: nixdispatch.v1.MachineState
 	(Phase)(0),                    // 2: nixdispatch.v1.Phase
-	(Reply_Action)(0),             // 3: nixdispatch.v1.Reply.Action
-	(*BuildRequest)(nil),          // 4: nixdispatch.v1.BuildRequest
-	(*Limits)(nil),                // 5: nixdispatch.v1.Limits
-	(*BuildResponse)(nil),         // 6: nixdispatch.v1.BuildResponse
-	(*Plan)(nil),                  // 7: nixdispatch.v1.Plan
-	(*Summary)(nil),               // 8: nixdispatch.v1.Summary
-	(*Output)(nil),                // 9: nixdispatch.v1.Output
-	(*BuildEvent)(nil),            // 10: nixdispatch.v1.BuildEvent
-	(*Queued)(nil),                // 11: nixdispatch.v1.Queued
-	(*Placed)(nil),                // 12: nixdispatch.v1.Placed
-	(*Copying)(nil),               // 13: nixdispatch.v1.Copying
-	(*Building)(nil),              // 14: nixdispatch.v1.Building
-	(*Log)(nil),                   // 15: nixdispatch.v1.Log
-	(*Fetching)(nil),              // 16: nixdispatch.v1.Fetching
-	(*Transfer)(nil),              // 17: nixdispatch.v1.Transfer
-	(*Finished)(nil),              // 18: nixdispatch.v1.Finished
-	(*HookRequest)(nil),           // 19: nixdispatch.v1.HookRequest
-	(*Hello)(nil),                 // 20: nixdispatch.v1.Hello
-	(*Try)(nil),                   // 21: nixdispatch.v1.Try
-	(*Start)(nil),                 // 22: nixdispatch.v1.Start
-	(*HandedOver)(nil),            // 23: nixdispatch.v1.HandedOver
-	(*HookResponse)(nil),          // 24: nixdispatch.v1.HookResponse
-	(*Reply)(nil),                 // 25: nixdispatch.v1.Reply
-	(*HandOver)(nil),              // 26: nixdispatch.v1.HandOver
-	(*StatusRequest)(nil),         // 27: nixdispatch.v1.StatusRequest
-	(*StatusResponse)(nil),        // 28: nixdispatch.v1.StatusResponse
-	(*MachineStatus)(nil),         // 29: nixdispatch.v1.MachineStatus
-	(*BuildInfo)(nil),             // 30: nixdispatch.v1.BuildInfo
-	(*MachinesRequest)(nil),       // 31: nixdispatch.v1.MachinesRequest
-	(*MachinesResponse)(nil),      // 32: nixdispatch.v1.MachinesResponse
-	(*Machine)(nil),               // 33: nixdispatch.v1.Machine
-	(*MachineError)(nil),          // 34: nixdispatch.v1.MachineError
-	(*CancelRequest)(nil),         // 35: nixdispatch.v1.CancelRequest
-	(*CancelResponse)(nil),        // 36: nixdispatch.v1.CancelResponse
-	(*durationpb.Duration)(nil),   // 37: google.protobuf.Duration
-	(*timestamppb.Timestamp)(nil), // 38: google.protobuf.Timestamp
+	(VerdictReason)(0),            // 3: nixdispatch.v1.VerdictReason
+	(Reply_Action)(0),             // 4: nixdispatch.v1.Reply.Action
+	(*BuildRequest)(nil),          // 5: nixdispatch.v1.BuildRequest
+	(*Limits)(nil),                // 6: nixdispatch.v1.Limits
+	(*BuildResponse)(nil),         // 7: nixdispatch.v1.BuildResponse
+	(*Plan)(nil),                  // 8: nixdispatch.v1.Plan
+	(*Summary)(nil),               // 9: nixdispatch.v1.Summary
+	(*Output)(nil),                // 10: nixdispatch.v1.Output
+	(*BuildEvent)(nil),            // 11: nixdispatch.v1.BuildEvent
+	(*Queued)(nil),                // 12: nixdispatch.v1.Queued
+	(*Placed)(nil),                // 13: nixdispatch.v1.Placed
+	(*Copying)(nil),               // 14: nixdispatch.v1.Copying
+	(*Building)(nil),              // 15: nixdispatch.v1.Building
+	(*Log)(nil),                   // 16: nixdispatch.v1.Log
+	(*Fetching)(nil),              // 17: nixdispatch.v1.Fetching
+	(*Transfer)(nil),              // 18: nixdispatch.v1.Transfer
+	(*Finished)(nil),              // 19: nixdispatch.v1.Finished
+	(*HookRequest)(nil),           // 20: nixdispatch.v1.HookRequest
+	(*Hello)(nil),                 // 21: nixdispatch.v1.Hello
+	(*Try)(nil),                   // 22: nixdispatch.v1.Try
+	(*Start)(nil),                 // 23: nixdispatch.v1.Start
+	(*HandedOver)(nil),            // 24: nixdispatch.v1.HandedOver
+	(*HookResponse)(nil),          // 25: nixdispatch.v1.HookResponse
+	(*Reply)(nil),                 // 26: nixdispatch.v1.Reply
+	(*HandOver)(nil),              // 27: nixdispatch.v1.HandOver
+	(*StatusRequest)(nil),         // 28: nixdispatch.v1.StatusRequest
+	(*StatusResponse)(nil),        // 29: nixdispatch.v1.StatusResponse
+	(*ReloadStatus)(nil),          // 30: nixdispatch.v1.ReloadStatus
+	(*MachineStatus)(nil),         // 31: nixdispatch.v1.MachineStatus
+	(*BuildInfo)(nil),             // 32: nixdispatch.v1.BuildInfo
+	(*MachinesRequest)(nil),       // 33: nixdispatch.v1.MachinesRequest
+	(*MachinesResponse)(nil),      // 34: nixdispatch.v1.MachinesResponse
+	(*Machine)(nil),               // 35: nixdispatch.v1.Machine
+	(*MachineError)(nil),          // 36: nixdispatch.v1.MachineError
+	(*CancelRequest)(nil),         // 37: nixdispatch.v1.CancelRequest
+	(*CancelResponse)(nil),        // 38: nixdispatch.v1.CancelResponse
+	(*ExplainRequest)(nil),        // 39: nixdispatch.v1.ExplainRequest
+	(*ExplainResponse)(nil),       // 40: nixdispatch.v1.ExplainResponse
+	(*Verdict)(nil),               // 41: nixdispatch.v1.Verdict
+	(*DrainRequest)(nil),          // 42: nixdispatch.v1.DrainRequest
+	(*DrainResponse)(nil),         // 43: nixdispatch.v1.DrainResponse
+	(*UndrainRequest)(nil),        // 44: nixdispatch.v1.UndrainRequest
+	(*UndrainResponse)(nil),       // 45: nixdispatch.v1.UndrainResponse
+	(*ReloadRequest)(nil),         // 46: nixdispatch.v1.ReloadRequest
+	(*ReloadResponse)(nil),        // 47: nixdispatch.v1.ReloadResponse
+	(*durationpb.Duration)(nil),   // 48: google.protobuf.Duration
+	(*timestamppb.Timestamp)(nil), // 49: google.protobuf.Timestamp
 }
 var file_dispatch_v1_dispatch_proto_depIdxs = []int32{
-	5,  // 0: nixdispatch.v1.BuildRequest.limits:type_name -> nixdispatch.v1.Limits
-	37, // 1: nixdispatch.v1.Limits.timeout:type_name -> google.protobuf.Duration
-	37, // 2: nixdispatch.v1.Limits.max_silent_time:type_name -> google.protobuf.Duration
-	7,  // 3: nixdispatch.v1.BuildResponse.plan:type_name -> nixdispatch.v1.Plan
-	10, // 4: nixdispatch.v1.BuildResponse.event:type_name -> nixdispatch.v1.BuildEvent
-	8,  // 5: nixdispatch.v1.BuildResponse.summary:type_name -> nixdispatch.v1.Summary
-	9,  // 6: nixdispatch.v1.Summary.outputs:type_name -> nixdispatch.v1.Output
-	11, // 7: nixdispatch.v1.BuildEvent.queued:type_name -> nixdispatch.v1.Queued
-	12, // 8: nixdispatch.v1.BuildEvent.placed:type_name -> nixdispatch.v1.Placed
-	13, // 9: nixdispatch.v1.BuildEvent.copying:type_name -> nixdispatch.v1.Copying
-	14, // 10: nixdispatch.v1.BuildEvent.building:type_name -> nixdispatch.v1.Building
-	15, // 11: nixdispatch.v1.BuildEvent.log:type_name -> nixdispatch.v1.Log
-	16, // 12: nixdispatch.v1.BuildEvent.fetching:type_name -> nixdispatch.v1.Fetching
-	18, // 13: nixdispatch.v1.BuildEvent.finished:type_name -> nixdispatch.v1.Finished
-	17, // 14: nixdispatch.v1.Copying.transfer:type_name -> nixdispatch.v1.Transfer
-	17, // 15: nixdispatch.v1.Fetching.transfer:type_name -> nixdispatch.v1.Transfer
+	6,  // 0: nixdispatch.v1.BuildRequest.limits:type_name -> nixdispatch.v1.Limits
+	48, // 1: nixdispatch.v1.Limits.timeout:type_name -> google.protobuf.Duration
+	48, // 2: nixdispatch.v1.Limits.max_silent_time:type_name -> google.protobuf.Duration
+	8,  // 3: nixdispatch.v1.BuildResponse.plan:type_name -> nixdispatch.v1.Plan
+	11, // 4: nixdispatch.v1.BuildResponse.event:type_name -> nixdispatch.v1.BuildEvent
+	9,  // 5: nixdispatch.v1.BuildResponse.summary:type_name -> nixdispatch.v1.Summary
+	10, // 6: nixdispatch.v1.Summary.outputs:type_name -> nixdispatch.v1.Output
+	12, // 7: nixdispatch.v1.BuildEvent.queued:type_name -> nixdispatch.v1.Queued
+	13, // 8: nixdispatch.v1.BuildEvent.placed:type_name -> nixdispatch.v1.Placed
+	14, // 9: nixdispatch.v1.BuildEvent.copying:type_name -> nixdispatch.v1.Copying
+	15, // 10: nixdispatch.v1.BuildEvent.building:type_name -> nixdispatch.v1.Building
+	16, // 11: nixdispatch.v1.BuildEvent.log:type_name -> nixdispatch.v1.Log
+	17, // 12: nixdispatch.v1.BuildEvent.fetching:type_name -> nixdispatch.v1.Fetching
+	19, // 13: nixdispatch.v1.BuildEvent.finished:type_name -> nixdispatch.v1.Finished
+	18, // 14: nixdispatch.v1.Copying.transfer:type_name -> nixdispatch.v1.Transfer
+	18, // 15: nixdispatch.v1.Fetching.transfer:type_name -> nixdispatch.v1.Transfer
 	0,  // 16: nixdispatch.v1.Finished.status:type_name -> nixdispatch.v1.BuildStatus
-	37, // 17: nixdispatch.v1.Finished.build_duration:type_name -> google.protobuf.Duration
-	20, // 18: nixdispatch.v1.HookRequest.hello:type_name -> nixdispatch.v1.Hello
-	21, // 19: nixdispatch.v1.HookRequest.try:type_name -> nixdispatch.v1.Try
-	22, // 20: nixdispatch.v1.HookRequest.start:type_name -> nixdispatch.v1.Start
-	23, // 21: nixdispatch.v1.HookRequest.handed_over:type_name -> nixdispatch.v1.HandedOver
-	5,  // 22: nixdispatch.v1.Hello.limits:type_name -> nixdispatch.v1.Limits
-	25, // 23: nixdispatch.v1.HookResponse.reply:type_name -> nixdispatch.v1.Reply
-	10, // 24: nixdispatch.v1.HookResponse.event:type_name -> nixdispatch.v1.BuildEvent
-	26, // 25: nixdispatch.v1.HookResponse.hand_over:type_name -> nixdispatch.v1.HandOver
-	3,  // 26: nixdispatch.v1.Reply.action:type_name -> nixdispatch.v1.Reply.Action
-	38, // 27: nixdispatch.v1.StatusResponse.started:type_name -> google.protobuf.Timestamp
-	29, // 28: nixdispatch.v1.StatusResponse.machines:type_name -> nixdispatch.v1.MachineStatus
-	30, // 29: nixdispatch.v1.StatusResponse.builds:type_name -> nixdispatch.v1.BuildInfo
-	34, // 30: nixdispatch.v1.StatusResponse.errors:type_name -> nixdispatch.v1.MachineError
-	1,  // 31: nixdispatch.v1.MachineStatus.state:type_name -> nixdispatch.v1.MachineState
-	38, // 32: nixdispatch.v1.MachineStatus.since:type_name -> google.protobuf.Timestamp
-	2,  // 33: nixdispatch.v1.BuildInfo.phase:type_name -> nixdispatch.v1.Phase
-	38, // 34: nixdispatch.v1.BuildInfo.since:type_name -> google.protobuf.Timestamp
-	33, // 35: nixdispatch.v1.MachinesResponse.machines:type_name -> nixdispatch.v1.Machine
-	34, // 36: nixdispatch.v1.MachinesResponse.errors:type_name -> nixdispatch.v1.MachineError
-	4,  // 37: nixdispatch.v1.DispatchService.Build:input_type -> nixdispatch.v1.BuildRequest
-	19, // 38: nixdispatch.v1.DispatchService.Hook:input_type -> nixdispatch.v1.HookRequest
-	27, // 39: nixdispatch.v1.DispatchService.Status:input_type -> nixdispatch.v1.StatusRequest
-	31, // 40: nixdispatch.v1.DispatchService.Machines:input_type -> nixdispatch.v1.MachinesRequest
-	35, // 41: nixdispatch.v1.DispatchService.Cancel:input_type -> nixdispatch.v1.CancelRequest
-	6,  // 42: nixdispatch.v1.DispatchService.Build:output_type -> nixdispatch.v1.BuildResponse
-	24, // 43: nixdispatch.v1.DispatchService.Hook:output_type -> nixdispatch.v1.HookResponse
-	28, // 44: nixdispatch.v1.DispatchService.Status:output_type -> nixdispatch.v1.StatusResponse
-	32, // 45: nixdispatch.v1.DispatchService.Machines:output_type -> nixdispatch.v1.MachinesResponse
-	36, // 46: nixdispatch.v1.DispatchService.Cancel:output_type -> nixdispatch.v1.CancelResponse
-	42, // [42:47] is the sub-list for method output_type
-	37, // [37:42] is the sub-list for method input_type
-	37, // [37:37] is the sub-list for extension type_name
-	37, // [37:37] is the sub-list for extension extendee
-	0,  // [0:37] is the sub-list for field type_name
+	48, // 17: nixdispatch.v1.Finished.build_duration:type_name -> google.protobuf.Duration
+	21, // 18: nixdispatch.v1.HookRequest.hello:type_name -> nixdispatch.v1.Hello
+	22, // 19: nixdispatch.v1.HookRequest.try:type_name -> nixdispatch.v1.Try
+	23, // 20: nixdispatch.v1.HookRequest.start:type_name -> nixdispatch.v1.Start
+	24, // 21: nixdispatch.v1.HookRequest.handed_over:type_name -> nixdispatch.v1.HandedOver
+	6,  // 22: nixdispatch.v1.Hello.limits:type_name -> nixdispatch.v1.Limits
+	26, // 23: nixdispatch.v1.HookResponse.reply:type_name -> nixdispatch.v1.Reply
+	11, // 24: nixdispatch.v1.HookResponse.event:type_name -> nixdispatch.v1.BuildEvent
+	27, // 25: nixdispatch.v1.HookResponse.hand_over:type_name -> nixdispatch.v1.HandOver
+	4,  // 26: nixdispatch.v1.Reply.action:type_name -> nixdispatch.v1.Reply.Action
+	49, // 27: nixdispatch.v1.StatusResponse.started:type_name -> google.protobuf.Timestamp
+	31, // 28: nixdispatch.v1.StatusResponse.machines:type_name -> nixdispatch.v1.MachineStatus
+	32, // 29: nixdispatch.v1.StatusResponse.builds:type_name -> nixdispatch.v1.BuildInfo
+	36, // 30: nixdispatch.v1.StatusResponse.errors:type_name -> nixdispatch.v1.MachineError
+	30, // 31: nixdispatch.v1.StatusResponse.reload:type_name -> nixdispatch.v1.ReloadStatus
+	49, // 32: nixdispatch.v1.ReloadStatus.time:type_name -> google.protobuf.Timestamp
+	36, // 33: nixdispatch.v1.ReloadStatus.errors:type_name -> nixdispatch.v1.MachineError
+	1,  // 34: nixdispatch.v1.MachineStatus.state:type_name -> nixdispatch.v1.MachineState
+	49, // 35: nixdispatch.v1.MachineStatus.since:type_name -> google.protobuf.Timestamp
+	2,  // 36: nixdispatch.v1.BuildInfo.phase:type_name -> nixdispatch.v1.Phase
+	49, // 37: nixdispatch.v1.BuildInfo.since:type_name -> google.protobuf.Timestamp
+	35, // 38: nixdispatch.v1.MachinesResponse.machines:type_name -> nixdispatch.v1.Machine
+	36, // 39: nixdispatch.v1.MachinesResponse.errors:type_name -> nixdispatch.v1.MachineError
+	41, // 40: nixdispatch.v1.ExplainResponse.machines:type_name -> nixdispatch.v1.Verdict
+	3,  // 41: nixdispatch.v1.Verdict.reason:type_name -> nixdispatch.v1.VerdictReason
+	36, // 42: nixdispatch.v1.ReloadResponse.errors:type_name -> nixdispatch.v1.MachineError
+	5,  // 43: nixdispatch.v1.DispatchService.Build:input_type -> nixdispatch.v1.BuildRequest
+	20, // 44: nixdispatch.v1.DispatchService.Hook:input_type -> nixdispatch.v1.HookRequest
+	28, // 45: nixdispatch.v1.DispatchService.Status:input_type -> nixdispatch.v1.StatusRequest
+	33, // 46: nixdispatch.v1.DispatchService.Machines:input_type -> nixdispatch.v1.MachinesRequest
+	37, // 47: nixdispatch.v1.DispatchService.Cancel:input_type -> nixdispatch.v1.CancelRequest
+	39, // 48: nixdispatch.v1.DispatchService.Explain:input_type -> nixdispatch.v1.ExplainRequest
+	42, // 49: nixdispatch.v1.DispatchService.Drain:input_type -> nixdispatch.v1.DrainRequest
+	44, // 50: nixdispatch.v1.DispatchService.Undrain:input_type -> nixdispatch.v1.UndrainRequest
+	46, // 51: nixdispatch.v1.DispatchService.Reload:input_type -> nixdispatch.v1.ReloadRequest
+	7,  // 52: nixdispatch.v1.DispatchService.Build:output_type -> nixdispatch.v1.BuildResponse
+	25, // 53: nixdispatch.v1.DispatchService.Hook:output_type -> nixdispatch.v1.HookResponse
+	29, // 54: nixdispatch.v1.DispatchService.Status:output_type -> nixdispatch.v1.StatusResponse
+	34, // 55: nixdispatch.v1.DispatchService.Machines:output_type -> nixdispatch.v1.MachinesResponse
+	38, // 56: nixdispatch.v1.DispatchService.Cancel:output_type -> nixdispatch.v1.CancelResponse
+	40, // 57: nixdispatch.v1.DispatchService.Explain:output_type -> nixdispatch.v1.ExplainResponse
+	43, // 58: nixdispatch.v1.DispatchService.Drain:output_type -> nixdispatch.v1.DrainResponse
+	45, // 59: nixdispatch.v1.DispatchService.Undrain:output_type -> nixdispatch.v1.UndrainResponse
+	47, // 60: nixdispatch.v1.DispatchService.Reload:output_type -> nixdispatch.v1.ReloadResponse
+	52, // [52:61] is the sub-list for method output_type
+	43, // [43:52] is the sub-list for method input_type
+	43, // [43:43] is the sub-list for extension type_name
+	43, // [43:43] is the sub-list for extension extendee
+	0,  // [0:43] is the sub-list for field type_name
 }
 
 func init() { file_dispatch_v1_dispatch_proto_init() }
@@ -2987,8 +3780,8 @@ func file_dispatch_v1_dispatch_proto_init() {
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_dispatch_v1_dispatch_proto_rawDesc), len(file_dispatch_v1_dispatch_proto_rawDesc)),
-			NumEnums:      4,
-			NumMessages:   33,
+			NumEnums:      5,
+			NumMessages:   43,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -33,6 +33,10 @@ const (
 	DispatchService_Status_FullMethodName   = "/nixdispatch.v1.DispatchService/Status"
 	DispatchService_Machines_FullMethodName = "/nixdispatch.v1.DispatchService/Machines"
 	DispatchService_Cancel_FullMethodName   = "/nixdispatch.v1.DispatchService/Cancel"
+	DispatchService_Explain_FullMethodName  = "/nixdispatch.v1.DispatchService/Explain"
+	DispatchService_Drain_FullMethodName    = "/nixdispatch.v1.DispatchService/Drain"
+	DispatchService_Undrain_FullMethodName  = "/nixdispatch.v1.DispatchService/Undrain"
+	DispatchService_Reload_FullMethodName   = "/nixdispatch.v1.DispatchService/Reload"
 )
 
 // DispatchServiceClient is the client API for DispatchService service.
@@ -83,6 +87,34 @@ type DispatchServiceClient interface {
 	//	PERMISSION_DENIED: the build is another user's, and the caller is neither
 	//	  root nor the daemon's user.
 	Cancel(ctx context.Context, in *CancelRequest, opts ...grpc.CallOption) (*CancelResponse, error)
+	// Explain tells of each machine whether a build can go there, or the first
+	// reason against it, and which machine would be chosen now.
+	//
+	// Errors:
+	//
+	//	INVALID_ARGUMENT: neither a derivation nor a system is given, or the path
+	//	  is not one of a derivation. Correct the request.
+	//	NOT_FOUND: the derivation is not in the local store.
+	Explain(ctx context.Context, in *ExplainRequest, opts ...grpc.CallOption) (*ExplainResponse, error)
+	// Drain has a machine take no new builds; those on it go on to their end. It
+	// stays so when the daemon is restarted.
+	//
+	// Errors:
+	//
+	//	PERMISSION_DENIED: the caller is neither root nor the daemon's user.
+	//	NOT_FOUND: there is no such machine.
+	//	INVALID_ARGUMENT: several machines have that name.
+	//	FAILED_PRECONDITION: it could not be written down for the next start.
+	Drain(ctx context.Context, in *DrainRequest, opts ...grpc.CallOption) (*DrainResponse, error)
+	// Undrain ends what Drain began. The errors are the same.
+	Undrain(ctx context.Context, in *UndrainRequest, opts ...grpc.CallOption) (*UndrainResponse, error)
+	// Reload reads the builders setting, and the files it includes, anew. If there
+	// is anything wrong in it nothing changes.
+	//
+	// Errors:
+	//
+	//	PERMISSION_DENIED: the caller is neither root nor the daemon's user.
+	Reload(ctx context.Context, in *ReloadRequest, opts ...grpc.CallOption) (*ReloadResponse, error)
 }
 
 type dispatchServiceClient struct {
@@ -155,6 +187,46 @@ func (c *dispatchServiceClient) Cancel(ctx context.Context, in *CancelRequest, o
 	return out, nil
 }
 
+func (c *dispatchServiceClient) Explain(ctx context.Context, in *ExplainRequest, opts ...grpc.CallOption) (*ExplainResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ExplainResponse)
+	err := c.cc.Invoke(ctx, DispatchService_Explain_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *dispatchServiceClient) Drain(ctx context.Context, in *DrainRequest, opts ...grpc.CallOption) (*DrainResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(DrainResponse)
+	err := c.cc.Invoke(ctx, DispatchService_Drain_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *dispatchServiceClient) Undrain(ctx context.Context, in *UndrainRequest, opts ...grpc.CallOption) (*UndrainResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(UndrainResponse)
+	err := c.cc.Invoke(ctx, DispatchService_Undrain_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *dispatchServiceClient) Reload(ctx context.Context, in *ReloadRequest, opts ...grpc.CallOption) (*ReloadResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ReloadResponse)
+	err := c.cc.Invoke(ctx, DispatchService_Reload_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // DispatchServiceServer is the server API for DispatchService service.
 // All implementations must embed UnimplementedDispatchServiceServer
 // for forward compatibility.
@@ -203,6 +275,34 @@ type DispatchServiceServer interface {
 	//	PERMISSION_DENIED: the build is another user's, and the caller is neither
 	//	  root nor the daemon's user.
 	Cancel(context.Context, *CancelRequest) (*CancelResponse, error)
+	// Explain tells of each machine whether a build can go there, or the first
+	// reason against it, and which machine would be chosen now.
+	//
+	// Errors:
+	//
+	//	INVALID_ARGUMENT: neither a derivation nor a system is given, or the path
+	//	  is not one of a derivation. Correct the request.
+	//	NOT_FOUND: the derivation is not in the local store.
+	Explain(context.Context, *ExplainRequest) (*ExplainResponse, error)
+	// Drain has a machine take no new builds; those on it go on to their end. It
+	// stays so when the daemon is restarted.
+	//
+	// Errors:
+	//
+	//	PERMISSION_DENIED: the caller is neither root nor the daemon's user.
+	//	NOT_FOUND: there is no such machine.
+	//	INVALID_ARGUMENT: several machines have that name.
+	//	FAILED_PRECONDITION: it could not be written down for the next start.
+	Drain(context.Context, *DrainRequest) (*DrainResponse, error)
+	// Undrain ends what Drain began. The errors are the same.
+	Undrain(context.Context, *UndrainRequest) (*UndrainResponse, error)
+	// Reload reads the builders setting, and the files it includes, anew. If there
+	// is anything wrong in it nothing changes.
+	//
+	// Errors:
+	//
+	//	PERMISSION_DENIED: the caller is neither root nor the daemon's user.
+	Reload(context.Context, *ReloadRequest) (*ReloadResponse, error)
 	mustEmbedUnimplementedDispatchServiceServer()
 }
 
@@ -227,6 +327,18 @@ func (UnimplementedDispatchServiceServer) Machines(context.Context, *MachinesReq
 }
 func (UnimplementedDispatchServiceServer) Cancel(context.Context, *CancelRequest) (*CancelResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Cancel not implemented")
+}
+func (UnimplementedDispatchServiceServer) Explain(context.Context, *ExplainRequest) (*ExplainResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Explain not implemented")
+}
+func (UnimplementedDispatchServiceServer) Drain(context.Context, *DrainRequest) (*DrainResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Drain not implemented")
+}
+func (UnimplementedDispatchServiceServer) Undrain(context.Context, *UndrainRequest) (*UndrainResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Undrain not implemented")
+}
+func (UnimplementedDispatchServiceServer) Reload(context.Context, *ReloadRequest) (*ReloadResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Reload not implemented")
 }
 func (UnimplementedDispatchServiceServer) mustEmbedUnimplementedDispatchServiceServer() {}
 func (UnimplementedDispatchServiceServer) testEmbeddedByValue()                         {}
@@ -321,6 +433,78 @@ func _DispatchService_Cancel_Handler(srv interface{}, ctx context.Context, dec f
 	return interceptor(ctx, in, info, handler)
 }
 
+func _DispatchService_Explain_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ExplainRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(DispatchServiceServer).Explain(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: DispatchService_Explain_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(DispatchServiceServer).Explain(ctx, req.(*ExplainRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _DispatchService_Drain_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(DrainRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(DispatchServiceServer).Drain(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: DispatchService_Drain_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(DispatchServiceServer).Drain(ctx, req.(*DrainRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _DispatchService_Undrain_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(UndrainRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(DispatchServiceServer).Undrain(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: DispatchService_Undrain_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(DispatchServiceServer).Undrain(ctx, req.(*UndrainRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _DispatchService_Reload_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ReloadRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(DispatchServiceServer).Reload(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: DispatchService_Reload_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(DispatchServiceServer).Reload(ctx, req.(*ReloadRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // DispatchService_ServiceDesc is the grpc.ServiceDesc for DispatchService service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -339,6 +523,22 @@ var DispatchService_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "Cancel",
 			Handler:    _DispatchService_Cancel_Handler,
+		},
+		{
+			MethodName: "Explain",
+			Handler:    _DispatchService_Explain_Handler,
+		},
+		{
+			MethodName: "Drain",
+			Handler:    _DispatchService_Drain_Handler,
+		},
+		{
+			MethodName: "Undrain",
+			Handler:    _DispatchService_Undrain_Handler,
+		},
+		{
+			MethodName: "Reload",
+			Handler:    _DispatchService_Reload_Handler,
 		},
 	},
 	Streams: []grpc.StreamDesc{

@@ -1,0 +1,96 @@
+package main
+
+import (
+	"encoding/json"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	dispatchv1 "nixdispatch/proto/dispatch/v1"
+)
+
+func TestStatus(t *testing.T) {
+	now := time.Now()
+	d := (&fakeDaemon{status: &dispatchv1.StatusResponse{
+		Machines: []*dispatchv1.MachineStatus{
+			{Uri: "ssh://mac", State: dispatchv1.MachineState_MACHINE_STATE_UP, Slots: 8, Running: 1},
+			{Uri: "ssh://poochie", State: dispatchv1.MachineState_MACHINE_STATE_DOWN, Slots: 1, Reason: "no\nroute\x1b[2J", Drained: true},
+		},
+		Unplaceable: 1,
+		Reload: &dispatchv1.ReloadStatus{
+			Time: timestamppb.New(now), Errors: []*dispatchv1.MachineError{{File: "machines", Line: 3, Message: "machines:3: bad\x1b"}}},
+		Builds: []*dispatchv1.BuildInfo{
+			{Id: 7, DrvPath: helloDrv, Phase: dispatchv1.Phase_PHASE_BUILDING, Machine: "ssh://mac", Since: timestamppb.New(now.Add(-time.Minute))},
+			{Id: 8, DrvPath: otherDrv, Phase: dispatchv1.Phase_PHASE_QUEUED, Reason: "all slots are taken"},
+		},
+	}}).start(t)
+
+	code, stdout, _ := runCommand(t.Context(), d.socket, "status")
+	want := []string{"ssh://mac", "up", "1 of 8", "ssh://poochie", "down", "no route", "7", "building", "1m0s", "queued", "all slots are taken",
+		"was not read anew at", "machines:3: bad", "can ever run: 1"}
+	for _, word := range want {
+		if code != exitOK || !strings.Contains(stdout, word) || strings.ContainsRune(stdout, 0x1b) {
+			t.Errorf("status %d, want %q in:\n%s", code, word, stdout)
+		}
+	}
+
+	_, stdout, _ = runCommand(t.Context(), d.socket, "status", "--json")
+	var got struct {
+		Machines, Builds []map[string]any
+		Unplaceable      int
+		Reload           map[string]any
+	}
+	if err := json.Unmarshal([]byte(stdout), &got); err != nil {
+		t.Fatal(err)
+	}
+	if s, ok := got.Builds[0]["seconds"].(float64); !ok || s < 60 || s > 600 {
+		t.Errorf("seconds = %v, want about 60", got.Builds[0]["seconds"])
+	}
+	delete(got.Builds[0], "seconds")
+	if diff := cmp.Diff([]map[string]any{
+		{"uri": "ssh://mac", "state": "up", "slots": 8.0, "running": 1.0, "reason": "", "drained": false, "removed": false},
+		{"uri": "ssh://poochie", "state": "down", "slots": 1.0, "running": 0.0, "reason": "no\nroute\x1b[2J", "drained": true, "removed": false},
+	}, got.Machines); diff != "" {
+		t.Errorf("machines (-want +got):\n%s", diff)
+	}
+	if diff := cmp.Diff([]map[string]any{
+		{"id": 7.0, "drvPath": helloDrv, "phase": "building", "machine": "ssh://mac", "reason": ""},
+		{"id": 8.0, "drvPath": otherDrv, "phase": "queued", "machine": "", "seconds": 0.0, "reason": "all slots are taken"},
+	}, got.Builds); diff != "" {
+		t.Errorf("builds (-want +got):\n%s", diff)
+	}
+	if got.Unplaceable != 1 || got.Reload["success"] != false || got.Reload["errors"].([]any)[0] != "machines:3: bad\x1b" {
+		t.Errorf("unplaceable %d, reload %v", got.Unplaceable, got.Reload)
+	}
+}
+
+func TestStatusOfNothingIsEmptyLists(t *testing.T) {
+	d := (&fakeDaemon{status: &dispatchv1.StatusResponse{}}).start(t)
+	_, stdout, _ := runCommand(t.Context(), d.socket, "status", "--json")
+	if want := "{\n  \"machines\": [],\n  \"builds\": [],\n  \"unplaceable\": 0,\n  \"reload\": null\n}\n"; stdout != want {
+		t.Errorf("output %q, want %q", stdout, want)
+	}
+}
+
+func TestCancel(t *testing.T) {
+	var got []uint64
+	d := (&fakeDaemon{cancel: func(id uint64) error {
+		got = append(got, id)
+		if id == 2 {
+			return status.Error(codes.NotFound, "no build 2 is in progress")
+		}
+		return nil
+	}}).start(t)
+	code, _, stderr := runCommand(t.Context(), d.socket, "cancel", "1", "2", "3")
+	if code != exitFailed || !strings.Contains(stderr, "no build 2 is in progress") {
+		t.Errorf("status %d, said %q", code, stderr)
+	}
+	if diff := cmp.Diff([]uint64{1, 2, 3}, got); diff != "" {
+		t.Errorf("cancelled (-want +got):\n%s", diff)
+	}
+}

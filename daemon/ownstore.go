@@ -1,0 +1,141 @@
+package daemon
+
+import (
+	"bytes"
+	"context"
+	"crypto/rand"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"io"
+	"sync"
+
+	"nixdispatch/proto/nix"
+	"nixdispatch/proto/nix/wire"
+)
+
+// errOwnStore says that a machine's store is this host's own. A build sent there
+// would wait for the locks that its caller holds on the outputs, for ever, and
+// be offered to this daemon again.
+var errOwnStore = errors.New("the store there is this host's own, and builds sent to it would wait for themselves; " +
+	"take the machine out of the list, or give it a store of its own with ?remote-store=")
+
+// checkStore refuses a machine whose store is this host's. What is certain is
+// that a path made here a moment ago, of random bytes, is valid in no other
+// store; so it holds whatever names, addresses and jump hosts lead there. If
+// this host's store cannot be asked it is asked again with the next build.
+func (m *machine) checkStore(ctx context.Context, r *remote) error {
+	if m.another.Load() {
+		return nil
+	}
+	same, err := m.hasMark(ctx, r, m.local.marks.usual(m.local.dir))
+	if same {
+		// The daemon's usual mark may have been copied there with everything else.
+		same, err = m.hasMark(ctx, r, newMark(m.local.dir))
+	}
+	switch {
+	case err != nil:
+		if ctx.Err() != nil {
+			return context.Cause(ctx)
+		}
+		if _, local := errors.AsType[*localError](err); local {
+			m.log.Warn("not known whether the machine's store is this host's own", "err", err)
+			return nil
+		}
+		return err
+	case same:
+		return errOwnStore
+	}
+	m.another.Store(true)
+	return nil
+}
+
+// hasMark puts a mark into this host's store and tells whether it is valid in the
+// machine's.
+func (m *machine) hasMark(ctx context.Context, r *remote, mark storeMark) (bool, error) {
+	conn, err := m.local.open(ctx)
+	if err != nil {
+		return false, err
+	}
+	defer conn.Close()
+	info := mark.info
+	if err := conn.AddTempRoots([]nix.StorePath{info.Path}); err != nil {
+		return false, &localError{doing: "take a temporary root", err: err}
+	}
+	write := func(_ *nix.PathInfo, w io.Writer) error {
+		_, err := w.Write(mark.nar)
+		return err
+	}
+	if err := conn.AddToStoreNar(&info, false, write); err != nil {
+		return false, &localError{doing: "add a path", err: err}
+	}
+	conn.clean = true
+	missing, err := r.store.missing([]nix.StorePath{info.Path}, false)
+	return err == nil && len(missing) == 0, err
+}
+
+// A storeMark is a path that no store has unless it is put there.
+type storeMark struct {
+	info nix.PathInfo
+	nar  []byte
+}
+
+// storeMarks keep the mark that is asked for first: to make another for every
+// connection would litter the store. Safe for concurrent use.
+type storeMarks struct {
+	once sync.Once
+	mark storeMark
+}
+
+func (s *storeMarks) usual(storeDir string) storeMark {
+	s.once.Do(func() { s.mark = newMark(storeDir) })
+	return s.mark
+}
+
+// markName is the name of marks.
+const markName = "nix-dispatch-mark"
+
+// newMark makes up a text file of a store.
+func newMark(storeDir string) storeMark {
+	return markOf(storeDir, "nix-dispatch asks a machine for this file, to tell the machine's store from this one: "+rand.Text()+"\n", markName)
+}
+
+// markOf is a text file of a store. Its content address lets anybody add it.
+func markOf(storeDir, text, name string) storeMark {
+	hash := sha256.Sum256([]byte(text))
+	// As makeStorePath and makeFixedOutputPathFromCA in src/libstore/store-dir-config.cc (Nix 2.34.8).
+	digest := sha256.Sum256([]byte("text:sha256:" + hex.EncodeToString(hash[:]) + ":" + storeDir + ":" + name))
+	nar := narOfText(text)
+	return storeMark{nar: nar, info: nix.PathInfo{
+		Path:    nix.StorePath(storeDir + "/" + storeHash(digest) + "-" + name),
+		NarHash: sha256.Sum256(nar),
+		NarSize: uint64(len(nar)),
+		CA:      "text:" + nix.NarHash(hash).String(),
+	}}
+}
+
+// storeHash is the hash in a store path's name: the digest, folded to 20 bytes,
+// in base 32 (compressHash in src/libutil/hash.cc).
+func storeHash(digest [sha256.Size]byte) string {
+	var folded [20]byte
+	for i, b := range digest {
+		folded[i%len(folded)] ^= b
+	}
+	// NarHash writes the last byte's bits first, as Nix does: the 20 bytes are the
+	// last 32 characters of it.
+	var h nix.NarHash
+	copy(h[:], folded[:])
+	text := h.Base32()
+	return text[len(text)-32:]
+}
+
+// narOfText is the NAR of a file that is not executable.
+func narOfText(text string) []byte {
+	var buf bytes.Buffer
+	w := wire.NewWriter(&buf)
+	for _, word := range []string{"nix-archive-1", "(", "type", "regular", "contents", text, ")"} {
+		w.String(word)
+	}
+	_ = w.Flush() // into memory
+	return buf.Bytes()
+}

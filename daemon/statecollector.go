@@ -1,0 +1,113 @@
+package daemon
+
+import (
+	"maps"
+
+	"github.com/prometheus/client_golang/prometheus"
+
+	"nixdispatch/scheduler"
+)
+
+// A stateCollector reports the state of machines and queue from one snapshot a
+// scrape, so that the numbers agree with each other.
+type stateCollector struct {
+	d *Daemon
+
+	up, down, drained, slots, inUse, connects *prometheus.Desc
+	queued, unplaceable                       *prometheus.Desc
+	reloads, reloadOK, reloadTime             *prometheus.Desc
+}
+
+func newStateCollector(d *Daemon) *stateCollector {
+	desc := func(name, help string, labels ...string) *prometheus.Desc {
+		return prometheus.NewDesc(prometheus.BuildFQName(metricsPrefix, "", name), help, labels, nil)
+	}
+	return &stateCollector{
+		d:           d,
+		up:          desc("machine_up", "Whether the machine can be given builds.", "machine"),
+		down:        desc("machine_down", "1 for each machine that is down, with the reason.", "machine", "reason"),
+		drained:     desc("machine_drained", "Whether the machine was drained.", "machine"),
+		slots:       desc("machine_slots", "Builds the machine may run at once (max-jobs).", "machine"),
+		inUse:       desc("machine_slots_in_use", "Build slots in use.", "machine"),
+		connects:    desc("ssh_connects_total", "SSH connections made (ok) and attempts that failed (failed).", "machine", "result"),
+		queued:      desc("builds_queued", "Builds waiting for a machine that could take them; system is \"other\" if no machine has it.", "system"),
+		unplaceable: desc("builds_unplaceable", "Builds waiting though no machine can ever take them, as the machines are now.", "system"),
+		reloads:     desc("machines_reloads_total", "Attempts to read the list of machines anew that changed it (ok) or not (failed).", "result"),
+		reloadOK:    desc("machines_last_reload_successful", "Whether the list of machines had no bad entry when it was last read."),
+		reloadTime:  desc("machines_last_reload_success_timestamp_seconds", "When the list of machines in use was read."),
+	}
+}
+
+// Describe implements prometheus.Collector.
+func (c *stateCollector) Describe(ch chan<- *prometheus.Desc) {
+	for _, d := range []*prometheus.Desc{
+		c.up, c.down, c.drained, c.slots, c.inUse, c.connects,
+		c.queued, c.unplaceable, c.reloads, c.reloadOK, c.reloadTime,
+	} {
+		ch <- d
+	}
+}
+
+// Collect implements prometheus.Collector.
+func (c *stateCollector) Collect(ch chan<- prometheus.Metric) {
+	gauge := func(d *prometheus.Desc, v float64, labels ...string) {
+		ch <- prometheus.MustNewConstMetric(d, prometheus.GaugeValue, v, labels...)
+	}
+	counter := func(d *prometheus.Desc, v float64, labels ...string) {
+		ch <- prometheus.MustNewConstMetric(d, prometheus.CounterValue, v, labels...)
+	}
+	machines, systems := c.d.dispatcher.load()
+	for _, m := range c.d.machineStatuses(machines) {
+		gauge(c.up, oneIf(m.state == scheduler.Up && !m.removed), m.uri)
+		gauge(c.drained, oneIf(m.drained), m.uri)
+		gauge(c.slots, float64(m.slots), m.uri)
+		gauge(c.inUse, float64(m.inUse), m.uri)
+		if m.state == scheduler.Down {
+			gauge(c.down, 1, m.uri, m.down)
+		}
+	}
+	for uri, n := range c.d.machines.connects() {
+		counter(c.connects, float64(n.ok), uri, "ok")
+		counter(c.connects, float64(n.failed), uri, "failed")
+	}
+	queued, unplaceable := c.d.metrics.perSystem(), c.d.metrics.perSystem()
+	for _, s := range systems {
+		queued[c.d.metrics.system(s.System)] += s.Queued - s.Unplaceable
+		unplaceable[c.d.metrics.system(s.System)] += s.Unplaceable
+	}
+	for system, n := range queued {
+		gauge(c.queued, float64(n), system)
+		gauge(c.unplaceable, float64(unplaceable[system]), system)
+	}
+	c.collectReload(gauge, counter)
+}
+
+func (c *stateCollector) collectReload(gauge, counter func(*prometheus.Desc, float64, ...string)) {
+	r := &c.d.reload
+	r.lastMu.Lock()
+	defer r.lastMu.Unlock()
+	counter(c.reloads, float64(r.ok), "ok")
+	counter(c.reloads, float64(r.failed), "failed")
+	gauge(c.reloadOK, oneIf(r.lastList != nil && len(r.lastList.errs) == 0))
+	if !r.loaded.IsZero() {
+		gauge(c.reloadTime, float64(r.loaded.UnixMilli())/1000)
+	}
+}
+
+// perSystem is a zero for every label value of a system.
+func (m *metrics) perSystem() map[string]int {
+	m.mu.RLock()
+	defer m.mu.RUnlock()
+	zeros := map[string]int{otherLabel: 0}
+	for system := range maps.Keys(m.systems) {
+		zeros[system] = 0
+	}
+	return zeros
+}
+
+func oneIf(b bool) float64 {
+	if b {
+		return 1
+	}
+	return 0
+}
