@@ -215,7 +215,7 @@ func TestUploadsNeverWaitForEachOther(t *testing.T) {
 					store.failures = 1
 				}
 				b := &build{feed: newFeed("")}
-				a := &attempt{b: b, m: m, r: &remote{store: store, stderr: &stderrReader{}}}
+				a := &attempt{d: &Daemon{}, b: b, m: m, r: &remote{store: store, stderr: &stderrReader{}, stall: newStallWatch(nil)}}
 				builds.Go(func() {
 					u := &upload{attempt: a, held: make(map[nix.StorePath]*claim), asked: m.uploads.moment(),
 						progress: newTransfer(b, prometheus.NewCounter(prometheus.CounterOpts{Name: "x"}), uploading, infos)}
