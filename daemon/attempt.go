@@ -164,7 +164,7 @@ func (a *attempt) build() (nix.BuildResult, time.Duration, error) {
 
 // fault blames the machine, quoting what its process printed last.
 func (a *attempt) fault(doing string, err error) error {
-	return a.m.fault(doing, withStderr(err, a.r.stderr))
+	return a.m.fault(doing, withStderr(a.r.stall.explain(err), a.r.stderr))
 }
 
 // distrust looks for a refusal of our user in an error of the machine's Nix: the

@@ -68,6 +68,8 @@ type Daemon struct {
 	drainMu    sync.Mutex // held while a machine is drained, or that ends
 	// drainFault is why the drained machines are not known, nil if they are.
 	drainFault atomic.Pointer[error]
+	// copyStall is copyStall, but in tests.
+	copyStall time.Duration
 	// ssh says how connections to machines are made and kept.
 	ssh sshpool.Options
 
@@ -87,6 +89,7 @@ func New(opts Options) (*Daemon, error) {
 	d := &Daemon{
 		opts:       opts,
 		log:        opts.Logger,
+		copyStall:  copyStall,
 		local:      newLocalStore(),
 		machines:   newMachines(opts.Logger),
 		dispatcher: newDispatcher(opts.Logger),

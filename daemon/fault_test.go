@@ -9,6 +9,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 
@@ -68,6 +69,10 @@ func TestMachineFaultsMoveTheBuild(t *testing.T) {
 		}},
 		{name: "refuses an input", error: "copy inputs", after: func(_ *site, m *fakeMachine) {
 			m.onUpload(func(nix.PathInfo) error { return errors.New("disk full") })
+		}},
+		{name: "stops during the upload", error: "copy inputs: it stopped taking and giving data for 200ms", after: func(s *site, m *fakeMachine) {
+			s.d.copyStall = 200 * time.Millisecond
+			m.onUpload(func(nix.PathInfo) error { <-s.t.Context().Done(); return nil })
 		}},
 		{name: "vanishes during the upload", moved: true, after: func(_ *site, m *fakeMachine) {
 			m.onUpload(func(nix.PathInfo) error { m.vanish(); return nil })

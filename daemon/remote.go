@@ -57,6 +57,7 @@ type remote struct {
 	store   remoteStore
 	session *sshpool.Session
 	stderr  *stderrReader
+	stall   *stallWatch
 	started time.Time
 
 	// builds counts those it was bound to; clean is set when the last one left it
@@ -85,15 +86,17 @@ func (m *machine) startRemote(ctx context.Context, s *sshpool.Session) (*remote,
 	defer cancel()
 	defer context.AfterFunc(ctx, func() { _ = s.Close() })()
 	r := &remote{machine: m, session: s, stderr: newStderrReader(s.Stderr), started: time.Now()}
+	r.stall = newStallWatch(func() { _ = s.Close() })
+	in, out := r.stall.reader(s.Stdout), r.stall.writer(s.Stdin)
 	var err error
 	if m.ng {
 		var c *worker.Client
-		if c, err = worker.NewClient(s.Stdout, s.Stdin, nil); err == nil {
+		if c, err = worker.NewClient(in, out, nil); err == nil {
 			r.store = workerStore{c}
 		}
 	} else {
 		var c *serve.Client
-		if c, err = serve.NewClient(s.Stdout, s.Stdin); err == nil {
+		if c, err = serve.NewClient(in, out); err == nil {
 			r.store = serveStore{c}
 		}
 	}

@@ -187,6 +187,7 @@ func split(infos []nix.PathInfo, theirs map[nix.StorePath]*claim) (ready, rest [
 // send uploads paths in one go.
 func (u *upload) send(infos []nix.PathInfo) error {
 	var local error
+	defer u.r.stall.watch(u.d.copyStall)()
 	err := u.r.store.upload(infos, func(i nix.PathInfo, w io.Writer) error {
 		out := u.progress.begin(i, w)
 		_, err := u.conn.NarFromPath(i.Path, i.NarSize, out)
