@@ -31,8 +31,10 @@ func (h *Host) resolveTarget(ctx context.Context, anew bool) (*Target, error) {
 	if err != nil {
 		return nil, configError(h.cfg, err)
 	}
+	if h.target == nil || h.target.String() != t.String() {
+		h.log.Debug("ssh target", "target", t.String(), "ssh_config", h.cfg.SSHConfig && t.noProgram == nil)
+	}
 	h.target = t
-	h.log.Debug("ssh target", "target", t.String())
 	if t.noProgram != nil {
 		h.opts.noProgram.Do(func() { h.log.Warn("ssh_config is not read", "err", t.noProgram) })
 	}

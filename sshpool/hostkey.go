@@ -310,7 +310,7 @@ func (k *hostKeys) lookUp(entries []knownKey, key ssh.PublicKey) keyVerdict {
 
 func (k *hostKeys) fixUnknown() string {
 	file := "a file named with UserKnownHostsFile"
-	if len(k.target.UserKnownHosts) > 0 {
+	if len(k.target.UserKnownHosts) > 0 && k.target.UserKnownHosts[0] != os.DevNull {
 		file = k.target.UserKnownHosts[0]
 	}
 	return fmt.Sprintf("compare the fingerprint with the machine's, then add the key to %s", file)

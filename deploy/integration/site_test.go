@@ -92,6 +92,7 @@ type site struct {
 	client   *fleet.Host
 	machines map[string]*fleet.Host
 	args     []string
+	env      []string // more of nix-dispatchd's environment
 	daemon   *daemonProcess
 }
 
@@ -194,6 +195,7 @@ func (s *site) startDaemon() {
 	d := &daemonProcess{gone: make(chan struct{})}
 	d.cmd = s.client.Command(context.WithoutCancel(s.t.Context()), "root",
 		append([]string{programs + "/nix-dispatchd", "--log-level", "debug"}, s.args...)...)
+	d.cmd.Env = append(d.cmd.Env, s.env...)
 	d.cmd.Stdout, d.cmd.Stderr = &d.log, &d.log
 	if err := d.cmd.Start(); err != nil {
 		s.t.Fatalf("start nix-dispatchd: %v", err)
