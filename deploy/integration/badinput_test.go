@@ -338,7 +338,9 @@ func TestWaysToReachAMachine(t *testing.T) {
 		{name: "key-refused", uri: "ssh://bob@mac", refused: []string{"bob", "authenticate"}},
 		{name: "key-in-uri", uri: "ssh://bob@mac?ssh-key=/root/second"},
 		{name: "key-in-column", uri: "ssh-ng://bob@mac", key: "/root/second"},
-		{name: "key-not-there", uri: "ssh://root@mac?ssh-key=/root/third", refused: []string{"/root/third"}},
+		// As ssh does, a key that is not there is told of and the others are tried.
+		{name: "key-not-there", uri: "ssh://bob@mac?ssh-key=/root/third", refused: []string{"/root/third"}},
+		{name: "another-key", uri: "ssh://root@mac?ssh-key=/root/third"},
 		{name: "program", uri: "ssh://root@mac?remote-program=/usr/local/bin/other-nix-store"},
 		{name: "store", uri: "ssh://root@mac?remote-store=/srv/store"},
 		{name: "localhost", uri: "ssh://localhost?remote-store=/srv/local"},
