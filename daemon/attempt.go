@@ -64,16 +64,27 @@ func (a *attempt) run(ctx context.Context) (outcome, error) {
 		a.d.dispatcher.restart(a.b)
 		return outcome{}, errDistrusted
 	}
-	if a.diskFull(result) {
-		return outcome{}, a.m.fault("build", errors.New(nix.PlainText(result.ErrorMsg)))
+	if !result.Status.Success() {
+		return a.failed(result, took)
 	}
-	if result.Status.Success() {
-		a.d.dispatcher.do(func(q *scheduler.Queue) []scheduler.Order { return q.Built(a.b.id) })
-		if err := a.fetchOutputs(ctx); err != nil {
-			return outcome{}, err
-		}
+	a.d.dispatcher.do(func(q *scheduler.Queue) []scheduler.Order { return q.Built(a.b.id) })
+	if err := a.fetchOutputs(ctx); err != nil {
+		return outcome{}, err
 	}
 	return a.outcome(result, took), nil
+}
+
+// failed says what a failure that the machine reports comes to.
+func (a *attempt) failed(r nix.BuildResult, took time.Duration) (outcome, error) {
+	o := a.outcome(r, took)
+	switch judge(r, a.b.drv) {
+	case byMachine:
+		return outcome{}, a.m.fault("build", errors.New(o.err))
+	case byKilling:
+		return outcome{}, &killedError{o}
+	default:
+		return o, nil
+	}
 }
 
 // errSessionGone ends an attempt whose remote process ended while the build
@@ -119,14 +130,6 @@ func (a *attempt) lostOrDistrusted(err error) error {
 func (a *attempt) loseSlot() {
 	a.running = false
 	a.d.holdSlot(a.b, a.place.machine)
-}
-
-// diskFull tells whether a failure is the machine's: Nix calls a failure
-// transient when the disk was full, and always for fixed outputs without a
-// sandbox (src/libstore/unix/build/derivation-builder.cc).
-func (a *attempt) diskFull(r nix.BuildResult) bool {
-	return r.Status == nix.TransientFailure &&
-		(!a.b.drv.ContentAddressed() || strings.Contains(r.ErrorMsg, "No space left on device"))
 }
 
 func (a *attempt) outcome(r nix.BuildResult, took time.Duration) outcome {

@@ -175,8 +175,18 @@ func (d *Daemon) run(ctx context.Context, b *build) {
 // attempts tries the build until a machine gives a verdict, or it is nobody's
 // fault that another machine could make up for.
 func (d *Daemon) attempts(ctx context.Context, b *build, log *slog.Logger) (outcome, error) {
+	killed := false
 	for failed := 0; ; {
 		o, err := d.attempt(ctx, b)
+		if kill, ok := errors.AsType[*killedError](err); ok {
+			if killed || !d.dispatcher.othersFor(b, b.at) {
+				return kill.outcome, nil
+			}
+			killed = true
+			log.Warn("a process of the build was killed, trying another machine", "machine", kill.outcome.machine, "err", err)
+			d.retry(b, &machineError{kill.outcome.machine, "build", err})
+			continue
+		}
 		switch {
 		case err == nil && o.status.Succeeded():
 			return o, nil

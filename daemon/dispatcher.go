@@ -3,6 +3,7 @@ package daemon
 import (
 	"context"
 	"log/slog"
+	"slices"
 	"sync"
 	"time"
 
@@ -100,6 +101,16 @@ func (d *dispatcher) requeue(b *build, failed scheduler.MachineID) {
 		b.setPlaceLocked(placement{})
 	}
 	d.carryOutLocked(d.queue.Requeue(b.id, failed))
+}
+
+// othersFor tells whether a machine other than the given one could take a build,
+// now or when it has room.
+func (d *dispatcher) othersFor(b *build, than scheduler.MachineID) bool {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return slices.ContainsFunc(d.queue.Explain(b.request()).Machines, func(v scheduler.Verdict) bool {
+		return v.Machine != than && (v.Reason == scheduler.Eligible || v.Reason == scheduler.SlotsTaken)
+	})
 }
 
 // restart puts a build that had its slot back to the beginning, for an attempt

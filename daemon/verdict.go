@@ -1,0 +1,85 @@
+package daemon
+
+import (
+	"slices"
+	"strings"
+
+	"nixdispatch/proto/nix"
+)
+
+// A blame says whose fault a build's failure is, as the machine reports it.
+type blame int
+
+const (
+	// byDerivation: it would fail elsewhere too, so it has failed.
+	byDerivation blame = iota
+	// byMachine: the build may succeed on another machine.
+	byMachine
+	// byKilling: something on the machine ended a process of the build, out of
+	// memory for example. Another machine may have more; once.
+	byKilling
+)
+
+// verdicts tell what a failure that a machine reports means. The first entry that
+// fits decides; what fits none is the derivation's fault, so that nothing is
+// repeated in vain.
+//
+// The words are Nix's own, the same in 2.8.0, 2.26.3 and 2.34.8 unless said:
+// build/derivation-goal.cc, build/derivation-building-goal.cc and
+// unix/build/derivation-builder.cc of src/libstore. Limits (TimedOut,
+// LogLimitExceeded) are the callers', and enforced here.
+var verdicts = []struct {
+	status nix.BuildStatus
+	words  string // that the message holds, outside of the builder's log
+	blame  blame
+}{
+	{nix.TransientFailure, "lack of free disk space", byMachine},
+	{nix.TransientFailure, "No space left on device", byMachine},
+	{nix.MiscFailure, "No space left on device", byMachine},
+	{nix.InputRejected, "No space left on device", byMachine},
+	{nix.MiscFailure, "database or disk is full", byMachine}, // SQLite
+	// The machine's line claims a system or a feature that its Nix does not have.
+	{nix.InputRejected, "is required to build", byMachine}, // up to 2.28
+	{nix.InputRejected, "platform mismatch", byMachine},
+	{nix.InputRejected, "missing system features", byMachine},
+	// An input that had arrived is gone.
+	{nix.MiscFailure, "is not valid", byMachine},
+	{nix.MiscFailure, "does not exist in the store", byMachine},
+	{nix.InputRejected, "is not valid", byMachine},
+
+	{nix.PermanentFailure, "failed due to signal 9", byKilling},
+	{nix.TransientFailure, "failed due to signal 9", byKilling},
+	{nix.MiscFailure, "failed due to signal 9", byKilling},
+}
+
+// judge says whose fault a failure is. Builds that run outside of a sandbox,
+// those of fixed outputs, fail as TransientFailure whatever the reason; any other
+// that does was short of disk space or of a substitute
+// (src/libstore/unix/build/derivation-builder.cc).
+func judge(r nix.BuildResult, drv *nix.Derivation) blame {
+	message := withoutLog(nix.PlainText(r.ErrorMsg))
+	for _, v := range verdicts {
+		if v.status == r.Status && strings.Contains(message, v.words) {
+			return v.blame
+		}
+	}
+	if r.Status == nix.TransientFailure && !drv.ContentAddressed() {
+		return byMachine
+	}
+	return byDerivation
+}
+
+// withoutLog takes the lines of the builder's log out of a message: Nix quotes
+// the last of them, each after "> ". A builder may print what it likes.
+func withoutLog(message string) string {
+	lines := slices.DeleteFunc(strings.Split(message, "\n"), func(line string) bool {
+		return strings.HasPrefix(strings.TrimSpace(line), ">")
+	})
+	return strings.Join(lines, "\n")
+}
+
+// A killedError is a failure that may be the want of memory of the machine that
+// reported it. The outcome is what the machine said.
+type killedError struct{ outcome outcome }
+
+func (e *killedError) Error() string { return e.outcome.err }
