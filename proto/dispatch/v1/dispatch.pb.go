@@ -329,6 +329,60 @@ func (VerdictReason) EnumDescriptor() ([]byte, []int) {
 	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{3}
 }
 
+// What became of a step.
+type PingVerdict int32
+
+const (
+	PingVerdict_PING_VERDICT_UNSPECIFIED PingVerdict = 0
+	PingVerdict_PING_VERDICT_OK          PingVerdict = 1
+	// Builds can run on the machine, but not all that one would think.
+	PingVerdict_PING_VERDICT_WARNING PingVerdict = 2
+	PingVerdict_PING_VERDICT_FAILED  PingVerdict = 3
+)
+
+// Enum value maps for PingVerdict.
+var (
+	PingVerdict_name = map[int32]string{
+		0: "PING_VERDICT_UNSPECIFIED",
+		1: "PING_VERDICT_OK",
+		2: "PING_VERDICT_WARNING",
+		3: "PING_VERDICT_FAILED",
+	}
+	PingVerdict_value = map[string]int32{
+		"PING_VERDICT_UNSPECIFIED": 0,
+		"PING_VERDICT_OK":          1,
+		"PING_VERDICT_WARNING":     2,
+		"PING_VERDICT_FAILED":      3,
+	}
+)
+
+func (x PingVerdict) Enum() *PingVerdict {
+	p := new(PingVerdict)
+	*p = x
+	return p
+}
+
+func (x PingVerdict) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (PingVerdict) Descriptor() protoreflect.EnumDescriptor {
+	return file_dispatch_v1_dispatch_proto_enumTypes[4].Descriptor()
+}
+
+func (PingVerdict) Type() protoreflect.EnumType {
+	return &file_dispatch_v1_dispatch_proto_enumTypes[4]
+}
+
+func (x PingVerdict) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use PingVerdict.Descriptor instead.
+func (PingVerdict) EnumDescriptor() ([]byte, []int) {
+	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{4}
+}
+
 type Reply_Action int32
 
 const (
@@ -376,11 +430,11 @@ func (x Reply_Action) String() string {
 }
 
 func (Reply_Action) Descriptor() protoreflect.EnumDescriptor {
-	return file_dispatch_v1_dispatch_proto_enumTypes[4].Descriptor()
+	return file_dispatch_v1_dispatch_proto_enumTypes[5].Descriptor()
 }
 
 func (Reply_Action) Type() protoreflect.EnumType {
-	return &file_dispatch_v1_dispatch_proto_enumTypes[4]
+	return &file_dispatch_v1_dispatch_proto_enumTypes[5]
 }
 
 func (x Reply_Action) Number() protoreflect.EnumNumber {
@@ -3343,6 +3397,164 @@ func (x *ReloadResponse) GetMachines() uint32 {
 	return 0
 }
 
+type PingRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The machine's store URI, or its host's name if no other machine has that.
+	Machine string `protobuf:"bytes,1,opt,name=machine,proto3" json:"machine,omitempty"`
+	// How long a step may take; unset means the daemon's own bounds.
+	Timeout *durationpb.Duration `protobuf:"bytes,2,opt,name=timeout,proto3" json:"timeout,omitempty"`
+	// Whether the machine's Nix is asked, too, for the systems and features that
+	// its lines claim. That runs further commands there.
+	Claims        bool `protobuf:"varint,3,opt,name=claims,proto3" json:"claims,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PingRequest) Reset() {
+	*x = PingRequest{}
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[43]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PingRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PingRequest) ProtoMessage() {}
+
+func (x *PingRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[43]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PingRequest.ProtoReflect.Descriptor instead.
+func (*PingRequest) Descriptor() ([]byte, []int) {
+	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{43}
+}
+
+func (x *PingRequest) GetMachine() string {
+	if x != nil {
+		return x.Machine
+	}
+	return ""
+}
+
+func (x *PingRequest) GetTimeout() *durationpb.Duration {
+	if x != nil {
+		return x.Timeout
+	}
+	return nil
+}
+
+func (x *PingRequest) GetClaims() bool {
+	if x != nil {
+		return x.Claims
+	}
+	return false
+}
+
+// A step of a connection to a machine. A machine that is reached in several ways
+// has the steps of each, one after the other.
+type PingResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// What is done, in a word or two that do not change: "ssh config", "resolve",
+	// "connect", "handshake", "host key", "authenticate", "open session", "find
+	// nix", "protocol", "store", "trust", "claims", or "machine" for one that the
+	// daemon does not serve.
+	Step    string               `protobuf:"bytes,1,opt,name=step,proto3" json:"step,omitempty"`
+	Verdict PingVerdict          `protobuf:"varint,2,opt,name=verdict,proto3,enum=nixdispatch.v1.PingVerdict" json:"verdict,omitempty"`
+	Took    *durationpb.Duration `protobuf:"bytes,3,opt,name=took,proto3" json:"took,omitempty"`
+	// What was found, or what is wrong, in words for a person. It may quote what
+	// the machine says.
+	Detail string `protobuf:"bytes,4,opt,name=detail,proto3" json:"detail,omitempty"`
+	// What kind of thing is wrong, in a few words that do not change; "" if nothing.
+	Cause string `protobuf:"bytes,5,opt,name=cause,proto3" json:"cause,omitempty"`
+	// What to do about it; "" if nothing.
+	Fix           string `protobuf:"bytes,6,opt,name=fix,proto3" json:"fix,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PingResponse) Reset() {
+	*x = PingResponse{}
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[44]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PingResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PingResponse) ProtoMessage() {}
+
+func (x *PingResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[44]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PingResponse.ProtoReflect.Descriptor instead.
+func (*PingResponse) Descriptor() ([]byte, []int) {
+	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{44}
+}
+
+func (x *PingResponse) GetStep() string {
+	if x != nil {
+		return x.Step
+	}
+	return ""
+}
+
+func (x *PingResponse) GetVerdict() PingVerdict {
+	if x != nil {
+		return x.Verdict
+	}
+	return PingVerdict_PING_VERDICT_UNSPECIFIED
+}
+
+func (x *PingResponse) GetTook() *durationpb.Duration {
+	if x != nil {
+		return x.Took
+	}
+	return nil
+}
+
+func (x *PingResponse) GetDetail() string {
+	if x != nil {
+		return x.Detail
+	}
+	return ""
+}
+
+func (x *PingResponse) GetCause() string {
+	if x != nil {
+		return x.Cause
+	}
+	return ""
+}
+
+func (x *PingResponse) GetFix() string {
+	if x != nil {
+		return x.Fix
+	}
+	return ""
+}
+
 var File_dispatch_v1_dispatch_proto protoreflect.FileDescriptor
 
 const file_dispatch_v1_dispatch_proto_rawDesc = "" +
@@ -3551,7 +3763,18 @@ const file_dispatch_v1_dispatch_proto_rawDesc = "" +
 	"\rReloadRequest\"b\n" +
 	"\x0eReloadResponse\x124\n" +
 	"\x06errors\x18\x01 \x03(\v2\x1c.nixdispatch.v1.MachineErrorR\x06errors\x12\x1a\n" +
-	"\bmachines\x18\x02 \x01(\rR\bmachines*\xbf\x04\n" +
+	"\bmachines\x18\x02 \x01(\rR\bmachines\"t\n" +
+	"\vPingRequest\x12\x18\n" +
+	"\amachine\x18\x01 \x01(\tR\amachine\x123\n" +
+	"\atimeout\x18\x02 \x01(\v2\x19.google.protobuf.DurationR\atimeout\x12\x16\n" +
+	"\x06claims\x18\x03 \x01(\bR\x06claims\"\xc8\x01\n" +
+	"\fPingResponse\x12\x12\n" +
+	"\x04step\x18\x01 \x01(\tR\x04step\x125\n" +
+	"\averdict\x18\x02 \x01(\x0e2\x1b.nixdispatch.v1.PingVerdictR\averdict\x12-\n" +
+	"\x04took\x18\x03 \x01(\v2\x19.google.protobuf.DurationR\x04took\x12\x16\n" +
+	"\x06detail\x18\x04 \x01(\tR\x06detail\x12\x14\n" +
+	"\x05cause\x18\x05 \x01(\tR\x05cause\x12\x10\n" +
+	"\x03fix\x18\x06 \x01(\tR\x03fix*\xbf\x04\n" +
 	"\vBuildStatus\x12\x1c\n" +
 	"\x18BUILD_STATUS_UNSPECIFIED\x10\x00\x12\x16\n" +
 	"\x12BUILD_STATUS_BUILT\x10\x01\x12\x1c\n" +
@@ -3598,7 +3821,12 @@ const file_dispatch_v1_dispatch_proto_rawDesc = "" +
 	"\x1cVERDICT_REASON_FAILED_BEFORE\x10\t\x12\x17\n" +
 	"\x13VERDICT_REASON_FULL\x10\n" +
 	"\x12\x1e\n" +
-	"\x1aVERDICT_REASON_UNSUPPORTED\x10\v2\xa8\x05\n" +
+	"\x1aVERDICT_REASON_UNSUPPORTED\x10\v*s\n" +
+	"\vPingVerdict\x12\x1c\n" +
+	"\x18PING_VERDICT_UNSPECIFIED\x10\x00\x12\x13\n" +
+	"\x0fPING_VERDICT_OK\x10\x01\x12\x18\n" +
+	"\x14PING_VERDICT_WARNING\x10\x02\x12\x17\n" +
+	"\x13PING_VERDICT_FAILED\x10\x032\xed\x05\n" +
 	"\x0fDispatchService\x12F\n" +
 	"\x05Build\x12\x1c.nixdispatch.v1.BuildRequest\x1a\x1d.nixdispatch.v1.BuildResponse0\x01\x12E\n" +
 	"\x04Hook\x12\x1b.nixdispatch.v1.HookRequest\x1a\x1c.nixdispatch.v1.HookResponse(\x010\x01\x12G\n" +
@@ -3608,7 +3836,8 @@ const file_dispatch_v1_dispatch_proto_rawDesc = "" +
 	"\aExplain\x12\x1e.nixdispatch.v1.ExplainRequest\x1a\x1f.nixdispatch.v1.ExplainResponse\x12D\n" +
 	"\x05Drain\x12\x1c.nixdispatch.v1.DrainRequest\x1a\x1d.nixdispatch.v1.DrainResponse\x12J\n" +
 	"\aUndrain\x12\x1e.nixdispatch.v1.UndrainRequest\x1a\x1f.nixdispatch.v1.UndrainResponse\x12G\n" +
-	"\x06Reload\x12\x1d.nixdispatch.v1.ReloadRequest\x1a\x1e.nixdispatch.v1.ReloadResponseB*Z(nixdispatch/proto/dispatch/v1;dispatchv1b\x06proto3"
+	"\x06Reload\x12\x1d.nixdispatch.v1.ReloadRequest\x1a\x1e.nixdispatch.v1.ReloadResponse\x12C\n" +
+	"\x04Ping\x12\x1b.nixdispatch.v1.PingRequest\x1a\x1c.nixdispatch.v1.PingResponse0\x01B*Z(nixdispatch/proto/dispatch/v1;dispatchv1b\x06proto3"
 
 var (
 	file_dispatch_v1_dispatch_proto_rawDescOnce sync.Once
@@ -3622,127 +3851,135 @@ func file_dispatch_v1_dispatch_proto_rawDescGZIP() []byte {
 	return file_dispatch_v1_dispatch_proto_rawDescData
 }
 
-var file_dispatch_v1_dispatch_proto_enumTypes = make([]protoimpl.EnumInfo, 5)
-var file_dispatch_v1_dispatch_proto_msgTypes = make([]protoimpl.MessageInfo, 43)
+var file_dispatch_v1_dispatch_proto_enumTypes = make([]protoimpl.EnumInfo, 6)
+var file_dispatch_v1_dispatch_proto_msgTypes = make([]protoimpl.MessageInfo, 45)
 var file_dispatch_v1_dispatch_proto_goTypes = []any{
 	(BuildStatus)(0),              // 0: nixdispatch.v1.BuildStatus
 	(MachineState)(0),             // 1: nixdispatch.v1.MachineState
 	(Phase)(0),                    // 2: nixdispatch.v1.Phase
 	(VerdictReason)(0),            // 3: nixdispatch.v1.VerdictReason
-	(Reply_Action)(0),             // 4: nixdispatch.v1.Reply.Action
-	(*BuildRequest)(nil),          // 5: nixdispatch.v1.BuildRequest
-	(*Limits)(nil),                // 6: nixdispatch.v1.Limits
-	(*BuildResponse)(nil),         // 7: nixdispatch.v1.BuildResponse
-	(*Plan)(nil),                  // 8: nixdispatch.v1.Plan
-	(*Summary)(nil),               // 9: nixdispatch.v1.Summary
-	(*Output)(nil),                // 10: nixdispatch.v1.Output
-	(*BuildEvent)(nil),            // 11: nixdispatch.v1.BuildEvent
-	(*Queued)(nil),                // 12: nixdispatch.v1.Queued
-	(*Placed)(nil),                // 13: nixdispatch.v1.Placed
-	(*Copying)(nil),               // 14: nixdispatch.v1.Copying
-	(*Building)(nil),              // 15: nixdispatch.v1.Building
-	(*Log)(nil),                   // 16: nixdispatch.v1.Log
-	(*Fetching)(nil),              // 17: nixdispatch.v1.Fetching
-	(*Transfer)(nil),              // 18: nixdispatch.v1.Transfer
-	(*Finished)(nil),              // 19: nixdispatch.v1.Finished
-	(*HookRequest)(nil),           // 20: nixdispatch.v1.HookRequest
-	(*Hello)(nil),                 // 21: nixdispatch.v1.Hello
-	(*Try)(nil),                   // 22: nixdispatch.v1.Try
-	(*Start)(nil),                 // 23: nixdispatch.v1.Start
-	(*HandedOver)(nil),            // 24: nixdispatch.v1.HandedOver
-	(*HookResponse)(nil),          // 25: nixdispatch.v1.HookResponse
-	(*Reply)(nil),                 // 26: nixdispatch.v1.Reply
-	(*HandOver)(nil),              // 27: nixdispatch.v1.HandOver
-	(*StatusRequest)(nil),         // 28: nixdispatch.v1.StatusRequest
-	(*StatusResponse)(nil),        // 29: nixdispatch.v1.StatusResponse
-	(*ReloadStatus)(nil),          // 30: nixdispatch.v1.ReloadStatus
-	(*MachineStatus)(nil),         // 31: nixdispatch.v1.MachineStatus
-	(*BuildInfo)(nil),             // 32: nixdispatch.v1.BuildInfo
-	(*MachinesRequest)(nil),       // 33: nixdispatch.v1.MachinesRequest
-	(*MachinesResponse)(nil),      // 34: nixdispatch.v1.MachinesResponse
-	(*Machine)(nil),               // 35: nixdispatch.v1.Machine
-	(*MachineError)(nil),          // 36: nixdispatch.v1.MachineError
-	(*CancelRequest)(nil),         // 37: nixdispatch.v1.CancelRequest
-	(*CancelResponse)(nil),        // 38: nixdispatch.v1.CancelResponse
-	(*ExplainRequest)(nil),        // 39: nixdispatch.v1.ExplainRequest
-	(*ExplainResponse)(nil),       // 40: nixdispatch.v1.ExplainResponse
-	(*Verdict)(nil),               // 41: nixdispatch.v1.Verdict
-	(*DrainRequest)(nil),          // 42: nixdispatch.v1.DrainRequest
-	(*DrainResponse)(nil),         // 43: nixdispatch.v1.DrainResponse
-	(*UndrainRequest)(nil),        // 44: nixdispatch.v1.UndrainRequest
-	(*UndrainResponse)(nil),       // 45: nixdispatch.v1.UndrainResponse
-	(*ReloadRequest)(nil),         // 46: nixdispatch.v1.ReloadRequest
-	(*ReloadResponse)(nil),        // 47: nixdispatch.v1.ReloadResponse
-	(*durationpb.Duration)(nil),   // 48: google.protobuf.Duration
-	(*timestamppb.Timestamp)(nil), // 49: google.protobuf.Timestamp
+	(PingVerdict)(0),              // 4: nixdispatch.v1.PingVerdict
+	(Reply_Action)(0),             // 5: nixdispatch.v1.Reply.Action
+	(*BuildRequest)(nil),          // 6: nixdispatch.v1.BuildRequest
+	(*Limits)(nil),                // 7: nixdispatch.v1.Limits
+	(*BuildResponse)(nil),         // 8: nixdispatch.v1.BuildResponse
+	(*Plan)(nil),                  // 9: nixdispatch.v1.Plan
+	(*Summary)(nil),               // 10: nixdispatch.v1.Summary
+	(*Output)(nil),                // 11: nixdispatch.v1.Output
+	(*BuildEvent)(nil),            // 12: nixdispatch.v1.BuildEvent
+	(*Queued)(nil),                // 13: nixdispatch.v1.Queued
+	(*Placed)(nil),                // 14: nixdispatch.v1.Placed
+	(*Copying)(nil),               // 15: nixdispatch.v1.Copying
+	(*Building)(nil),              // 16: nixdispatch.v1.Building
+	(*Log)(nil),                   // 17: nixdispatch.v1.Log
+	(*Fetching)(nil),              // 18: nixdispatch.v1.Fetching
+	(*Transfer)(nil),              // 19: nixdispatch.v1.Transfer
+	(*Finished)(nil),              // 20: nixdispatch.v1.Finished
+	(*HookRequest)(nil),           // 21: nixdispatch.v1.HookRequest
+	(*Hello)(nil),                 // 22: nixdispatch.v1.Hello
+	(*Try)(nil),                   // 23: nixdispatch.v1.Try
+	(*Start)(nil),                 // 24: nixdispatch.v1.Start
+	(*HandedOver)(nil),            // 25: nixdispatch.v1.HandedOver
+	(*HookResponse)(nil),          // 26: nixdispatch.v1.HookResponse
+	(*Reply)(nil),                 // 27: nixdispatch.v1.Reply
+	(*HandOver)(nil),              // 28: nixdispatch.v1.HandOver
+	(*StatusRequest)(nil),         // 29: nixdispatch.v1.StatusRequest
+	(*StatusResponse)(nil),        // 30: nixdispatch.v1.StatusResponse
+	(*ReloadStatus)(nil),          // 31: nixdispatch.v1.ReloadStatus
+	(*MachineStatus)(nil),         // 32: nixdispatch.v1.MachineStatus
+	(*BuildInfo)(nil),             // 33: nixdispatch.v1.BuildInfo
+	(*MachinesRequest)(nil),       // 34: nixdispatch.v1.MachinesRequest
+	(*MachinesResponse)(nil),      // 35: nixdispatch.v1.MachinesResponse
+	(*Machine)(nil),               // 36: nixdispatch.v1.Machine
+	(*MachineError)(nil),          // 37: nixdispatch.v1.MachineError
+	(*CancelRequest)(nil),         // 38: nixdispatch.v1.CancelRequest
+	(*CancelResponse)(nil),        // 39: nixdispatch.v1.CancelResponse
+	(*ExplainRequest)(nil),        // 40: nixdispatch.v1.ExplainRequest
+	(*ExplainResponse)(nil),       // 41: nixdispatch.v1.ExplainResponse
+	(*Verdict)(nil),               // 42: nixdispatch.v1.Verdict
+	(*DrainRequest)(nil),          // 43: nixdispatch.v1.DrainRequest
+	(*DrainResponse)(nil),         // 44: nixdispatch.v1.DrainResponse
+	(*UndrainRequest)(nil),        // 45: nixdispatch.v1.UndrainRequest
+	(*UndrainResponse)(nil),       // 46: nixdispatch.v1.UndrainResponse
+	(*ReloadRequest)(nil),         // 47: nixdispatch.v1.ReloadRequest
+	(*ReloadResponse)(nil),        // 48: nixdispatch.v1.ReloadResponse
+	(*PingRequest)(nil),           // 49: nixdispatch.v1.PingRequest
+	(*PingResponse)(nil),          // 50: nixdispatch.v1.PingResponse
+	(*durationpb.Duration)(nil),   // 51: google.protobuf.Duration
+	(*timestamppb.Timestamp)(nil), // 52: google.protobuf.Timestamp
 }
 var file_dispatch_v1_dispatch_proto_depIdxs = []int32{
-	6,  // 0: nixdispatch.v1.BuildRequest.limits:type_name -> nixdispatch.v1.Limits
-	48, // 1: nixdispatch.v1.Limits.timeout:type_name -> google.protobuf.Duration
-	48, // 2: nixdispatch.v1.Limits.max_silent_time:type_name -> google.protobuf.Duration
-	8,  // 3: nixdispatch.v1.BuildResponse.plan:type_name -> nixdispatch.v1.Plan
-	11, // 4: nixdispatch.v1.BuildResponse.event:type_name -> nixdispatch.v1.BuildEvent
-	9,  // 5: nixdispatch.v1.BuildResponse.summary:type_name -> nixdispatch.v1.Summary
-	10, // 6: nixdispatch.v1.Summary.outputs:type_name -> nixdispatch.v1.Output
-	12, // 7: nixdispatch.v1.BuildEvent.queued:type_name -> nixdispatch.v1.Queued
-	13, // 8: nixdispatch.v1.BuildEvent.placed:type_name -> nixdispatch.v1.Placed
-	14, // 9: nixdispatch.v1.BuildEvent.copying:type_name -> nixdispatch.v1.Copying
-	15, // 10: nixdispatch.v1.BuildEvent.building:type_name -> nixdispatch.v1.Building
-	16, // 11: nixdispatch.v1.BuildEvent.log:type_name -> nixdispatch.v1.Log
-	17, // 12: nixdispatch.v1.BuildEvent.fetching:type_name -> nixdispatch.v1.Fetching
-	19, // 13: nixdispatch.v1.BuildEvent.finished:type_name -> nixdispatch.v1.Finished
-	18, // 14: nixdispatch.v1.Copying.transfer:type_name -> nixdispatch.v1.Transfer
-	18, // 15: nixdispatch.v1.Fetching.transfer:type_name -> nixdispatch.v1.Transfer
+	7,  // 0: nixdispatch.v1.BuildRequest.limits:type_name -> nixdispatch.v1.Limits
+	51, // 1: nixdispatch.v1.Limits.timeout:type_name -> google.protobuf.Duration
+	51, // 2: nixdispatch.v1.Limits.max_silent_time:type_name -> google.protobuf.Duration
+	9,  // 3: nixdispatch.v1.BuildResponse.plan:type_name -> nixdispatch.v1.Plan
+	12, // 4: nixdispatch.v1.BuildResponse.event:type_name -> nixdispatch.v1.BuildEvent
+	10, // 5: nixdispatch.v1.BuildResponse.summary:type_name -> nixdispatch.v1.Summary
+	11, // 6: nixdispatch.v1.Summary.outputs:type_name -> nixdispatch.v1.Output
+	13, // 7: nixdispatch.v1.BuildEvent.queued:type_name -> nixdispatch.v1.Queued
+	14, // 8: nixdispatch.v1.BuildEvent.placed:type_name -> nixdispatch.v1.Placed
+	15, // 9: nixdispatch.v1.BuildEvent.copying:type_name -> nixdispatch.v1.Copying
+	16, // 10: nixdispatch.v1.BuildEvent.building:type_name -> nixdispatch.v1.Building
+	17, // 11: nixdispatch.v1.BuildEvent.log:type_name -> nixdispatch.v1.Log
+	18, // 12: nixdispatch.v1.BuildEvent.fetching:type_name -> nixdispatch.v1.Fetching
+	20, // 13: nixdispatch.v1.BuildEvent.finished:type_name -> nixdispatch.v1.Finished
+	19, // 14: nixdispatch.v1.Copying.transfer:type_name -> nixdispatch.v1.Transfer
+	19, // 15: nixdispatch.v1.Fetching.transfer:type_name -> nixdispatch.v1.Transfer
 	0,  // 16: nixdispatch.v1.Finished.status:type_name -> nixdispatch.v1.BuildStatus
-	48, // 17: nixdispatch.v1.Finished.build_duration:type_name -> google.protobuf.Duration
-	21, // 18: nixdispatch.v1.HookRequest.hello:type_name -> nixdispatch.v1.Hello
-	22, // 19: nixdispatch.v1.HookRequest.try:type_name -> nixdispatch.v1.Try
-	23, // 20: nixdispatch.v1.HookRequest.start:type_name -> nixdispatch.v1.Start
-	24, // 21: nixdispatch.v1.HookRequest.handed_over:type_name -> nixdispatch.v1.HandedOver
-	6,  // 22: nixdispatch.v1.Hello.limits:type_name -> nixdispatch.v1.Limits
-	26, // 23: nixdispatch.v1.HookResponse.reply:type_name -> nixdispatch.v1.Reply
-	11, // 24: nixdispatch.v1.HookResponse.event:type_name -> nixdispatch.v1.BuildEvent
-	27, // 25: nixdispatch.v1.HookResponse.hand_over:type_name -> nixdispatch.v1.HandOver
-	4,  // 26: nixdispatch.v1.Reply.action:type_name -> nixdispatch.v1.Reply.Action
-	49, // 27: nixdispatch.v1.StatusResponse.started:type_name -> google.protobuf.Timestamp
-	31, // 28: nixdispatch.v1.StatusResponse.machines:type_name -> nixdispatch.v1.MachineStatus
-	32, // 29: nixdispatch.v1.StatusResponse.builds:type_name -> nixdispatch.v1.BuildInfo
-	36, // 30: nixdispatch.v1.StatusResponse.errors:type_name -> nixdispatch.v1.MachineError
-	30, // 31: nixdispatch.v1.StatusResponse.reload:type_name -> nixdispatch.v1.ReloadStatus
-	49, // 32: nixdispatch.v1.ReloadStatus.time:type_name -> google.protobuf.Timestamp
-	36, // 33: nixdispatch.v1.ReloadStatus.errors:type_name -> nixdispatch.v1.MachineError
+	51, // 17: nixdispatch.v1.Finished.build_duration:type_name -> google.protobuf.Duration
+	22, // 18: nixdispatch.v1.HookRequest.hello:type_name -> nixdispatch.v1.Hello
+	23, // 19: nixdispatch.v1.HookRequest.try:type_name -> nixdispatch.v1.Try
+	24, // 20: nixdispatch.v1.HookRequest.start:type_name -> nixdispatch.v1.Start
+	25, // 21: nixdispatch.v1.HookRequest.handed_over:type_name -> nixdispatch.v1.HandedOver
+	7,  // 22: nixdispatch.v1.Hello.limits:type_name -> nixdispatch.v1.Limits
+	27, // 23: nixdispatch.v1.HookResponse.reply:type_name -> nixdispatch.v1.Reply
+	12, // 24: nixdispatch.v1.HookResponse.event:type_name -> nixdispatch.v1.BuildEvent
+	28, // 25: nixdispatch.v1.HookResponse.hand_over:type_name -> nixdispatch.v1.HandOver
+	5,  // 26: nixdispatch.v1.Reply.action:type_name -> nixdispatch.v1.Reply.Action
+	52, // 27: nixdispatch.v1.StatusResponse.started:type_name -> google.protobuf.Timestamp
+	32, // 28: nixdispatch.v1.StatusResponse.machines:type_name -> nixdispatch.v1.MachineStatus
+	33, // 29: nixdispatch.v1.StatusResponse.builds:type_name -> nixdispatch.v1.BuildInfo
+	37, // 30: nixdispatch.v1.StatusResponse.errors:type_name -> nixdispatch.v1.MachineError
+	31, // 31: nixdispatch.v1.StatusResponse.reload:type_name -> nixdispatch.v1.ReloadStatus
+	52, // 32: nixdispatch.v1.ReloadStatus.time:type_name -> google.protobuf.Timestamp
+	37, // 33: nixdispatch.v1.ReloadStatus.errors:type_name -> nixdispatch.v1.MachineError
 	1,  // 34: nixdispatch.v1.MachineStatus.state:type_name -> nixdispatch.v1.MachineState
-	49, // 35: nixdispatch.v1.MachineStatus.since:type_name -> google.protobuf.Timestamp
+	52, // 35: nixdispatch.v1.MachineStatus.since:type_name -> google.protobuf.Timestamp
 	2,  // 36: nixdispatch.v1.BuildInfo.phase:type_name -> nixdispatch.v1.Phase
-	49, // 37: nixdispatch.v1.BuildInfo.since:type_name -> google.protobuf.Timestamp
-	35, // 38: nixdispatch.v1.MachinesResponse.machines:type_name -> nixdispatch.v1.Machine
-	36, // 39: nixdispatch.v1.MachinesResponse.errors:type_name -> nixdispatch.v1.MachineError
-	41, // 40: nixdispatch.v1.ExplainResponse.machines:type_name -> nixdispatch.v1.Verdict
+	52, // 37: nixdispatch.v1.BuildInfo.since:type_name -> google.protobuf.Timestamp
+	36, // 38: nixdispatch.v1.MachinesResponse.machines:type_name -> nixdispatch.v1.Machine
+	37, // 39: nixdispatch.v1.MachinesResponse.errors:type_name -> nixdispatch.v1.MachineError
+	42, // 40: nixdispatch.v1.ExplainResponse.machines:type_name -> nixdispatch.v1.Verdict
 	3,  // 41: nixdispatch.v1.Verdict.reason:type_name -> nixdispatch.v1.VerdictReason
-	36, // 42: nixdispatch.v1.ReloadResponse.errors:type_name -> nixdispatch.v1.MachineError
-	5,  // 43: nixdispatch.v1.DispatchService.Build:input_type -> nixdispatch.v1.BuildRequest
-	20, // 44: nixdispatch.v1.DispatchService.Hook:input_type -> nixdispatch.v1.HookRequest
-	28, // 45: nixdispatch.v1.DispatchService.Status:input_type -> nixdispatch.v1.StatusRequest
-	33, // 46: nixdispatch.v1.DispatchService.Machines:input_type -> nixdispatch.v1.MachinesRequest
-	37, // 47: nixdispatch.v1.DispatchService.Cancel:input_type -> nixdispatch.v1.CancelRequest
-	39, // 48: nixdispatch.v1.DispatchService.Explain:input_type -> nixdispatch.v1.ExplainRequest
-	42, // 49: nixdispatch.v1.DispatchService.Drain:input_type -> nixdispatch.v1.DrainRequest
-	44, // 50: nixdispatch.v1.DispatchService.Undrain:input_type -> nixdispatch.v1.UndrainRequest
-	46, // 51: nixdispatch.v1.DispatchService.Reload:input_type -> nixdispatch.v1.ReloadRequest
-	7,  // 52: nixdispatch.v1.DispatchService.Build:output_type -> nixdispatch.v1.BuildResponse
-	25, // 53: nixdispatch.v1.DispatchService.Hook:output_type -> nixdispatch.v1.HookResponse
-	29, // 54: nixdispatch.v1.DispatchService.Status:output_type -> nixdispatch.v1.StatusResponse
-	34, // 55: nixdispatch.v1.DispatchService.Machines:output_type -> nixdispatch.v1.MachinesResponse
-	38, // 56: nixdispatch.v1.DispatchService.Cancel:output_type -> nixdispatch.v1.CancelResponse
-	40, // 57: nixdispatch.v1.DispatchService.Explain:output_type -> nixdispatch.v1.ExplainResponse
-	43, // 58: nixdispatch.v1.DispatchService.Drain:output_type -> nixdispatch.v1.DrainResponse
-	45, // 59: nixdispatch.v1.DispatchService.Undrain:output_type -> nixdispatch.v1.UndrainResponse
-	47, // 60: nixdispatch.v1.DispatchService.Reload:output_type -> nixdispatch.v1.ReloadResponse
-	52, // [52:61] is the sub-list for method output_type
-	43, // [43:52] is the sub-list for method input_type
-	43, // [43:43] is the sub-list for extension type_name
-	43, // [43:43] is the sub-list for extension extendee
-	0,  // [0:43] is the sub-list for field type_name
+	37, // 42: nixdispatch.v1.ReloadResponse.errors:type_name -> nixdispatch.v1.MachineError
+	51, // 43: nixdispatch.v1.PingRequest.timeout:type_name -> google.protobuf.Duration
+	4,  // 44: nixdispatch.v1.PingResponse.verdict:type_name -> nixdispatch.v1.PingVerdict
+	51, // 45: nixdispatch.v1.PingResponse.took:type_name -> google.protobuf.Duration
+	6,  // 46: nixdispatch.v1.DispatchService.Build:input_type -> nixdispatch.v1.BuildRequest
+	21, // 47: nixdispatch.v1.DispatchService.Hook:input_type -> nixdispatch.v1.HookRequest
+	29, // 48: nixdispatch.v1.DispatchService.Status:input_type -> nixdispatch.v1.StatusRequest
+	34, // 49: nixdispatch.v1.DispatchService.Machines:input_type -> nixdispatch.v1.MachinesRequest
+	38, // 50: nixdispatch.v1.DispatchService.Cancel:input_type -> nixdispatch.v1.CancelRequest
+	40, // 51: nixdispatch.v1.DispatchService.Explain:input_type -> nixdispatch.v1.ExplainRequest
+	43, // 52: nixdispatch.v1.DispatchService.Drain:input_type -> nixdispatch.v1.DrainRequest
+	45, // 53: nixdispatch.v1.DispatchService.Undrain:input_type -> nixdispatch.v1.UndrainRequest
+	47, // 54: nixdispatch.v1.DispatchService.Reload:input_type -> nixdispatch.v1.ReloadRequest
+	49, // 55: nixdispatch.v1.DispatchService.Ping:input_type -> nixdispatch.v1.PingRequest
+	8,  // 56: nixdispatch.v1.DispatchService.Build:output_type -> nixdispatch.v1.BuildResponse
+	26, // 57: nixdispatch.v1.DispatchService.Hook:output_type -> nixdispatch.v1.HookResponse
+	30, // 58: nixdispatch.v1.DispatchService.Status:output_type -> nixdispatch.v1.StatusResponse
+	35, // 59: nixdispatch.v1.DispatchService.Machines:output_type -> nixdispatch.v1.MachinesResponse
+	39, // 60: nixdispatch.v1.DispatchService.Cancel:output_type -> nixdispatch.v1.CancelResponse
+	41, // 61: nixdispatch.v1.DispatchService.Explain:output_type -> nixdispatch.v1.ExplainResponse
+	44, // 62: nixdispatch.v1.DispatchService.Drain:output_type -> nixdispatch.v1.DrainResponse
+	46, // 63: nixdispatch.v1.DispatchService.Undrain:output_type -> nixdispatch.v1.UndrainResponse
+	48, // 64: nixdispatch.v1.DispatchService.Reload:output_type -> nixdispatch.v1.ReloadResponse
+	50, // 65: nixdispatch.v1.DispatchService.Ping:output_type -> nixdispatch.v1.PingResponse
+	56, // [56:66] is the sub-list for method output_type
+	46, // [46:56] is the sub-list for method input_type
+	46, // [46:46] is the sub-list for extension type_name
+	46, // [46:46] is the sub-list for extension extendee
+	0,  // [0:46] is the sub-list for field type_name
 }
 
 func init() { file_dispatch_v1_dispatch_proto_init() }
@@ -3780,8 +4017,8 @@ func file_dispatch_v1_dispatch_proto_init() {
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_dispatch_v1_dispatch_proto_rawDesc), len(file_dispatch_v1_dispatch_proto_rawDesc)),
-			NumEnums:      5,
-			NumMessages:   43,
+			NumEnums:      6,
+			NumMessages:   45,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -37,6 +37,7 @@ const (
 	DispatchService_Drain_FullMethodName    = "/nixdispatch.v1.DispatchService/Drain"
 	DispatchService_Undrain_FullMethodName  = "/nixdispatch.v1.DispatchService/Undrain"
 	DispatchService_Reload_FullMethodName   = "/nixdispatch.v1.DispatchService/Reload"
+	DispatchService_Ping_FullMethodName     = "/nixdispatch.v1.DispatchService/Ping"
 )
 
 // DispatchServiceClient is the client API for DispatchService service.
@@ -115,6 +116,17 @@ type DispatchServiceClient interface {
 	//
 	//	PERMISSION_DENIED: the caller is neither root nor the daemon's user.
 	Reload(ctx context.Context, in *ReloadRequest, opts ...grpc.CallOption) (*ReloadResponse, error)
+	// Ping makes one connection to a machine of the list, apart from those that
+	// builds use and as the daemon's user, and tells of each step of it, in order.
+	// The stream ends after a step that failed, or after the last one. A step that
+	// fails is no error of the call.
+	//
+	// Errors:
+	//
+	//	NOT_FOUND: there is no such machine.
+	//	INVALID_ARGUMENT: several machines have that name.
+	//	UNAVAILABLE: the daemon is shutting down.
+	Ping(ctx context.Context, in *PingRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[PingResponse], error)
 }
 
 type dispatchServiceClient struct {
@@ -227,6 +239,25 @@ func (c *dispatchServiceClient) Reload(ctx context.Context, in *ReloadRequest, o
 	return out, nil
 }
 
+func (c *dispatchServiceClient) Ping(ctx context.Context, in *PingRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[PingResponse], error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	stream, err := c.cc.NewStream(ctx, &DispatchService_ServiceDesc.Streams[2], DispatchService_Ping_FullMethodName, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	x := &grpc.GenericClientStream[PingRequest, PingResponse]{ClientStream: stream}
+	if err := x.ClientStream.SendMsg(in); err != nil {
+		return nil, err
+	}
+	if err := x.ClientStream.CloseSend(); err != nil {
+		return nil, err
+	}
+	return x, nil
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type DispatchService_PingClient = grpc.ServerStreamingClient[PingResponse]
+
 // DispatchServiceServer is the server API for DispatchService service.
 // All implementations must embed UnimplementedDispatchServiceServer
 // for forward compatibility.
@@ -303,6 +334,17 @@ type DispatchServiceServer interface {
 	//
 	//	PERMISSION_DENIED: the caller is neither root nor the daemon's user.
 	Reload(context.Context, *ReloadRequest) (*ReloadResponse, error)
+	// Ping makes one connection to a machine of the list, apart from those that
+	// builds use and as the daemon's user, and tells of each step of it, in order.
+	// The stream ends after a step that failed, or after the last one. A step that
+	// fails is no error of the call.
+	//
+	// Errors:
+	//
+	//	NOT_FOUND: there is no such machine.
+	//	INVALID_ARGUMENT: several machines have that name.
+	//	UNAVAILABLE: the daemon is shutting down.
+	Ping(*PingRequest, grpc.ServerStreamingServer[PingResponse]) error
 	mustEmbedUnimplementedDispatchServiceServer()
 }
 
@@ -339,6 +381,9 @@ func (UnimplementedDispatchServiceServer) Undrain(context.Context, *UndrainReque
 }
 func (UnimplementedDispatchServiceServer) Reload(context.Context, *ReloadRequest) (*ReloadResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Reload not implemented")
+}
+func (UnimplementedDispatchServiceServer) Ping(*PingRequest, grpc.ServerStreamingServer[PingResponse]) error {
+	return status.Error(codes.Unimplemented, "method Ping not implemented")
 }
 func (UnimplementedDispatchServiceServer) mustEmbedUnimplementedDispatchServiceServer() {}
 func (UnimplementedDispatchServiceServer) testEmbeddedByValue()                         {}
@@ -505,6 +550,17 @@ func _DispatchService_Reload_Handler(srv interface{}, ctx context.Context, dec f
 	return interceptor(ctx, in, info, handler)
 }
 
+func _DispatchService_Ping_Handler(srv interface{}, stream grpc.ServerStream) error {
+	m := new(PingRequest)
+	if err := stream.RecvMsg(m); err != nil {
+		return err
+	}
+	return srv.(DispatchServiceServer).Ping(m, &grpc.GenericServerStream[PingRequest, PingResponse]{ServerStream: stream})
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type DispatchService_PingServer = grpc.ServerStreamingServer[PingResponse]
+
 // DispatchService_ServiceDesc is the grpc.ServiceDesc for DispatchService service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -552,6 +608,11 @@ var DispatchService_ServiceDesc = grpc.ServiceDesc{
 			Handler:       _DispatchService_Hook_Handler,
 			ServerStreams: true,
 			ClientStreams: true,
+		},
+		{
+			StreamName:    "Ping",
+			Handler:       _DispatchService_Ping_Handler,
+			ServerStreams: true,
 		},
 	},
 	Metadata: "dispatch/v1/dispatch.proto",
