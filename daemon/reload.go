@@ -84,8 +84,14 @@ func (d *Daemon) reloadNow(why string) (reloadResult, error) {
 	if r.pool == nil || d.stopping() {
 		return reloadResult{}, errNotRunning
 	}
-	list := readMachineList(d.opts.Builders, d.log)
-	return d.tryLocked(list, why), nil
+	result := d.tryLocked(readMachineList(d.opts.Builders, d.log), why)
+	if result.success() {
+		// Who asks for it may have changed ssh_config, too.
+		for _, e := range d.machines.at(every) {
+			e.m.host.Refresh()
+		}
+	}
+	return result, nil
 }
 
 // tryLocked puts a list to use unless anything is wrong in it.

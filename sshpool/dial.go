@@ -20,14 +20,7 @@ func (h *Host) resolveTarget(ctx context.Context, anew bool) (*Target, error) {
 	if h.target != nil && !anew {
 		return h.target, nil
 	}
-	if h.resolver.me == nil {
-		me, err := currentUser()
-		if err != nil {
-			return nil, configError(h.cfg, err)
-		}
-		h.resolver.me = me
-	}
-	t, err := h.resolver.resolve(ctx, h.cfg)
+	t, err := h.opts.resolver.resolve(ctx, h.cfg)
 	if err != nil {
 		return nil, configError(h.cfg, err)
 	}

@@ -19,15 +19,15 @@ type Host struct {
 	cancel context.CancelFunc // ends the owner
 	forget func()             // takes the host out of its pool
 
-	kick chan struct{} // an attempt is asked for
-	look chan struct{} // something happened the owner should look at
-	done chan struct{} // closed when the owner and all it started have ended
+	kick  chan struct{} // an attempt is asked for
+	again chan struct{} // ssh_config is to be looked at again
+	look  chan struct{} // something happened the owner should look at
+	done  chan struct{} // closed when the owner and all it started have ended
 
 	// The following fields belong to the attempt to connect, of which there is
 	// one at a time.
-	warned   map[string]bool // what was complained of
-	resolver resolver
-	target   *Target // how the host was reached last; nil: not yet
+	warned map[string]bool // what was complained of
+	target *Target         // how the host was reached last; nil: not yet
 
 	wg sync.WaitGroup // everything started but the owner; see reserve
 
@@ -48,6 +48,7 @@ func newHost(cfg Config, opts Options, cancel context.CancelFunc) *Host {
 		log:     opts.Logger.With("machine", cfg.Name),
 		cancel:  cancel,
 		kick:    make(chan struct{}, 1),
+		again:   make(chan struct{}, 1),
 		look:    make(chan struct{}, 1),
 		done:    make(chan struct{}),
 		changed: make(chan struct{}),
@@ -94,16 +95,20 @@ type owner struct {
 	backoff backoff
 	dialed  chan dialResult
 	dialing bool
+	stale   bool      // ssh_config is to be looked at again
 	retryAt time.Time // no attempt before
 	upSince time.Time
 	conns   int  // connections at the last look
 	news    bool // the status differs from what OnChange was told
 }
 
+// A dialResult is what became of an attempt. Without conn and err, nothing had to
+// be done.
 type dialResult struct {
-	conn   *conn
-	probed bool
-	err    error
+	conn     *conn
+	probed   bool
+	replaces bool // the connections there are
+	err      error
 }
 
 // run is the owner: it ends, with all that was started for the host, when ctx
@@ -126,6 +131,8 @@ func (h *Host) run(ctx context.Context) {
 			o.onDialed(ctx, r)
 		case <-h.kick:
 			o.retryAt = time.Time{}
+		case <-h.again:
+			o.stale, o.retryAt = true, time.Time{}
 		case <-h.look:
 		case <-timer.C:
 		}
@@ -151,8 +158,12 @@ func (o *owner) act(ctx context.Context) {
 		o.log.Warn("one of several ssh connections lost", "err", lost, "connections", conns)
 	}
 	now := time.Now()
-	if !o.dialing && !now.Before(o.retryAt) && (conns == 0 || more) {
+	switch {
+	case o.dialing || now.Before(o.retryAt):
+	case conns == 0 || more && !o.stale:
 		o.dial(ctx, conns == 0)
+	case o.stale:
+		o.renew(ctx)
 	}
 	o.closeIdle(now)
 	if o.news {
@@ -184,6 +195,9 @@ func (o *owner) untilNext() time.Duration {
 func (o *owner) dial(ctx context.Context, first bool) {
 	o.dialing = true
 	o.retryAt = time.Time{}
+	if first {
+		o.stale = false
+	}
 	o.mu.Lock()
 	if !o.status.RetryAt.IsZero() {
 		o.status.RetryAt = time.Time{}
@@ -195,19 +209,23 @@ func (o *owner) dial(ctx context.Context, first bool) {
 		if err == nil && first {
 			err = o.probe(ctx, c)
 		}
-		o.dialed <- dialResult{c, first, err}
+		o.dialed <- dialResult{conn: c, probed: first, err: err}
 	})
 }
 
 func (o *owner) onDialed(ctx context.Context, r dialResult) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
+	if r.err == nil && r.conn == nil {
+		o.dialing = false
+		return
+	}
 	if r.err == nil && r.conn.ended {
 		r.err = &LostError{o.cfg.Name, r.conn.endErr}
 	}
 	if r.err == nil && len(o.Host.conns) == 0 && !r.probed {
 		// Meant as one more, it is now the first.
-		o.wg.Go(func() { o.dialed <- dialResult{r.conn, true, o.probe(ctx, r.conn)} })
+		o.wg.Go(func() { o.dialed <- dialResult{conn: r.conn, probed: true, err: o.probe(ctx, r.conn)} })
 		return
 	}
 	o.dialing, o.news = false, true
@@ -219,6 +237,9 @@ func (o *owner) onDialed(ctx context.Context, r dialResult) {
 	o.status.Attempts = 0
 	o.status.LastError = nil
 	r.conn.idleSince = time.Now()
+	for _, c := range o.Host.conns {
+		c.retired = c.retired || r.replaces
+	}
 	o.Host.conns = append(o.Host.conns, r.conn)
 	if o.status.State == Up {
 		o.backoff.reset()

@@ -66,6 +66,7 @@ type Options struct {
 	// MaxConnections bounds the connections to one host. Default 64.
 	MaxConnections int
 
+	resolver  *resolver
 	noProgram *sync.Once // for the one warning that there is no ssh program
 }
 
@@ -73,7 +74,7 @@ func (o Options) withDefaults() Options {
 	if o.Logger == nil {
 		o.Logger = slog.New(slog.DiscardHandler)
 	}
-	o.noProgram = new(sync.Once)
+	o.resolver, o.noProgram = newResolver(), new(sync.Once)
 	setDefault(&o.ConnectTimeout, 15*time.Second)
 	setDefault(&o.HandshakeTimeout, 30*time.Second)
 	setDefault(&o.ProbeTimeout, 60*time.Second)

@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
 )
@@ -32,15 +33,11 @@ const (
 // for up to 15 s, and whatever the user's configuration makes that run. Where
 // there is no ssh program, the target is that of a Config without it. The error is a [*ConnectError] of [StepConfig].
 func Resolve(ctx context.Context, cfg Config) (*Target, error) {
-	me, err := currentUser()
-	if err == nil {
-		r := resolver{me: me}
-		var t *Target
-		if t, err = r.resolve(ctx, cfg); err == nil {
-			return t, nil
-		}
+	t, err := newResolver().resolve(ctx, cfg)
+	if err != nil {
+		return nil, configError(cfg, err)
 	}
-	return nil, configError(cfg, err)
+	return t, nil
 }
 
 func configError(cfg Config, err error) *ConnectError {
@@ -52,37 +49,42 @@ func configError(cfg Config, err error) *ConnectError {
 	return &ConnectError{Host: cfg.Name, Step: StepConfig, Cause: CauseConfig, Err: err, Fix: fix}
 }
 
-// A resolver remembers ssh's own defaults from one time to the next. It is for
-// one goroutine at a time.
+// maxAsking bounds how many ssh -G of a pool run at once.
+const maxAsking = 8
+
+// A resolver runs ssh -G. It is safe for concurrent use.
 type resolver struct {
-	me       *localUser
-	defaults sshOptions // nil: not known
+	places chan struct{} // one taken for each ssh that runs
+
+	mu       sync.Mutex // protects following fields
+	defaults sshOptions // ssh's own; nil: not known
 }
 
+func newResolver() *resolver { return &resolver{places: make(chan struct{}, maxAsking)} }
+
 func (r *resolver) resolve(ctx context.Context, cfg Config) (*Target, error) {
+	me, err := currentUser()
+	if err != nil {
+		return nil, err
+	}
 	if !cfg.SSHConfig {
-		return plainTarget(cfg, r.me), nil
+		return plainTarget(cfg, me), nil
 	}
 	if strings.HasPrefix(cfg.Host, "-") || strings.HasPrefix(cfg.User, "-") {
 		return nil, fmt.Errorf("host %q, user %q: neither may begin with a dash", cfg.Host, cfg.User)
 	}
 	program, err := exec.LookPath("ssh")
 	if err != nil {
-		t := plainTarget(cfg, r.me)
+		t := plainTarget(cfg, me)
 		t.noProgram = err
 		return t, nil
 	}
-	ctx, cancel := context.WithTimeout(ctx, configTimeout)
-	defer cancel()
-	if r.defaults == nil {
-		// If that fails, nothing is known to have been set by somebody.
-		r.defaults, _ = askSSH(ctx, program, []string{"-G", "-T", "-F", "/dev/null", "none"})
-	}
-	opts, err := askSSH(ctx, program, sshArguments(cfg))
+	defaults := r.askDefaults(ctx, program)
+	opts, err := r.ask(ctx, program, sshArguments(cfg))
 	if err != nil {
 		return nil, err
 	}
-	t, err := targetOf(opts, r.defaults, cfg, r.me)
+	t, err := targetOf(opts, defaults, cfg, me)
 	if err != nil {
 		return nil, err
 	}
@@ -95,6 +97,38 @@ func (r *resolver) resolve(ctx context.Context, cfg Config) (*Target, error) {
 	}
 	t.SSHConfigFile = configFileOf(cfg.SSHOptions)
 	return t, nil
+}
+
+// askDefaults returns what ssh does without any configuration, nil if that cannot
+// be found out: then nothing is known to have been set by somebody.
+func (r *resolver) askDefaults(ctx context.Context, program string) sshOptions {
+	r.mu.Lock()
+	defaults := r.defaults
+	r.mu.Unlock()
+	if defaults != nil {
+		return defaults
+	}
+	defaults, err := r.ask(ctx, program, []string{"-G", "-T", "-F", "/dev/null", "none"})
+	if err != nil {
+		return nil
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.defaults = defaults
+	return defaults
+}
+
+// ask runs ssh -G when it is its turn.
+func (r *resolver) ask(ctx context.Context, program string, args []string) (sshOptions, error) {
+	select {
+	case r.places <- struct{}{}:
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
+	defer func() { <-r.places }()
+	ctx, cancel := context.WithTimeout(ctx, configTimeout)
+	defer cancel()
+	return askSSH(ctx, program, args)
 }
 
 // sshArguments are those that Nix would give to ssh, in its order, in which the

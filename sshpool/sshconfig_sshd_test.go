@@ -3,6 +3,7 @@ package sshpool
 import (
 	"bytes"
 	"fmt"
+	"io"
 	"log/slog"
 	"os"
 	"os/exec"
@@ -372,6 +373,69 @@ func TestEditedConfigCounts(t *testing.T) {
 	if n := strings.Count(log.String(), "ssh option compression"); n != 1 {
 		t.Errorf("%d warnings about Compression, want 1:\n%s", n, log)
 	}
+}
+
+// Refresh makes an edited ssh_config count for a host that is up, without an end
+// to what runs.
+func TestRefreshWithSSHD(t *testing.T) {
+	one, two := sshtest.StartSSHD(t), sshtest.StartSSHD(t)
+	cfg := configured(t, hostBlock(t, "mac", one))
+	log := new(logBuffer)
+	h := upHost(t, log.options(), cfg)
+	s := mustSession(t, h, "cat")
+
+	h.Refresh()
+	h.Refresh()
+	try := func() {
+		t.Helper()
+		s := mustSession(t, h, "true")
+		if err := s.Wait(); err != nil {
+			t.Error(err)
+		}
+		s.Close()
+	}
+	try()
+	if n := one.Connections(); n != 1 {
+		t.Errorf("%d connections after a refresh with nothing new, want 1", n)
+	}
+
+	// A way that leads nowhere changes nothing.
+	writeFile(t, cfg.SSHOptions[1], hostBlock(t, "mac", one, "Port 1"))
+	h.Refresh()
+	st := awaitStatus(t, h, "told of the failure", func(st Status) bool { return st.LastError != nil })
+	if e := mustBe[*ConnectError](t, "LastError", st.LastError); st.State != Up || e.Cause != CauseRefused {
+		t.Errorf("after a refresh that led nowhere: %+v", st)
+	}
+	try()
+
+	writeFile(t, cfg.SSHOptions[1], hostBlock(t, "mac", two))
+	h.Refresh()
+	awaitStatus(t, h, "connected twice", func(st Status) bool { return st.Connects == 2 })
+	try()
+	if n := two.Connections(); n != 1 {
+		t.Errorf("%d connections to the new place, want 1", n)
+	}
+	fmt.Fprintln(s.Stdin, "still here")
+	line := make([]byte, len("still here\n"))
+	if _, err := io.ReadFull(s.Stdout, line); err != nil {
+		t.Errorf("the old session: %v", err)
+	}
+	s.Stdin.Close()
+	if err := s.Wait(); err != nil {
+		t.Errorf("the old session: %v", err)
+	}
+	s.Close()
+	st = awaitStatus(t, h, "rid of the old connection", func(st Status) bool { return st.Connections == 1 })
+	if st.State != Up || st.LastError != nil {
+		t.Errorf("at the end: %+v", st)
+	}
+
+	// A host that is down is tried at once.
+	two.Close()
+	awaitStatus(t, h, "down", func(st Status) bool { return st.State == Down })
+	writeFile(t, cfg.SSHOptions[1], hostBlock(t, "mac", one))
+	h.Refresh()
+	awaitStatus(t, h, "up", func(st Status) bool { return st.State == Up })
 }
 
 func TestOtherOptionsWithSSHD(t *testing.T) {

@@ -287,7 +287,7 @@ func TestConfigurationThatCannotBeFollowed(t *testing.T) {
 func TestMatchExec(t *testing.T) {
 	flag := filepath.Join(t.TempDir(), "flag")
 	cfg := configured(t, "Match host mac exec \"test -e "+flag+"\"\nPort 1\nMatch all\nPort 2\n")
-	r := resolver{me: testUser(t)}
+	r := newResolver()
 	for _, port := range []int{2, 1} {
 		target, err := r.resolve(t.Context(), cfg)
 		if err != nil {
