@@ -20,36 +20,37 @@ const (
 	byKilling
 )
 
-// verdicts tell what a failure that a machine reports means. The first entry that
-// fits decides; what fits none is the derivation's fault, so that nothing is
-// repeated in vain.
+// verdicts tell what a failure that a machine reports means, by words that its
+// message holds outside of the builder's log. The first that fits decides; what
+// fits none is the derivation's fault, so that nothing is repeated in vain. The
+// status tells little: what Nix throws before the builder runs is an
+// InputRejected in one version and a MiscFailure in another.
 //
 // The words are Nix's own, the same in 2.8.0, 2.26.3 and 2.34.8 unless said:
 // build/derivation-goal.cc, build/derivation-building-goal.cc and
-// unix/build/derivation-builder.cc of src/libstore. Limits (TimedOut,
-// LogLimitExceeded) are the callers', and enforced here.
+// unix/build/derivation-builder.cc of src/libstore.
 var verdicts = []struct {
-	status nix.BuildStatus
-	words  string // that the message holds, outside of the builder's log
-	blame  blame
+	words string
+	blame blame
 }{
-	{nix.TransientFailure, "lack of free disk space", byMachine},
-	{nix.TransientFailure, "No space left on device", byMachine},
-	{nix.MiscFailure, "No space left on device", byMachine},
-	{nix.InputRejected, "No space left on device", byMachine},
-	{nix.MiscFailure, "database or disk is full", byMachine}, // SQLite
+	{"lack of free disk space", byMachine},
+	{"No space left on device", byMachine},
+	{"database or disk is full", byMachine}, // SQLite
 	// The machine's line claims a system or a feature that its Nix does not have.
-	{nix.InputRejected, "is required to build", byMachine}, // up to 2.28
-	{nix.InputRejected, "platform mismatch", byMachine},
-	{nix.InputRejected, "missing system features", byMachine},
+	{"is required to build", byMachine}, // up to 2.28
+	{"platform mismatch", byMachine},
+	{"missing system features", byMachine},
 	// An input that had arrived is gone.
-	{nix.MiscFailure, "is not valid", byMachine},
-	{nix.MiscFailure, "does not exist in the store", byMachine},
-	{nix.InputRejected, "is not valid", byMachine},
+	{"is not valid", byMachine},
+	{"does not exist in the store", byMachine},
 
-	{nix.PermanentFailure, "failed due to signal 9", byKilling},
-	{nix.TransientFailure, "failed due to signal 9", byKilling},
-	{nix.MiscFailure, "failed due to signal 9", byKilling},
+	{"failed due to signal 9", byKilling},
+}
+
+// final are the statuses that no words change. Limits are the callers', and
+// enforced here; what was built and refused would be so elsewhere.
+var final = []nix.BuildStatus{
+	nix.OutputRejected, nix.TimedOut, nix.LogLimitExceeded, nix.NotDeterministic, nix.CachedFailure,
 }
 
 // judge says whose fault a failure is. Builds that run outside of a sandbox,
@@ -57,9 +58,12 @@ var verdicts = []struct {
 // that does was short of disk space or of a substitute
 // (src/libstore/unix/build/derivation-builder.cc).
 func judge(r nix.BuildResult, drv *nix.Derivation) blame {
+	if slices.Contains(final, r.Status) {
+		return byDerivation
+	}
 	message := withoutLog(nix.PlainText(r.ErrorMsg))
 	for _, v := range verdicts {
-		if v.status == r.Status && strings.Contains(message, v.words) {
+		if strings.Contains(message, v.words) {
 			return v.blame
 		}
 	}
