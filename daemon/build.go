@@ -27,6 +27,7 @@ type build struct {
 	caller     caller // who asked first
 	substitute bool   // whether the machine may substitute inputs
 	local      bool   // whether the caller's own Nix could build it
+	lease      *lease // on the list of machines that it goes by
 	since      time.Time
 
 	feed   *feed
@@ -54,6 +55,7 @@ type build struct {
 func (b *build) request() scheduler.Request {
 	return scheduler.Request{
 		ID:       b.id,
+		List:     b.lease.key,
 		System:   b.drv.Platform,
 		Features: b.drv.RequiredSystemFeatures(),
 		Caller:   b.caller.String(),

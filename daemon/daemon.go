@@ -24,6 +24,7 @@ import (
 	"google.golang.org/grpc/health"
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
 
+	"nixdispatch/proto/nix"
 	"nixdispatch/sshpool"
 )
 
@@ -32,6 +33,9 @@ type Options struct {
 	// Builders is the list of machines, in the language of Nix's builders
 	// setting.
 	Builders string
+	// NixConf is where Nix's configuration says what the list is, in place of
+	// Builders; nil for nowhere.
+	NixConf *nix.ConfSource
 	// Socket is the path of the gRPC socket.
 	Socket string
 	// MetricsListen is the TCP address for Prometheus; "" for none.
@@ -42,6 +46,9 @@ type Options struct {
 	// MachineWait is how long a build waits while no machine that could run it
 	// is up or coming. Zero means five minutes.
 	MachineWait time.Duration
+	// MachinesGroup is a group whose members may name machines in their requests,
+	// as root and the daemon's user may; "" for none. It is as good as being root.
+	MachinesGroup string
 	// Hangup has the builders setting read anew; nil for never.
 	Hangup <-chan os.Signal
 	// ReloadPoll is how often the files of the builders setting are looked at for

@@ -70,6 +70,7 @@ var errFirstFailure = errors.New("another derivation failed")
 // ended. A build that was cut off by the end of the realisation has not failed.
 func (g *goal) realise(ctx context.Context) (ok bool) {
 	b := g.r.d.newBuild(g.drvPath, g.drv, g.r.substitute, g.r.caller)
+	b.lease = g.r.lease
 	followed, o, err := g.build(ctx, b)
 	if err != nil {
 		if ctx.Err() != nil {

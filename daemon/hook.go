@@ -30,6 +30,8 @@ type hookConversation struct {
 	stream   grpc.BidiStreamingServer[dispatchv1.HookRequest, dispatchv1.HookResponse]
 	caller   caller
 	settings *dispatchv1.Hello
+	// lease is on the list that the settings mean; nil before the first question.
+	lease *lease
 	// requests are what the hook says; closed when it has gone.
 	requests chan *dispatchv1.HookRequest
 }
@@ -39,6 +41,11 @@ func (s *server) Hook(stream grpc.BidiStreamingServer[dispatchv1.HookRequest, di
 	c, _ := callerFrom(stream.Context())
 	h := &hookConversation{d: s.d, stream: stream, caller: c, requests: make(chan *dispatchv1.HookRequest)}
 	go h.receive() // ends with the stream, which ends when Hook returns
+	defer func() {
+		if h.lease != nil {
+			h.lease.release()
+		}
+	}()
 	first, err := h.next()
 	if err != nil || first == nil {
 		return err
@@ -219,6 +226,12 @@ func (h *hookConversation) decide(try *dispatchv1.Try) (*dispatchv1.Reply, *hook
 	if why := h.foreign(); why != "" {
 		return reply(dispatchv1.Reply_ACTION_STOCK, why), nil
 	}
+	if err := h.useList(); err != nil {
+		return reply(dispatchv1.Reply_ACTION_STOCK, err.Error()), nil
+	}
+	if h.lease.key == noList {
+		return reply(dispatchv1.Reply_ACTION_DECLINE_PERMANENTLY, "the builders setting has no machines"), nil
+	}
 	drvPath, err := nix.ParseStorePath(try.GetDrvPath())
 	if err != nil {
 		return reply(dispatchv1.Reply_ACTION_STOCK, err.Error()), nil
@@ -240,21 +253,33 @@ func (h *hookConversation) foreign() string {
 	default:
 		return fmt.Sprintf("the store %q is not the one this daemon serves", store)
 	}
-	if !h.d.machines.current().same(h.settings.GetBuilders()) {
-		return "the builders setting is not the list this daemon serves"
-	}
 	return ""
+}
+
+// useList leases the list that the builders setting means. The daemon's own may
+// have been read anew since the last question.
+func (h *hookConversation) useList() error {
+	if h.lease != nil && h.lease.set != nil {
+		return nil
+	}
+	var err error
+	h.lease, err = h.d.lease(h.settings.GetBuilders(), h.caller)
+	return err
 }
 
 // offer puts the derivation to the scheduler.
 func (h *hookConversation) offer(try *dispatchv1.Try, drvPath nix.StorePath, drv *nix.Derivation) (*dispatchv1.Reply, *hookFollower) {
 	b := h.d.newBuild(drvPath, drv, h.settings.GetBuildersUseSubstitutes(), h.caller)
-	b.local = h.couldBuildLocally(drv)
+	b.local, b.lease = h.couldBuildLocally(drv), h.lease
 	if b.local && h.d.leftLocal.has(drvPath) {
 		return reply(dispatchv1.Reply_ACTION_DECLINE, "nix-dispatch build left it to the local Nix"), nil
 	}
 	f := &hookFollower{follower: &follower{limits: limitsFrom(h.settings.GetLimits())}}
+	settled := h.d.awaitNamed(h.lease)
 	decision := h.d.offerHook(b, f, try.GetAmWilling())
+	if decision.Reply == scheduler.Decline && decision.Situation == scheduler.FullLocalFree && !settled {
+		return reply(dispatchv1.Reply_ACTION_POSTPONE, "the machines that were named are being connected to"), nil
+	}
 	switch decision.Reply {
 	case scheduler.Accept, scheduler.AcceptQueued:
 		r := reply(dispatchv1.Reply_ACTION_ACCEPT, decision.Why)
@@ -263,7 +288,7 @@ func (h *hookConversation) offer(try *dispatchv1.Try, drvPath nix.StorePath, drv
 	case scheduler.Postpone:
 		return reply(dispatchv1.Reply_ACTION_POSTPONE, decision.Why), nil
 	default:
-		if decision.Situation == scheduler.Impossible && h.d.machines.current().unsupportedCouldRun(drv) {
+		if decision.Situation == scheduler.Impossible && h.lease.list.unsupportedCouldRun(drv) {
 			return reply(dispatchv1.Reply_ACTION_STOCK, "only a machine of a kind that nix-dispatch does not serve could build it"), nil
 		}
 		if decision.Situation == scheduler.Impossible {

@@ -56,6 +56,29 @@ func readMachineList(builders string, log *slog.Logger) *machineList {
 	return list
 }
 
+// readList reads the list of machines that the daemon serves.
+func (d *Daemon) readList(log *slog.Logger) *machineList {
+	conf := d.opts.NixConf
+	if conf == nil {
+		return readMachineList(d.opts.Builders, log)
+	}
+	source := *conf
+	source.ReadFile = readMachinesFile
+	builders, found, err := source.Setting("builders")
+	if !found {
+		builders = "@" + source.ConfDir() + "/machines"
+	}
+	list := readMachineList(builders, log)
+	if err != nil {
+		list.errs = append(list.errs, &nix.MachineError{
+			Source: nix.Position{File: source.ConfDir() + "/nix.conf"}, Column: -1,
+			Found: "a configuration that Nix rejects", Expected: "the setting builders, or none", Err: err,
+		})
+		list.print = sha256.Sum256(append(list.print[:], err.Error()...))
+	}
+	return list
+}
+
 // readMachinesFile reads an included file, within bounds. Whatever may stand at
 // that path: it does not wait for a pipe's other end.
 func readMachinesFile(path string) ([]byte, error) {

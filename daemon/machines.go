@@ -16,6 +16,8 @@ import (
 // An entry is a machine line in use. Lines with the same store URI that are
 // reached in the same way share one machine.
 type entry struct {
+	// list is the key of the list it stands in; "" is the daemon's own.
+	list string
 	// id is what the scheduler calls it, as long as it leads to the same machine.
 	id   scheduler.MachineID
 	line nix.Machine
@@ -30,15 +32,17 @@ type machines struct {
 
 	mu   sync.Mutex
 	list *machineList
-	// entries are the list's lines, in its order; byID has those, too, that are
-	// listed no more and may have builds on them.
+	// entries are the lines of the daemon's own list, in its order, then those of
+	// the lists that requests have named; byID has those, too, that are listed no
+	// more and may have builds on them.
 	entries []*entry
 	byID    map[scheduler.MachineID]*entry
+	named   map[string]*namedList
 	serial  int
 	// uses counts the attempts that run on a machine.
 	uses map[*machine]int
-	// past counts the connections of machines that are gone, while others with the
-	// same URI are in use.
+	// past counts the connections of machines that are gone, by URI while others
+	// with the same are in use, and for all that share the label "other".
 	past map[string]connectCounts
 	// drained are the machines that are to take no builds, by URI.
 	drained map[string]drain
@@ -47,12 +51,23 @@ type machines struct {
 // connectCounts are attempts to connect to a machine.
 type connectCounts struct{ ok, failed uint64 }
 
+func (c connectCounts) plus(d connectCounts) connectCounts {
+	return connectCounts{c.ok + d.ok, c.failed + d.failed}
+}
+
+// connectsOf counts a machine's.
+func connectsOf(m *machine) connectCounts {
+	st := m.host.Status()
+	return connectCounts{uint64(st.Connects), uint64(st.ConnectFailures)} //nolint:gosec // counts
+}
+
 func newMachines(log *slog.Logger) *machines {
 	return &machines{
 		log: log, list: new(machineList),
-		byID: make(map[scheduler.MachineID]*entry),
-		uses: make(map[*machine]int),
-		past: make(map[string]connectCounts),
+		byID:  make(map[scheduler.MachineID]*entry),
+		uses:  make(map[*machine]int),
+		past:  make(map[string]connectCounts),
+		named: make(map[string]*namedList),
 	}
 }
 
@@ -63,50 +78,68 @@ func (s *machines) current() *machineList {
 	return s.list
 }
 
-// adopt makes list the list in use, begins to connect to the machines that are
-// new in it, and returns what the scheduler needs to know. made makes a machine
-// of a line, not connected yet.
+// adopt makes list the daemon's own list.
 func (s *machines) adopt(list *machineList, made func(nix.Machine) *machine, pool *sshpool.Pool) []scheduler.Machine {
-	candidates := make([]*machine, len(list.lines))
-	for n, line := range list.lines {
-		candidates[n] = made(line) // not under the lock: it may take a while
-	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.list, s.entries = list, make([]*entry, len(list.lines))
+	s.list = list
+	return s.adoptLocked("", list, made, pool)
+}
+
+// adoptLocked puts a list to use in place of the one with the same key, begins to
+// connect to the machines that are new in it, and returns what the scheduler
+// needs to know of all lists. made makes a machine of a line, not connected yet.
+func (s *machines) adoptLocked(key string, list *machineList, made func(nix.Machine) *machine, pool *sshpool.Pool) []scheduler.Machine {
+	candidates := make([]*machine, len(list.lines))
+	for n, line := range list.lines {
+		candidates[n] = made(line)
+	}
 	free := make(map[*entry]bool)
 	for _, e := range s.byID {
-		free[e] = true
+		free[e] = e.list == key
 	}
+	entries := make([]*entry, len(list.lines))
 	// A line that has not changed keeps its entry, whatever becomes of others with
 	// its URI.
 	for _, same := range []func(a, b nix.Machine) bool{sameLine, sameURI} {
 		for n, line := range list.lines {
-			if s.entries[n] != nil {
+			if entries[n] != nil {
 				continue
 			}
-			if e := s.matchLocked(free, line, candidates[n], same); e != nil {
-				delete(free, e)
+			if e := match(free, line, candidates[n], same); e != nil {
+				free[e] = false
 				e.line = line
-				s.entries[n] = e
+				entries[n] = e
 			}
 		}
 	}
 	for n, line := range list.lines {
-		if s.entries[n] == nil {
-			s.entries[n] = s.addLocked(line, candidates[n], pool)
+		if entries[n] == nil {
+			entries[n] = s.addLocked(key, line, candidates[n], pool)
 		}
 	}
+	s.replaceLocked(key, entries)
 	return s.forSchedulerLocked()
+}
+
+// replaceLocked makes entries those of the list with a key. The daemon's own come
+// first.
+func (s *machines) replaceLocked(key string, entries []*entry) {
+	others := slices.DeleteFunc(slices.Clone(s.entries), func(e *entry) bool { return e.list == key })
+	if key == "" {
+		s.entries = slices.Concat(entries, others)
+	} else {
+		s.entries = slices.Concat(others, entries)
+	}
 }
 
 func sameURI(a, b nix.Machine) bool { return a.StoreURI == b.StoreURI }
 
-// matchLocked finds an entry that leads where line does, the oldest first.
-func (s *machines) matchLocked(free map[*entry]bool, line nix.Machine, m *machine, same func(a, b nix.Machine) bool) *entry {
+// match finds a free entry that leads where line does, the oldest first.
+func match(free map[*entry]bool, line nix.Machine, m *machine, same func(a, b nix.Machine) bool) *entry {
 	var found *entry
-	for e := range free {
-		if same(e.line, line) && sameWay(e.m, m) && (found == nil || older(e.id, found.id)) {
+	for e, isFree := range free {
+		if isFree && same(e.line, line) && sameWay(e.m, m) && (found == nil || older(e.id, found.id)) {
 			found = e
 		}
 	}
@@ -126,8 +159,8 @@ func sameWay(a, b *machine) bool {
 
 // addLocked makes an entry of a line. It connects unless another entry leads
 // there in the same way.
-func (s *machines) addLocked(line nix.Machine, m *machine, pool *sshpool.Pool) *entry {
-	e := &entry{id: scheduler.MachineID(line.StoreURI), line: line, m: m}
+func (s *machines) addLocked(key string, line nix.Machine, m *machine, pool *sshpool.Pool) *entry {
+	e := &entry{list: key, id: scheduler.MachineID(line.StoreURI), line: line, m: m}
 	if s.byID[e.id] != nil {
 		s.serial++
 		e.id = scheduler.MachineID(fmt.Sprintf("%s#%d", line.StoreURI, s.serial+1))
@@ -150,6 +183,7 @@ func (s *machines) forSchedulerLocked() []scheduler.Machine {
 	for n, e := range s.entries {
 		out[n] = scheduler.Machine{
 			ID:                e.id,
+			List:              e.list,
 			Systems:           e.line.SystemTypes,
 			SupportedFeatures: e.line.SupportedFeatures,
 			MandatoryFeatures: e.line.MandatoryFeatures,
@@ -210,8 +244,9 @@ func every(*entry) bool { return true }
 
 // retire forgets the entries that are listed no more and unknown to the
 // scheduler, and returns the machines that nothing leads to any more, for the
-// caller to close, and the URIs that are gone with them.
-func (s *machines) retire(known map[scheduler.MachineID]bool) (gone []*machine, uris []string) {
+// caller to close, and the URIs that are gone with them. labelled tells which
+// URIs are a label of their own in the metrics.
+func (s *machines) retire(known map[scheduler.MachineID]bool, labelled func(uri string) bool) (gone []*machine, uris []string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	led := make(map[*machine]bool) // to
@@ -232,13 +267,15 @@ func (s *machines) retire(known map[scheduler.MachineID]bool) (gone []*machine, 
 	}
 	for _, m := range gone {
 		uri := m.line.StoreURI
+		label := uri
+		if !labelled(uri) {
+			label = otherLabel
+		}
+		s.past[label] = s.past[label].plus(connectsOf(m))
 		if !here[uri] {
 			uris = append(uris, uri)
 			delete(s.past, uri)
-			continue
 		}
-		st, c := m.host.Status(), s.past[uri]
-		s.past[uri] = connectCounts{c.ok + uint64(st.Connects), c.failed + uint64(st.ConnectFailures)} //nolint:gosec // counts
 	}
 	return gone, uris
 }
@@ -257,8 +294,7 @@ func (s *machines) connects() map[string]connectCounts {
 			continue
 		}
 		seen[e.m] = true
-		st, c := e.m.host.Status(), out[e.line.StoreURI]
-		out[e.line.StoreURI] = connectCounts{c.ok + uint64(st.Connects), c.failed + uint64(st.ConnectFailures)} //nolint:gosec // counts
+		out[e.line.StoreURI] = out[e.line.StoreURI].plus(connectsOf(e.m))
 	}
 	return out
 }

@@ -16,7 +16,8 @@ import (
 const metricsPrefix = "nix_dispatch"
 
 // otherLabel stands for every value outside the bounded set of a label: systems
-// that no machine has, builds that no machine took.
+// that no machine has, machines that only requests have named, builds that no
+// machine took.
 const otherLabel = "other"
 
 // metrics are the daemon's instruments. Events are counted by its methods; the
@@ -27,6 +28,9 @@ type metrics struct {
 
 	mu      sync.RWMutex
 	systems map[string]bool // the label values of "system"
+	// machines are the label values of "machine": those that are, or have been, in
+	// the daemon's own list, until they are gone.
+	machines map[string]bool
 
 	builds        *prometheus.CounterVec
 	buildDuration *prometheus.HistogramVec
@@ -39,10 +43,10 @@ type metrics struct {
 func newMetrics(version string) *metrics {
 	r := prometheus.NewRegistry()
 	f := promauto.With(r)
-	m := &metrics{registry: r, systems: map[string]bool{"builtin": true}}
+	m := &metrics{registry: r, systems: map[string]bool{"builtin": true}, machines: make(map[string]bool)}
 	m.builds = f.NewCounterVec(prometheus.CounterOpts{
 		Namespace: metricsPrefix, Name: "builds_total",
-		Help: "Builds that ended, by machine, system and result; machine is \"other\" if none was chosen.",
+		Help: "Builds that ended, by machine, system and result; machine is \"other\" if none was chosen, or one that only a request has named.",
 	}, []string{"machine", "system", "result"})
 	m.buildDuration = f.NewHistogramVec(prometheus.HistogramOpts{
 		Namespace: metricsPrefix, Name: "build_duration_seconds",
@@ -74,23 +78,30 @@ func newMetrics(version string) *metrics {
 // know makes the systems and machines of a list label values, with the machines'
 // counters at zero if they are new. Systems of earlier lists become "other".
 func (m *metrics) know(list *machineList) {
-	systems := map[string]bool{"builtin": true}
+	m.mu.Lock()
+	m.systems = map[string]bool{"builtin": true}
 	for _, line := range list.lines {
 		for _, s := range line.SystemTypes {
-			systems[s] = true
+			m.systems[s] = true
+		}
+		m.machines[line.StoreURI] = true
+	}
+	m.mu.Unlock()
+	for _, line := range list.lines {
+		for _, s := range line.SystemTypes {
 			m.unplaceable.WithLabelValues(s)
 		}
 		m.sent(line.StoreURI)
 		m.received(line.StoreURI)
 	}
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	m.systems = systems
 }
 
 // forget drops the counters of a machine that is gone, so that machines that come
 // and go do not pile up.
 func (m *metrics) forget(machine string) {
+	m.mu.Lock()
+	delete(m.machines, machine)
+	m.mu.Unlock()
 	label := prometheus.Labels{"machine": machine}
 	m.builds.DeletePartialMatch(label)
 	m.buildDuration.DeletePartialMatch(label)
@@ -98,11 +109,21 @@ func (m *metrics) forget(machine string) {
 }
 
 func (m *metrics) sent(machine string) prometheus.Counter {
-	return m.narBytes.WithLabelValues(machine, "up")
+	return m.narBytes.WithLabelValues(m.machine(machine), "up")
 }
 
 func (m *metrics) received(machine string) prometheus.Counter {
-	return m.narBytes.WithLabelValues(machine, "down")
+	return m.narBytes.WithLabelValues(m.machine(machine), "down")
+}
+
+// machine keeps the label bounded: those who may name machines choose them freely.
+func (m *metrics) machine(uri string) string {
+	m.mu.RLock()
+	defer m.mu.RUnlock()
+	if m.machines[uri] {
+		return uri
+	}
+	return otherLabel
 }
 
 // system keeps the label bounded: callers choose derivations' systems freely.
@@ -134,10 +155,7 @@ func (m *metrics) buildEnded(b *build, o outcome) {
 	if !ok {
 		result = "failed"
 	}
-	machine := o.machine
-	if machine == "" {
-		machine = otherLabel
-	}
+	machine := m.machine(o.machine)
 	m.builds.WithLabelValues(machine, m.system(b.drv.Platform), result).Inc()
 	if o.duration > 0 {
 		m.buildDuration.WithLabelValues(machine).Observe(o.duration.Seconds())

@@ -40,6 +40,24 @@ func (c caller) commands() bool {
 	return c.uid == 0 || c.uid == uint32(os.Geteuid()) //nolint:gosec // a uid
 }
 
+// in tells whether the caller is a member of a group. It looks that up each time,
+// so that adding a user to the group needs no restart.
+func (c caller) in(name string) bool {
+	group, err := user.LookupGroup(name)
+	if err != nil {
+		return false
+	}
+	if strconv.FormatUint(uint64(c.gid), 10) == group.Gid {
+		return true
+	}
+	u, err := user.LookupId(strconv.FormatUint(uint64(c.uid), 10))
+	if err != nil {
+		return false
+	}
+	ids, err := u.GroupIds()
+	return err == nil && slices.Contains(ids, group.Gid)
+}
+
 // peerCredentials are transport credentials that learn who is calling from the
 // unix socket itself. Nothing is encrypted: the bytes never leave the host.
 type peerCredentials struct{}
@@ -104,25 +122,12 @@ type gate struct {
 	group string
 }
 
-// allows looks group membership up at each call, so that adding a user to the
-// group needs no restart.
+// allows tells whether a caller is let in.
 func (g gate) allows(c caller) bool {
 	if c.uid == 0 || c.uid == g.own {
 		return true
 	}
-	group, err := user.LookupGroup(g.group)
-	if err != nil {
-		return false
-	}
-	if strconv.FormatUint(uint64(c.gid), 10) == group.Gid {
-		return true
-	}
-	u, err := user.LookupId(strconv.FormatUint(uint64(c.uid), 10))
-	if err != nil {
-		return false
-	}
-	ids, err := u.GroupIds()
-	return err == nil && slices.Contains(ids, group.Gid)
+	return c.in(g.group)
 }
 
 // healthService is open to everyone who can reach the socket.

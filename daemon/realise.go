@@ -26,6 +26,7 @@ type realisation struct {
 	substitute bool
 	keepGoing  bool
 	holdRoots  bool
+	lease      *lease // on the list of machines to build on
 
 	sendMu sync.Mutex
 	stream grpc.ServerStreamingServer[dispatchv1.BuildResponse]
@@ -74,8 +75,13 @@ func (s *server) Build(req *dispatchv1.BuildRequest, stream grpc.ServerStreaming
 		return toStatus(err)
 	}
 	c, _ := callerFrom(stream.Context())
+	machines, err := s.d.leaseFor(req, c)
+	if err != nil {
+		return toStatus(err)
+	}
+	defer machines.release()
 	r := &realisation{
-		d: s.d, caller: c, stream: stream,
+		d: s.d, caller: c, stream: stream, lease: machines,
 		limits:      limitsFrom(req.GetLimits()),
 		substitute:  req.GetBuildersUseSubstitutes(),
 		keepGoing:   req.GetKeepGoing(),
@@ -90,6 +96,14 @@ func (s *server) Build(req *dispatchv1.BuildRequest, stream grpc.ServerStreaming
 		return toStatus(err)
 	}
 	return nil
+}
+
+// leaseFor returns the list that a request goes by.
+func (d *Daemon) leaseFor(req *dispatchv1.BuildRequest, by caller) (*lease, error) {
+	if req.Builders == nil {
+		return &lease{list: d.machines.current()}, nil
+	}
+	return d.lease(req.GetBuilders(), by)
 }
 
 // parseTargets checks what a caller asks for.

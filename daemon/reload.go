@@ -50,7 +50,7 @@ func (d *Daemon) begin(pool *sshpool.Pool) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.pool = pool
-	list := readMachineList(d.opts.Builders, d.log)
+	list := d.readList(d.log)
 	r.tried, r.seen = list.print, list.print
 	for _, err := range list.errs {
 		d.log.Error("bad entry in the builders setting is left out", "err", err)
@@ -84,7 +84,7 @@ func (d *Daemon) reloadNow(why string) (reloadResult, error) {
 	if r.pool == nil || d.stopping() {
 		return reloadResult{}, errNotRunning
 	}
-	result := d.tryLocked(readMachineList(d.opts.Builders, d.log), why)
+	result := d.tryLocked(d.readList(d.log), why)
 	if result.success() {
 		// Who asks for it may have changed ssh_config, too.
 		for _, e := range d.machines.at(every) {
@@ -125,11 +125,11 @@ func (d *Daemon) look() {
 	r := &d.reload
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	now := readMachineList(d.opts.Builders, slog.New(slog.DiscardHandler)).print
+	now := d.readList(slog.New(slog.DiscardHandler)).print
 	changed, settled := now != r.tried, now == r.seen
 	r.seen = now
 	if changed && settled && !d.stopping() {
-		d.tryLocked(readMachineList(d.opts.Builders, d.log), "its content changed")
+		d.tryLocked(d.readList(d.log), "its content changed")
 	}
 }
 
@@ -167,12 +167,15 @@ func (d *Daemon) retire() {
 func (d *Daemon) retired() (gone []*machine, uris []string) {
 	d.reload.mu.Lock() // no machine comes into use meanwhile
 	defer d.reload.mu.Unlock()
+	if ms, dropped := d.machines.dropUnused(time.Now()); dropped {
+		d.dispatcher.do(func(q *scheduler.Queue) []scheduler.Order { return q.SetMachines(ms) })
+	}
 	known := make(map[scheduler.MachineID]bool)
 	machines, _ := d.dispatcher.load()
 	for _, m := range machines {
 		known[m.ID] = true
 	}
-	return d.machines.retire(known)
+	return d.machines.retire(known, func(uri string) bool { return d.metrics.machine(uri) == uri })
 }
 
 // hostChanged passes a change of a connection's state on to the scheduler.

@@ -69,8 +69,10 @@ func TestHookRepliesWhenSlotsAreFree(t *testing.T) {
 		{name: "no machine has it, Nix does", hello: locally, drv: feature("kvm"), want: decline, reason: "kvm"},
 		{name: "every machine builds builtin", hello: locally, drv: drvConfig{system: "builtin"}, want: accept, machine: m2.uri()},
 		{name: "empty builders", hello: foreign(" \n"), drv: plain, want: permanent, reason: "no machines"},
-		{name: "foreign builders", hello: foreign("ssh://other"), drv: plain, want: stock, reason: "builders"},
-		{name: "builders from a file it may not read for us", hello: foreign("@/etc/shadow"), drv: plain, want: stock, reason: "builders"},
+		{name: "builders with a bad entry", hello: foreign("ssh://other x86_64-linux - many"), drv: plain, want: stock, reason: "max jobs"},
+		{name: "builders from a file of the caller's directory", hello: foreign("@machines"), drv: plain, want: stock, reason: "absolute path"},
+		{name: "too many builders", hello: foreign(strings.Repeat("ssh://other;", maxNamedMachines+1)), drv: plain, want: stock, reason: "257 machines"},
+		{name: "builders from no file", hello: foreign("@/nonexistent ; # none"), drv: plain, want: permanent, reason: "no machines"},
 		{name: "same builders spelt otherwise", hello: func(h *dispatchv1.Hello) {
 			h.Builders = " # the list\n" + strings.ReplaceAll(h.Builders, "\n", "  ;  ") + "\n"
 		}, drv: plain, want: accept, machine: m2.uri()},
@@ -319,7 +321,7 @@ func TestSameBuilders(t *testing.T) {
 		"ssh://a x86_64-linux - 4 ; ssh-ng://b x86_64-linux,i686-linux - 2 x kvm big": false,
 	} {
 		if got := s.d.machines.current().same(builders); got != want {
-			t.Errorf("sameList(%q) = %v, want %v", builders, got, want)
+			t.Errorf("same(%q) = %v, want %v", builders, got, want)
 		}
 	}
 }

@@ -135,11 +135,11 @@ var (
 func toStatus(err error) error {
 	code := codes.Internal
 	switch {
-	case errors.Is(err, errBadRequest), errors.Is(err, errAmbiguous):
+	case errors.Is(err, errBadRequest), errors.Is(err, errAmbiguous), errors.Is(err, errBadList):
 		code = codes.InvalidArgument
 	case errors.Is(err, errNoSuchBuild), errors.Is(err, errNotInStore), errors.Is(err, errNoSuchMachine):
 		code = codes.NotFound
-	case errors.Is(err, errNotYours), errors.Is(err, errNotAllowed):
+	case errors.Is(err, errNotYours), errors.Is(err, errNotAllowed), errors.Is(err, errMayNotName):
 		code = codes.PermissionDenied
 	case errors.Is(err, errShutdown), errors.Is(err, errNotRunning):
 		code = codes.Unavailable

@@ -9,7 +9,7 @@ import (
 	"nixdispatch/scheduler"
 )
 
-// newBuild makes a build that is not in the queue yet.
+// newBuild makes a build that is not in the queue yet, for the daemon's own machines.
 func (d *Daemon) newBuild(drvPath nix.StorePath, drv *nix.Derivation, substitute bool, by caller) *build {
 	now := time.Now()
 	return &build{
@@ -17,6 +17,7 @@ func (d *Daemon) newBuild(drvPath nix.StorePath, drv *nix.Derivation, substitute
 		drv:             drv,
 		caller:          by,
 		substitute:      substitute,
+		lease:           new(lease),
 		since:           now,
 		queued:          now,
 		feed:            newFeed(d.opts.StateDir),
@@ -31,8 +32,10 @@ func (d *Daemon) newBuild(drvPath nix.StorePath, drv *nix.Derivation, substitute
 func (d *Daemon) startLocked(b *build) {
 	ctx, cancel := context.WithCancelCause(d.life)
 	b.cancel = cancel
+	held := b.lease.retain()
 	d.builds.Go(func() {
 		defer cancel(nil)
+		defer held.release()
 		d.run(ctx, b)
 	})
 }

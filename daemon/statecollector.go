@@ -57,18 +57,23 @@ func (c *stateCollector) Collect(ch chan<- prometheus.Metric) {
 		ch <- prometheus.MustNewConstMetric(d, prometheus.CounterValue, v, labels...)
 	}
 	machines, systems := c.d.dispatcher.load()
-	for _, m := range c.d.machineStatuses(machines) {
+	for _, m := range c.labelled(c.d.machineStatuses(machines)) {
 		gauge(c.up, oneIf(m.state == scheduler.Up && !m.removed), m.uri)
 		gauge(c.drained, oneIf(m.drained), m.uri)
 		gauge(c.slots, float64(m.slots), m.uri)
 		gauge(c.inUse, float64(m.inUse), m.uri)
-		if m.state == scheduler.Down {
+		if m.state == scheduler.Down && m.uri != otherLabel {
 			gauge(c.down, 1, m.uri, m.down)
 		}
 	}
+	connects := make(map[string]connectCounts)
 	for uri, n := range c.d.machines.connects() {
-		counter(c.connects, float64(n.ok), uri, "ok")
-		counter(c.connects, float64(n.failed), uri, "failed")
+		label := c.d.metrics.machine(uri)
+		connects[label] = connects[label].plus(n)
+	}
+	for label, n := range connects {
+		counter(c.connects, float64(n.ok), label, "ok")
+		counter(c.connects, float64(n.failed), label, "failed")
 	}
 	queued, unplaceable := c.d.metrics.perSystem(), c.d.metrics.perSystem()
 	for _, s := range systems {
@@ -80,6 +85,31 @@ func (c *stateCollector) Collect(ch chan<- prometheus.Metric) {
 		gauge(c.unplaceable, float64(unplaceable[system]), system)
 	}
 	c.collectReload(gauge, counter)
+}
+
+// labelled makes one of all machines that share the label "other".
+func (c *stateCollector) labelled(machines []*machineStatus) []*machineStatus {
+	var out []*machineStatus
+	var others *machineStatus
+	for _, m := range machines {
+		switch {
+		case c.d.metrics.machine(m.uri) == m.uri:
+			out = append(out, m)
+		case others == nil:
+			all := *m
+			all.uri, others = otherLabel, &all
+			out = append(out, others)
+		default:
+			if m.state == scheduler.Up {
+				others.state = m.state
+			}
+			others.slots += m.slots
+			others.inUse += m.inUse
+			others.drained = others.drained || m.drained
+			others.removed = others.removed && m.removed
+		}
+	}
+	return out
 }
 
 func (c *stateCollector) collectReload(gauge, counter func(*prometheus.Desc, float64, ...string)) {

@@ -70,8 +70,9 @@ func parseBuild(args []string, std stdio) (opts *buildOptions, status int, ok bo
 paths of their outputs. DRV is the path of a .drv file; DRV^out,doc or DRV!out,doc
 asks for some outputs only. Times are in seconds, or like 1h30m.
 
-Example:
-  nix-dispatch build -L --out-link result $(nix-instantiate hello.nix)`)
+Examples:
+  nix-dispatch build -L --out-link result $(nix-instantiate hello.nix)
+  nix-dispatch build --builders 'ssh://mac x86_64-linux - 4' $(nix-instantiate hello.nix)`)
 	socket := socketFlag(flags)
 	flags.BoolVar(&opts.json, "json", false, "print the outputs as JSON")
 	const outLink = "make `PATH` a link to the output and keep it from being garbage-collected"
@@ -82,6 +83,10 @@ Example:
 	flags.BoolVar(&req.KeepGoing, "keep-going", false, "go on with what can be built after a failure")
 	flags.BoolVar(&req.KeepGoing, "k", false, "same as --keep-going")
 	flags.BoolVar(&req.BuildersUseSubstitutes, "builders-use-substitutes", false, "let machines fetch inputs from their own substituters")
+	flags.Func("builders", "build on these machines, `TEXT` as in Nix's setting builders; '' for none. Root's to say", func(text string) error {
+		req.Builders = &text
+		return nil
+	})
 	flags.Func("timeout", "stop a build after this `TIME`", durationFlag(&req.Limits.Timeout))
 	flags.Func("max-silent-time", "stop a build that prints nothing for this `TIME`", durationFlag(&req.Limits.MaxSilentTime))
 	flags.Uint64Var(&req.Limits.MaxLogSize, "max-build-log-size", 0, "stop a build that prints more than this many `BYTES`")

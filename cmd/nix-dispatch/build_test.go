@@ -18,6 +18,7 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/testing/protocmp"
 	"google.golang.org/protobuf/types/known/durationpb"
 
@@ -127,13 +128,14 @@ func TestBuildSaysWhatItWants(t *testing.T) {
 		return s.Send(summary(true))
 	}}).start(t)
 	code, _, stderr := runCommand(t.Context(), d.socket, "build", helloDrv+"^out,doc", "--timeout", "90",
-		"-k", "--max-silent-time=1m30s", "--builders-use-substitutes", "--max-build-log-size", "5", "--", otherDrv+"!*")
+		"-k", "--max-silent-time=1m30s", "--builders-use-substitutes", "--builders", "ssh://mac", "--max-build-log-size", "5", "--", otherDrv+"!*")
 	if code != exitOK {
 		t.Fatalf("status %d: %s", code, stderr)
 	}
 	want := &dispatchv1.BuildRequest{
 		Derivations: []string{helloDrv + "!out,doc", otherDrv}, KeepGoing: true, BuildersUseSubstitutes: true,
-		Limits: &dispatchv1.Limits{Timeout: durationpb.New(90 * time.Second), MaxSilentTime: durationpb.New(90 * time.Second), MaxLogSize: 5},
+		Builders: proto.String("ssh://mac"),
+		Limits:   &dispatchv1.Limits{Timeout: durationpb.New(90 * time.Second), MaxSilentTime: durationpb.New(90 * time.Second), MaxLogSize: 5},
 	}
 	if diff := cmp.Diff(want, got, protocmp.Transform()); diff != "" {
 		t.Errorf("request (-want +got):\n%s", diff)

@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"nixdispatch/daemon"
+	"nixdispatch/proto/nix"
 )
 
 // version is set at build time.
@@ -27,7 +28,10 @@ on them what nix-dispatch and Nix's build hook ask for.
 
 Options:
   --builders TEXT         the machines, as in Nix's builders setting
-                          (default "@/etc/nix/machines")
+                          (default: that setting in Nix's configuration, which is
+                          "@/etc/nix/machines" unless it says otherwise)
+  --machines-group NAME   a group whose members may name machines in their requests,
+                          as root may. That is as good as being root
   --socket PATH           where to listen (default /run/nix-dispatch/socket)
   --metrics-listen ADDR   where Prometheus may scrape /metrics, "" for nowhere
                           (default 127.0.0.1:9747)
@@ -86,7 +90,8 @@ func parse(args []string, stdout io.Writer) (daemon.Options, slog.Level, error) 
 	var level slog.Level
 	flags := flag.NewFlagSet("nix-dispatchd", flag.ContinueOnError)
 	flags.SetOutput(io.Discard)
-	flags.StringVar(&opts.Builders, "builders", "@/etc/nix/machines", "")
+	flags.StringVar(&opts.Builders, "builders", "", "")
+	flags.StringVar(&opts.MachinesGroup, "machines-group", "", "")
 	flags.StringVar(&opts.Socket, "socket", "/run/nix-dispatch/socket", "")
 	flags.StringVar(&opts.MetricsListen, "metrics-listen", "127.0.0.1:9747", "")
 	flags.StringVar(&opts.StateDir, "state-dir", "/var/lib/nix-dispatch", "")
@@ -107,6 +112,15 @@ func parse(args []string, stdout io.Writer) (daemon.Options, slog.Level, error) 
 		return opts, level, fmt.Errorf("unexpected argument %q", flags.Arg(0))
 	case opts.MachineWait <= 0:
 		return opts, level, fmt.Errorf("--machine-wait must be positive")
+	}
+	fromNix := true
+	flags.Visit(func(f *flag.Flag) { fromNix = fromNix && f.Name != "builders" })
+	if fromNix {
+		home, err := os.UserHomeDir()
+		if err != nil {
+			home = "/root"
+		}
+		opts.NixConf = &nix.ConfSource{Getenv: os.Getenv, Home: home}
 	}
 	return opts, level, nil
 }

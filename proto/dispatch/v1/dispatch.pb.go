@@ -461,7 +461,12 @@ type BuildRequest struct {
 	// Whether the call stays open after its Summary, and its outputs safe from the
 	// garbage collector, until the caller ends it: for callers that make roots of
 	// their own. They have ten minutes.
-	HoldRoots     bool `protobuf:"varint,5,opt,name=hold_roots,json=holdRoots,proto3" json:"hold_roots,omitempty"`
+	HoldRoots bool `protobuf:"varint,5,opt,name=hold_roots,json=holdRoots,proto3" json:"hold_roots,omitempty"`
+	// The machines to build on, as in Nix's builders setting, in place of the
+	// daemon's own; with "" there are none, and the local Nix builds. Unset: the
+	// daemon's own. Only root, the daemon's user and an explicitly configured group
+	// may name machines.
+	Builders      *string `protobuf:"bytes,6,opt,name=builders,proto3,oneof" json:"builders,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -529,6 +534,13 @@ func (x *BuildRequest) GetHoldRoots() bool {
 		return x.HoldRoots
 	}
 	return false
+}
+
+func (x *BuildRequest) GetBuilders() string {
+	if x != nil && x.Builders != nil {
+		return *x.Builders
+	}
+	return ""
 }
 
 // Limits are enforced by the daemon, whatever the machine does.
@@ -3559,7 +3571,7 @@ var File_dispatch_v1_dispatch_proto protoreflect.FileDescriptor
 
 const file_dispatch_v1_dispatch_proto_rawDesc = "" +
 	"\n" +
-	"\x1adispatch/v1/dispatch.proto\x12\x0enixdispatch.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xd8\x01\n" +
+	"\x1adispatch/v1/dispatch.proto\x12\x0enixdispatch.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x86\x02\n" +
 	"\fBuildRequest\x12 \n" +
 	"\vderivations\x18\x01 \x03(\tR\vderivations\x12.\n" +
 	"\x06limits\x18\x02 \x01(\v2\x16.nixdispatch.v1.LimitsR\x06limits\x128\n" +
@@ -3567,7 +3579,9 @@ const file_dispatch_v1_dispatch_proto_rawDesc = "" +
 	"\n" +
 	"keep_going\x18\x04 \x01(\bR\tkeepGoing\x12\x1d\n" +
 	"\n" +
-	"hold_roots\x18\x05 \x01(\bR\tholdRoots\"\xa2\x01\n" +
+	"hold_roots\x18\x05 \x01(\bR\tholdRoots\x12\x1f\n" +
+	"\bbuilders\x18\x06 \x01(\tH\x00R\bbuilders\x88\x01\x01B\v\n" +
+	"\t_builders\"\xa2\x01\n" +
 	"\x06Limits\x123\n" +
 	"\atimeout\x18\x01 \x01(\v2\x19.google.protobuf.DurationR\atimeout\x12A\n" +
 	"\x0fmax_silent_time\x18\x02 \x01(\v2\x19.google.protobuf.DurationR\rmaxSilentTime\x12 \n" +
@@ -3987,6 +4001,7 @@ func file_dispatch_v1_dispatch_proto_init() {
 	if File_dispatch_v1_dispatch_proto != nil {
 		return
 	}
+	file_dispatch_v1_dispatch_proto_msgTypes[0].OneofWrappers = []any{}
 	file_dispatch_v1_dispatch_proto_msgTypes[2].OneofWrappers = []any{
 		(*BuildResponse_Plan)(nil),
 		(*BuildResponse_Event)(nil),

@@ -60,6 +60,7 @@ type DispatchServiceClient interface {
 	//	  there first.
 	//	FAILED_PRECONDITION: the local store cannot be used; the message says
 	//	  why. Mend the host, then retry.
+	//	PERMISSION_DENIED: the caller names machines and may not.
 	//	UNAVAILABLE: the daemon is shutting down. Retry with backoff.
 	Build(ctx context.Context, in *BuildRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[BuildResponse], error)
 	// Hook is one build-hook process's conversation. The caller sends Hello, then
@@ -278,6 +279,7 @@ type DispatchServiceServer interface {
 	//	  there first.
 	//	FAILED_PRECONDITION: the local store cannot be used; the message says
 	//	  why. Mend the host, then retry.
+	//	PERMISSION_DENIED: the caller names machines and may not.
 	//	UNAVAILABLE: the daemon is shutting down. Retry with backoff.
 	Build(*BuildRequest, grpc.ServerStreamingServer[BuildResponse]) error
 	// Hook is one build-hook process's conversation. The caller sends Hello, then
