@@ -105,7 +105,7 @@ func writeDrained(stateDir string, drained map[string]drain) (err error) {
 func (d *Daemon) setDrained(name string, drained bool, by caller) (string, error) {
 	d.drainMu.Lock() // one file is written at a time
 	defer d.drainMu.Unlock()
-	uri, err := d.machines.uriOf(name)
+	uri, err := d.machines.named(name)
 	if err != nil {
 		return "", err
 	}
@@ -147,10 +147,10 @@ var (
 	errAmbiguous     = errors.New("several machines have that name")
 )
 
-// uriOf finds the URI of a machine by it, or by its host's name if no other
+// named finds the URI of a machine by it, or by its host's name if no other
 // machine has that. A machine that is drained is known by its URI though it is
 // not listed.
-func (s *machines) uriOf(name string) (string, error) {
+func (s *machines) named(name string) (string, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if _, ok := s.drained[name]; ok {

@@ -126,7 +126,7 @@ func (d *Daemon) mayName(c caller) bool {
 func (s *machines) use(key string) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	n := s.named[key]
+	n := s.requested[key]
 	if n == nil {
 		return false
 	}
@@ -149,7 +149,7 @@ func (l *lease) release() {
 	}
 	l.set.mu.Lock()
 	defer l.set.mu.Unlock()
-	n := l.set.named[l.key]
+	n := l.set.requested[l.key]
 	if n.uses--; n.uses == 0 {
 		n.unused = time.Now()
 	}
@@ -160,10 +160,10 @@ func (l *lease) release() {
 func (s *machines) name(l *lease, made func(nix.Machine) *machine, pool *sshpool.Pool) ([]scheduler.Machine, bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if len(s.named) >= maxNamed {
+	if len(s.requested) >= maxNamed {
 		oldest := ""
-		for key, n := range s.named {
-			if n.uses == 0 && (oldest == "" || n.unused.Before(s.named[oldest].unused)) {
+		for key, n := range s.requested {
+			if n.uses == 0 && (oldest == "" || n.unused.Before(s.requested[oldest].unused)) {
 				oldest = key
 			}
 		}
@@ -172,12 +172,12 @@ func (s *machines) name(l *lease, made func(nix.Machine) *machine, pool *sshpool
 		}
 		s.dropLocked(oldest)
 	}
-	s.named[l.key] = &namedList{list: l.list, uses: 1}
+	s.requested[l.key] = &namedList{list: l.list, uses: 1}
 	return s.adoptLocked(l.key, l.list, made, pool), true
 }
 
 func (s *machines) dropLocked(key string) {
-	delete(s.named, key)
+	delete(s.requested, key)
 	s.replaceLocked(key, nil)
 }
 
@@ -187,7 +187,7 @@ func (s *machines) dropUnused(now time.Time) ([]scheduler.Machine, bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	dropped := false
-	for key, n := range s.named {
+	for key, n := range s.requested {
 		if n.uses == 0 && now.Sub(n.unused) >= namedIdle {
 			s.dropLocked(key)
 			dropped = true

@@ -103,7 +103,7 @@ func (s *listSite) unused() int {
 	s.d.machines.mu.Lock()
 	defer s.d.machines.mu.Unlock()
 	n := 0
-	for _, l := range s.d.machines.named {
+	for _, l := range s.d.machines.requested {
 		if l.uses == 0 {
 			n++
 		}
@@ -115,7 +115,7 @@ func (s *listSite) unused() int {
 func (s *listSite) ageLists() {
 	s.d.machines.mu.Lock()
 	defer s.d.machines.mu.Unlock()
-	for _, l := range s.d.machines.named {
+	for _, l := range s.d.machines.requested {
 		l.unused = l.unused.Add(-namedIdle)
 	}
 }

@@ -35,10 +35,10 @@ type machines struct {
 	// entries are the lines of the daemon's own list, in its order, then those of
 	// the lists that requests have named; byID has those, too, that are listed no
 	// more and may have builds on them.
-	entries []*entry
-	byID    map[scheduler.MachineID]*entry
-	named   map[string]*namedList
-	serial  int
+	entries   []*entry
+	byID      map[scheduler.MachineID]*entry
+	requested map[string]*namedList
+	serial    int
 	// uses counts the attempts that run on a machine.
 	uses map[*machine]int
 	// past counts the connections of machines that are gone, by URI while others
@@ -64,10 +64,10 @@ func connectsOf(m *machine) connectCounts {
 func newMachines(log *slog.Logger) *machines {
 	return &machines{
 		log: log, list: new(machineList),
-		byID:  make(map[scheduler.MachineID]*entry),
-		uses:  make(map[*machine]int),
-		past:  make(map[string]connectCounts),
-		named: make(map[string]*namedList),
+		byID:      make(map[scheduler.MachineID]*entry),
+		uses:      make(map[*machine]int),
+		past:      make(map[string]connectCounts),
+		requested: make(map[string]*namedList),
 	}
 }
 
