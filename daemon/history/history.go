@@ -17,6 +17,7 @@ import (
 	"time"
 
 	bolt "go.etcd.io/bbolt"
+	bolterrors "go.etcd.io/bbolt/errors"
 )
 
 // A Row is one finished build.
@@ -70,13 +71,18 @@ var rows = []byte("rows")
 
 // A DB is a history in use. It is safe for concurrent use.
 type DB struct {
+	file   string
 	limits Limits
 	log    *slog.Logger
-	bolt   *bolt.DB
 
-	mu      sync.Mutex
-	pending []Row
-	count   int // of rows on disk
+	// mu guards bolt, which changes when the file turns out to be damaged.
+	mu   sync.RWMutex
+	bolt *bolt.DB
+
+	pendingMu sync.Mutex
+	pending   []Row
+
+	count int // of rows on disk; the writer's
 
 	wake    chan struct{} // of the writer
 	quit    chan struct{}
@@ -84,20 +90,20 @@ type DB struct {
 	closing sync.Once
 }
 
-// Open opens the history in file, or begins one. A file that is damaged is set
-// aside, under the name with ".damaged" after it, and a new one begun. The caller
-// must Close the history.
+// Open opens the history in file, or begins one. It reads next to nothing: damage
+// is found in the background, and whenever it shows. Then the file is set aside,
+// under the name with ".damaged" after it, and a new one begun. The caller must
+// Close the history.
 func Open(file string, limits Limits, log *slog.Logger) (*DB, error) {
 	limits.MaxAge = cmp.Or(limits.MaxAge, 90*24*time.Hour)
 	limits.MaxRows = cmp.Or(limits.MaxRows, 100_000)
-	db := &DB{limits: limits, log: log, wake: make(chan struct{}, 1), quit: make(chan struct{}), done: make(chan struct{})}
-	err := db.open(file)
-	if err != nil && !errors.Is(err, bolt.ErrTimeout) && !errors.Is(err, os.ErrPermission) {
-		log.Error("the history of builds is damaged; it is set aside and a new one begun", "file", file, "err", err)
-		if err := os.Rename(file, file+".damaged"); err != nil {
-			return nil, fmt.Errorf("set the damaged history aside: %w", err)
-		}
-		err = db.open(file)
+	db := &DB{
+		file: file, limits: limits, log: log,
+		wake: make(chan struct{}, 1), quit: make(chan struct{}), done: make(chan struct{}),
+	}
+	err := db.open()
+	if err != nil && !errors.Is(err, bolterrors.ErrTimeout) && !errors.Is(err, os.ErrPermission) {
+		err = db.replace(err)
 	}
 	if err != nil {
 		return nil, fmt.Errorf("open the history of builds %q: %w", file, err)
@@ -106,34 +112,88 @@ func Open(file string, limits Limits, log *slog.Logger) (*DB, error) {
 	return db, nil
 }
 
-// open opens the file and reads through it: damage shows as an error or, in
-// bbolt, as a panic.
-func (db *DB) open(file string) (err error) {
-	defer func() {
-		if p := recover(); p != nil {
-			err = fmt.Errorf("damaged: %v", p)
-		}
-		if err != nil && db.bolt != nil {
-			err = errors.Join(err, db.bolt.Close())
-			db.bolt = nil
-		}
-	}()
-	db.bolt, err = bolt.Open(file, 0o600, &bolt.Options{Timeout: lockWait, FreelistType: bolt.FreelistMapType})
-	if err != nil {
-		return err
-	}
-	return db.bolt.Update(func(tx *bolt.Tx) error {
-		bucket, err := tx.CreateBucketIfNotExists(rows)
+// open opens the file. The caller holds mu, or nobody else knows of db yet.
+func (db *DB) open() error {
+	return recovered(func() (err error) {
+		db.bolt, err = bolt.Open(db.file, 0o600, &bolt.Options{Timeout: lockWait, FreelistType: bolt.FreelistMapType})
 		if err != nil {
 			return err
 		}
-		db.count = 0
-		return bucket.ForEach(func(_, value []byte) error {
-			db.count++
-			var r Row
-			return json.Unmarshal(value, &r)
+		return db.bolt.Update(func(tx *bolt.Tx) error {
+			_, err := tx.CreateBucketIfNotExists(rows)
+			return err
 		})
 	})
+}
+
+// replace sets the file aside and begins a new one. The caller holds mu, or
+// nobody else knows of db yet.
+func (db *DB) replace(why error) error {
+	db.log.Error("the history of builds is damaged; it is set aside and a new one begun", "file", db.file, "err", why)
+	if db.bolt != nil {
+		_ = recovered(db.bolt.Close) // it is of no more use
+	}
+	db.count = 0
+	if err := os.Rename(db.file, db.file+".damaged"); err != nil {
+		return fmt.Errorf("set the damaged history aside: %w", err)
+	}
+	return db.open()
+}
+
+// recovered calls fn. bbolt panics where a file is damaged.
+func recovered(fn func() error) (err error) {
+	defer func() {
+		if p := recover(); p != nil {
+			err = fmt.Errorf("%w: %v", errDamaged, p)
+		}
+	}()
+	return fn()
+}
+
+var errDamaged = errors.New("damaged")
+
+// view reads, update writes.
+func (db *DB) view(fn func(*bolt.Bucket) error) error {
+	db.mu.RLock()
+	defer db.mu.RUnlock()
+	return recovered(func() error {
+		return db.bolt.View(func(tx *bolt.Tx) error { return fn(tx.Bucket(rows)) })
+	})
+}
+
+func (db *DB) update(fn func(*bolt.Bucket) error) error {
+	db.mu.RLock()
+	defer db.mu.RUnlock()
+	return recovered(func() error {
+		return db.bolt.Update(func(tx *bolt.Tx) error { return fn(tx.Bucket(rows)) })
+	})
+}
+
+// check reads through all rows and counts them.
+func (db *DB) check() {
+	count := 0
+	err := db.view(func(b *bolt.Bucket) error {
+		count = 0
+		return b.ForEach(func(_, value []byte) error {
+			if count++; !json.Valid(value) {
+				return errDamaged
+			}
+			return nil
+		})
+	})
+	db.count = count
+	if err != nil {
+		db.damaged(err)
+	}
+}
+
+// damaged begins a new file after an error that tells of damage.
+func (db *DB) damaged(why error) {
+	db.mu.Lock()
+	defer db.mu.Unlock()
+	if err := db.replace(why); err != nil {
+		db.log.Error("no history of builds is kept", "err", err)
+	}
 }
 
 // Close writes what is not written yet and closes the file. It may be called more
@@ -141,6 +201,8 @@ func (db *DB) open(file string) (err error) {
 func (db *DB) Close() error {
 	db.closing.Do(func() { close(db.quit) })
 	<-db.done
+	db.mu.Lock()
+	defer db.mu.Unlock()
 	return db.bolt.Close()
 }
 
@@ -148,8 +210,8 @@ func (db *DB) Close() error {
 func (db *DB) Add(r Row) {
 	r.Error = clip(r.Error)
 	r.DrvPath, r.System, r.Machine, r.Caller = clip(r.DrvPath), clip(r.System), clip(r.Machine), clip(r.Caller)
-	db.mu.Lock()
-	defer db.mu.Unlock()
+	db.pendingMu.Lock()
+	defer db.pendingMu.Unlock()
 	if len(db.pending) >= maxPending {
 		return
 	}
@@ -170,6 +232,7 @@ func clip(s string) string {
 // write is the one goroutine that writes.
 func (db *DB) write() {
 	defer close(db.done)
+	db.check()
 	for {
 		select {
 		case <-db.wake:
@@ -186,33 +249,44 @@ func (db *DB) write() {
 }
 
 func (db *DB) flush() {
-	db.mu.Lock()
+	db.pendingMu.Lock()
 	pending := db.pending
 	db.pending = nil
-	db.mu.Unlock()
+	db.pendingMu.Unlock()
 	if len(pending) == 0 {
 		return
 	}
+	err := db.put(pending)
+	if errors.Is(err, errDamaged) {
+		db.damaged(err)
+		err = db.put(pending)
+	}
+	if err != nil {
+		db.log.Error("finished builds are missing in the history", "builds", len(pending), "err", err)
+	}
+}
+
+func (db *DB) put(pending []Row) error {
 	count := db.count
-	err := db.bolt.Update(func(tx *bolt.Tx) error {
-		bucket := tx.Bucket(rows)
+	err := db.update(func(b *bolt.Bucket) error {
+		last := b.Sequence()
 		for _, r := range pending {
+			last = max(last, r.ID)
 			value, err := json.Marshal(r)
 			if err != nil {
 				return err
 			}
-			if err := bucket.Put(key(r.Ended, r.ID), value); err != nil {
+			if err := b.Put(key(r.Ended, r.ID), value); err != nil {
 				return err
 			}
 		}
-		count += len(pending)
-		return db.prune(bucket, &count)
+		count = db.count + len(pending)
+		return errors.Join(b.SetSequence(last), db.prune(b, &count))
 	})
-	if err != nil {
-		db.log.Error("finished builds are missing in the history", "builds", len(pending), "err", err)
-		return
+	if err == nil {
+		db.count = count
 	}
-	db.count = count
+	return err
 }
 
 // prune removes the oldest rows that are beyond a limit.
@@ -267,8 +341,8 @@ func (db *DB) Each(q Query, fn func(Row) error) error {
 	for {
 		var found []Row
 		more := false
-		err := db.bolt.View(func(tx *bolt.Tx) error {
-			c := tx.Bucket(rows).Cursor()
+		err := db.view(func(b *bolt.Bucket) error {
+			c := b.Cursor()
 			k, value := c.Last()
 			if from != nil {
 				if k, _ = c.Seek(from); k == nil {
@@ -306,15 +380,11 @@ func (db *DB) Each(q Query, fn func(Row) error) error {
 	}
 }
 
-// LastID is the highest id of a row, 0 without rows.
+// LastID is the highest id that a row has ever had, 0 without rows.
 func (db *DB) LastID() (last uint64, err error) {
-	err = db.bolt.View(func(tx *bolt.Tx) error {
-		return tx.Bucket(rows).ForEach(func(k, _ []byte) error {
-			if len(k) == 16 {
-				last = max(last, binary.BigEndian.Uint64(k[8:]))
-			}
-			return nil
-		})
+	err = db.view(func(b *bolt.Bucket) error {
+		last = b.Sequence()
+		return nil
 	})
 	return last, err
 }
