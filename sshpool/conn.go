@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -46,15 +47,51 @@ type liveConn struct {
 	net.Conn
 	received atomic.Int64
 	onError  func(error) // for read errors, before the reader sees them
+
+	mu     sync.Mutex // protects following fields
+	head   []byte     // the first bytes received
+	headAt time.Time  // when the first of them was
 }
+
+// maxHead is how much is kept of what a host says first.
+const maxHead = 512
 
 func (l *liveConn) Read(p []byte) (int, error) {
 	n, err := l.Conn.Read(p)
-	l.received.Add(int64(n))
+	if before := l.received.Add(int64(n)) - int64(n); before < maxHead {
+		l.keep(p[:n])
+	}
 	if err != nil {
 		l.onError(err)
 	}
 	return n, err
+}
+
+func (l *liveConn) keep(p []byte) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if len(p) > 0 && l.headAt.IsZero() {
+		l.headAt = time.Now()
+	}
+	l.head = append(l.head, p[:min(len(p), maxHead-len(l.head))]...)
+}
+
+// beginning is what was received first, and when that began.
+func (l *liveConn) beginning() ([]byte, time.Time) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.head, l.headAt
+}
+
+// versionLine is an SSH server's version in what it says first, "" if there is
+// none. Other lines may precede it (RFC 4253, section 4.2).
+func versionLine(head []byte) string {
+	for line := range strings.Lines(string(head)) {
+		if strings.HasPrefix(line, "SSH-") {
+			return strings.TrimRight(line, "\r\n")
+		}
+	}
+	return ""
 }
 
 // connect makes a connection, without telling anyone of it. first says that there

@@ -28,7 +28,9 @@ func (h *Host) resolveTarget(ctx context.Context, anew bool) (*Target, error) {
 		h.log.Debug("ssh target", "target", t.String(), "ssh_config", h.cfg.SSHConfig && t.noProgram == nil)
 	}
 	h.target = t
+	defer func() { h.trace.done(StepConfig, t.String()) }()
 	if t.noProgram != nil {
+		h.trace.warn("ssh_config is not read: " + t.noProgram.Error())
 		h.opts.noProgram.Do(func() { h.log.Warn("ssh_config is not read", "err", t.noProgram) })
 	}
 	for _, w := range t.Warnings {
@@ -41,6 +43,7 @@ func (h *Host) resolveTarget(ctx context.Context, anew bool) (*Target, error) {
 func (h *Host) warnOnce(warning string) {
 	if !h.warned[warning] {
 		h.warned[warning] = true
+		h.trace.warn(warning)
 		h.log.Warn("ssh configuration", "warning", warning)
 	}
 }
@@ -59,7 +62,7 @@ func (h *Host) dialTransport(ctx context.Context, t *Target) (net.Conn, error) {
 			nc, err = h.dialProxy(proxy)
 		}
 		if err != nil {
-			return nil, h.fail(StepConnect, CauseProxy, err, "")
+			return nil, h.fail(StepConnect, CauseProxy, err, fixProxy)
 		}
 		return nc, nil
 	}
@@ -70,8 +73,9 @@ func (h *Host) dialTransport(ctx context.Context, t *Target) (net.Conn, error) {
 	dialCtx, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
 	dial := h.opts.Dial
+	mark := new(resolveMark)
 	if dial == nil {
-		dialer := new(net.Dialer)
+		dialer := &net.Dialer{ControlContext: mark.control}
 		if dialer.LocalAddr, err = t.localAddr(dialCtx); err != nil {
 			return nil, configError(h.cfg, err)
 		}
@@ -82,6 +86,7 @@ func (h *Host) dialTransport(ctx context.Context, t *Target) (net.Conn, error) {
 		network = "tcp"
 	}
 	nc, err := dial(dialCtx, network, t.addr())
+	h.trace.connected(mark, nc)
 	if err == nil {
 		return nc, nil
 	}
@@ -105,9 +110,11 @@ func (h *Host) dialError(t *Target, err error, timeout time.Duration, late bool)
 	case errors.Is(err, syscall.ECONNREFUSED):
 		return h.fail(StepConnect, CauseRefused, err, "start sshd there, or correct the port")
 	default:
-		return h.fail(StepConnect, CauseUnreachable, err, "")
+		return h.fail(StepConnect, CauseUnreachable, err, "look whether the machine is on, and at the routes to it")
 	}
 }
+
+const fixProxy = "run the proxy by hand, as this user, and see what it says"
 
 // localAddr is what BindAddress says; nil if nothing.
 func (t *Target) localAddr(ctx context.Context) (net.Addr, error) {
@@ -131,7 +138,7 @@ func (t *Target) localAddr(ctx context.Context) (net.Addr, error) {
 func (h *Host) handshake(ctx context.Context, c *conn, t *Target) (<-chan ssh.NewChannel, <-chan *ssh.Request, error) {
 	keys, err := loadHostKeys(t, h.log)
 	if err != nil {
-		return nil, nil, h.fail(StepHostKey, CauseHostKeyFiles, err, "")
+		return nil, nil, h.fail(StepHostKey, CauseHostKeyFiles, err, "mend that file, or take it out of the configuration")
 	}
 	for _, w := range keys.warnings {
 		h.warnOnce(fmt.Sprintf("known_hosts line ignored: %v", w))
@@ -151,17 +158,22 @@ func (h *Host) handshake(ctx context.Context, c *conn, t *Target) (<-chan ssh.Ne
 	var keyErr error
 	verified := false
 	config := t.clientConfig()
-	config.Auth = []ssh.AuthMethod{ssh.PublicKeys(ids.signers...)}
+	config.Auth = []ssh.AuthMethod{ssh.PublicKeys(ids.watched()...)}
 	config.HostKeyAlgorithms = keys.algorithms
 	config.HostKeyCallback = func(_ string, remote net.Addr, key ssh.PublicKey) error {
+		h.trace.greeted(c.net, t)
 		keyErr = keys.check(remote, key)
 		verified = keyErr == nil
+		if verified {
+			h.trace.done(StepHostKey, describe(key)+", "+keys.accepted)
+		}
 		return keyErr
 	}
 	var chans <-chan ssh.NewChannel
 	var reqs <-chan *ssh.Request
 	c.ssh, chans, reqs, err = ssh.NewClientConn(c.net, t.addr(), config)
 	if err == nil && ctx.Err() == nil {
+		h.trace.done(StepAuthenticate, ids.accepted(t.User))
 		return chans, reqs, nil
 	}
 	if err == nil { // too late: the transport is being closed
@@ -179,20 +191,23 @@ func (h *Host) handshake(ctx context.Context, c *conn, t *Target) (<-chan ssh.Ne
 	case verified:
 		cause, err, fix := ids.explain(t.User, err)
 		if late {
-			cause, fix = CauseTimeout, ""
+			cause, fix = CauseTimeout, "look whether sshd there, or the agent here, is stuck"
 		}
 		return nil, nil, h.fail(StepAuthenticate, cause, err, fix)
 	default:
-		return nil, nil, h.noHandshake(err, late)
+		return nil, nil, h.noHandshake(c.net, err, late)
 	}
 }
 
 // noHandshake says why no SSH could be spoken.
-func (h *Host) noHandshake(err error, late bool) error {
+func (h *Host) noHandshake(l *liveConn, err error, late bool) error {
+	if head, _ := l.beginning(); len(head) > 0 && versionLine(head) == "" {
+		err = fmt.Errorf("%w; it says %q", err, head)
+	}
 	var none *ssh.AlgorithmNegotiationError
 	switch proxy, ok := errors.AsType[*ProxyError](err); {
 	case ok:
-		return h.fail(StepConnect, CauseProxy, proxy, "")
+		return h.fail(StepConnect, CauseProxy, proxy, fixProxy)
 	case late:
 		return h.fail(StepHandshake, CauseTimeout, err, "look whether sshd there is stuck, or lets no more clients in")
 	case errors.As(err, &none):

@@ -28,6 +28,7 @@ type Host struct {
 	// one at a time.
 	warned map[string]bool // what was complained of
 	target *Target         // how the host was reached last; nil: not yet
+	trace  *tracer         // nil: nobody wants to know of each step
 
 	wg sync.WaitGroup // everything started but the owner; see reserve
 
@@ -347,18 +348,13 @@ func (h *Host) probe(ctx context.Context, c *conn) (err error) {
 	}()
 	ctx, cancel := context.WithTimeout(ctx, h.opts.ProbeTimeout)
 	defer cancel()
-	h.mu.Lock()
-	c.takeLocked()
-	h.mu.Unlock()
-	s, err := c.open(ctx, h.cfg.ProbeCommand)
+	s, err := h.openOn(ctx, c, h.cfg.ProbeCommand)
 	if err == nil {
 		// The probe reads and writes without ctx: closing ends that.
 		stop := context.AfterFunc(ctx, func() { s.Close() })
 		err = h.cfg.Probe(ctx, s)
 		stop()
 		s.Close()
-	} else if _, ok := err.(*refusedError); ok {
-		err = h.fail(StepOpenSession, CauseSessionRefused, err, "")
 	}
 	if err == nil {
 		return nil

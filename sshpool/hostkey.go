@@ -23,6 +23,7 @@ type hostKeys struct {
 	files      []string        // that were read or found missing, for messages
 	warnings   []error         // lines that were ignored
 	revoked    []knownKey      // of RevokedHostKeys
+	accepted   string          // why the key was, for messages
 	log        *slog.Logger
 
 	// algorithms are what to ask the host for: first those of its known keys,
@@ -195,6 +196,7 @@ func (e *hostKeyError) Unwrap() error { return e.err }
 func (k *hostKeys) check(remote net.Addr, key ssh.PublicKey) error {
 	t := k.target
 	if t.TrustLocalhost && t.HostKeyAlias == "" && isLoopback(remote) {
+		k.accepted = "not looked at: NoHostAuthenticationForLocalhost"
 		return nil
 	}
 	if size := rsaBits(key); size > 0 && size < t.RequiredRSASize {
@@ -218,10 +220,17 @@ func (k *hostKeys) check(remote net.Addr, key ssh.PublicKey) error {
 		key = cert.Key
 	}
 	v := k.lookUp(k.known, key)
-	if v.cause == CauseHostKeyUnknown && k.bare != "" && k.lookUp(k.knownBare, key).cause == "" {
+	if v.cause == CauseHostKeyUnknown && k.bare != "" {
+		if bare := k.lookUp(k.knownBare, key); bare.cause == "" {
+			v = bare
+		}
+	}
+	if v.cause == "" {
+		k.accepted = "known from " + v.at[0].place()
 		return nil
 	}
-	if v.cause == "" || k.tolerate(v, key) {
+	if k.tolerate(v, key) {
+		k.accepted = fmt.Sprintf("%s, and taken all the same: StrictHostKeyChecking is %s", v.cause, t.Strict)
 		return nil
 	}
 	if certErr != nil {
@@ -233,6 +242,7 @@ func (k *hostKeys) check(remote net.Addr, key ssh.PublicKey) error {
 func (k *hostKeys) checkFixed(key ssh.PublicKey) error {
 	for _, want := range k.fixed {
 		if bytes.Equal(want.Marshal(), key.Marshal()) {
+			k.accepted = "the one given for it"
 			return nil
 		}
 	}
@@ -263,9 +273,11 @@ func (k *hostKeys) checkCertificate(cert *ssh.Certificate) error {
 		name = strings.ToLower(k.target.Host)
 	}
 	blob := cert.SignatureKey.Marshal()
-	if !slices.ContainsFunc(slices.Concat(k.known, k.knownBare), func(e knownKey) bool {
+	entries := slices.Concat(k.known, k.knownBare)
+	authority := slices.IndexFunc(entries, func(e knownKey) bool {
 		return e.marker == markCA && bytes.Equal(e.key.Marshal(), blob)
-	}) {
+	})
+	if authority < 0 {
 		return fmt.Errorf("its authority %s is not known for this host", describe(cert.SignatureKey))
 	}
 	if cert.CertType != ssh.HostCert {
@@ -278,6 +290,7 @@ func (k *hostKeys) checkCertificate(cert *ssh.Certificate) error {
 	if i < 0 {
 		return fmt.Errorf("it is not for %q but for %q", name, cert.ValidPrincipals)
 	}
+	k.accepted = "its authority known from " + entries[authority].place()
 	return new(ssh.CertChecker).CheckCert(cert.ValidPrincipals[i], cert)
 }
 
@@ -289,7 +302,7 @@ func (k *hostKeys) lookUp(entries []knownKey, key ssh.PublicKey) keyVerdict {
 			continue
 		}
 		if bytes.Equal(e.key.Marshal(), key.Marshal()) {
-			return keyVerdict{}
+			return keyVerdict{at: []knownKey{e}}
 		}
 		others = append(others, e)
 	}

@@ -89,7 +89,7 @@ func (r *remote) start(command string) (<-chan *ssh.Request, error) {
 		case ssh.ConnectionFailed, ssh.ResourceShortage:
 			return nil, &refusedError{err: err}
 		default:
-			return nil, c.host.fail(StepOpenSession, CauseSessionRefused, err, "")
+			return nil, c.host.fail(StepOpenSession, CauseSessionRefused, err, fixRefused)
 		}
 	}
 	if err != nil {
@@ -111,7 +111,7 @@ func (r *remote) start(command string) (<-chan *ssh.Request, error) {
 	if err != nil {
 		return nil, r.broken(err)
 	}
-	return nil, c.host.fail(StepOpenSession, CauseSessionRefused, fmt.Errorf("the host refuses to run %q", command), "")
+	return nil, c.host.fail(StepOpenSession, CauseSessionRefused, fmt.Errorf("the host refuses to run %q", command), fixRefused)
 }
 
 // broken returns the error for a failure that only a lost connection or a peer

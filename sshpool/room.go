@@ -45,7 +45,7 @@ func (h *Host) Session(ctx context.Context, command string) (*Session, error) {
 			return s, err
 		}
 		if !refusal.again || refusals == maxRefusals {
-			return nil, h.fail(StepOpenSession, CauseSessionRefused, err, "")
+			return nil, h.fail(StepOpenSession, CauseSessionRefused, err, fixRefused)
 		}
 	}
 }

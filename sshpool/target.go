@@ -100,11 +100,8 @@ func (s Strictness) String() string {
 // String is user@host:port, and through what.
 func (t *Target) String() string {
 	s := t.User + "@" + t.addr()
-	switch {
-	case t.ProxyJump != "":
-		s += " by ProxyJump " + t.ProxyJump
-	case t.ProxyCommand != "":
-		s += fmt.Sprintf(" by ProxyCommand %q", t.ProxyCommand)
+	if by := t.proxied(); by != "" {
+		s += " " + by
 	}
 	return s
 }
