@@ -53,6 +53,7 @@ func mustCertificate(t *testing.T, name string) *ssh.Certificate {
 
 // Only a certificate, or a key that is in an agent alone, lets in here.
 func TestCertificatesAndAgentsWithSSHD(t *testing.T) {
+	t.Parallel()
 	dir := t.TempDir()
 	file := func(name string) string { return filepath.Join(dir, name) }
 	authority := file("authority")
@@ -132,6 +133,7 @@ func TestCertificatesAndAgentsWithSSHD(t *testing.T) {
 
 // A host that has a certificate is known by its authority.
 func TestHostCertificateWithSSHD(t *testing.T) {
+	t.Parallel()
 	dir := t.TempDir()
 	authority, key := filepath.Join(dir, "authority"), filepath.Join(dir, "host")
 	public := sshtest.Keygen(t, authority, "-t", "ecdsa")
@@ -179,6 +181,7 @@ func TestHostCertificateWithSSHD(t *testing.T) {
 // A key on a token cannot be used without an agent: the file has no private half
 // that the library can read.
 func TestKeyOnToken(t *testing.T) {
+	t.Parallel()
 	const keyType = "sk-ssh-ed25519@openssh.com"
 	public := ssh.Marshal(struct {
 		Type string
@@ -208,6 +211,7 @@ func TestKeyOnToken(t *testing.T) {
 
 // OpenSSH's order, in which an agent that lacks a file's key does not hold it up.
 func TestOrderOfCertificates(t *testing.T) {
+	t.Parallel()
 	dir := t.TempDir()
 	authority, one, two := filepath.Join(dir, "authority"), filepath.Join(dir, "one"), filepath.Join(dir, "two")
 	for _, name := range []string{authority, one, two} {

@@ -106,6 +106,7 @@ func mustFail(t *testing.T, cfg Config, step Step, cause Cause, words ...string)
 }
 
 func TestAliasAndJumpsWithSSHD(t *testing.T) {
+	t.Parallel()
 	end, jump, first := sshtest.StartSSHD(t), sshtest.StartSSHD(t), sshtest.StartSSHD(t)
 	file := filepath.Join(t.TempDir(), "config")
 	jumps := hostBlock(t, "first", first) + hostBlock(t, "jump", jump)
@@ -144,6 +145,7 @@ func TestAliasAndJumpsWithSSHD(t *testing.T) {
 }
 
 func TestFailingProxiesWithSSHD(t *testing.T) {
+	t.Parallel()
 	d := sshtest.StartSSHD(t)
 	for _, tt := range []struct {
 		name, option string
@@ -172,6 +174,7 @@ func TestFailingProxiesWithSSHD(t *testing.T) {
 
 // With the connection ends whatever its proxy has started.
 func TestProxyEndsWithItsConnection(t *testing.T) {
+	t.Parallel()
 	d := sshtest.StartSSHD(t)
 	file, pids := filepath.Join(t.TempDir(), "config"), filepath.Join(t.TempDir(), "pids")
 	writeFile(t, file, hostBlock(t, "mac", d,
@@ -204,6 +207,7 @@ func awaitGone(t *testing.T, pid string) {
 
 // ProxyUseFdpass: the command hands over a connection instead of being it.
 func TestPassedConnectionWithSSHD(t *testing.T) {
+	t.Parallel()
 	python, err := exec.LookPath("python3")
 	if err != nil {
 		t.Skip("python3 is not installed")
@@ -218,6 +222,7 @@ func TestPassedConnectionWithSSHD(t *testing.T) {
 }
 
 func TestStrictHostKeyCheckingWithSSHD(t *testing.T) {
+	t.Parallel()
 	d := sshtest.StartSSHD(t)
 	other := keyLine(sshtest.NewKey().PublicKey())
 	name := fmt.Sprintf("[%s]:%d", d.Host, d.Port)
@@ -291,6 +296,7 @@ func TestStrictHostKeyCheckingWithSSHD(t *testing.T) {
 }
 
 func TestRememberedKeysWithSSHD(t *testing.T) {
+	t.Parallel()
 	d := sshtest.StartSSHD(t)
 	file := filepath.Join(t.TempDir(), "known_hosts")
 	writeFile(t, file, "pc "+d.HostKeys()[0]) // no newline at its end
@@ -323,6 +329,7 @@ func TestRememberedKeysWithSSHD(t *testing.T) {
 }
 
 func TestKnownHostsOfConfigWithSSHD(t *testing.T) {
+	t.Parallel()
 	d := sshtest.StartSSHD(t)
 	name := fmt.Sprintf("[%s]:%d", d.Host, d.Port)
 	file := func(text string) string {
@@ -361,6 +368,7 @@ func TestKnownHostsOfConfigWithSSHD(t *testing.T) {
 
 // ssh_config edited while the host is down counts at the next attempt.
 func TestEditedConfigCounts(t *testing.T) {
+	t.Parallel()
 	d := sshtest.StartSSHD(t)
 	cfg := configured(t, hostBlock(t, "mac", d, "ProxyCommand exit 1", "Compression yes"))
 	log := new(logBuffer)
@@ -378,6 +386,7 @@ func TestEditedConfigCounts(t *testing.T) {
 // Refresh makes an edited ssh_config count for a host that is up, without an end
 // to what runs.
 func TestRefreshWithSSHD(t *testing.T) {
+	t.Parallel()
 	one, two := sshtest.StartSSHD(t), sshtest.StartSSHD(t)
 	cfg := configured(t, hostBlock(t, "mac", one))
 	log := new(logBuffer)
@@ -439,6 +448,7 @@ func TestRefreshWithSSHD(t *testing.T) {
 }
 
 func TestOtherOptionsWithSSHD(t *testing.T) {
+	t.Parallel()
 	d := sshtest.StartSSHD(t, "AcceptEnv GREETING", "Ciphers aes256-ctr,aes256-gcm@openssh.com")
 	h := upHost(t, Options{}, configured(t, hostBlock(t, "mac", d, "SetEnv GREETING=\"good day\" OTHER=x",
 		"BindAddress 127.0.0.1", "AddressFamily inet", "RekeyLimit 1M", "ConnectTimeout 20")))

@@ -129,6 +129,11 @@ func TestEffectiveOptions(t *testing.T) {
 			func(t *Target) any { return t.NoPublicKeys }, "PreferredAuthentications password"},
 		{"Include included", "user", []string{"from-include"}, func(t *Target) any { return t.User }, "from-include"},
 	}
+	plain, err := Resolve(t.Context(), configured(t, ""))
+	if err != nil {
+		t.Fatal(err)
+	}
+	r := newResolver() // asks for ssh's defaults once
 	for _, tt := range tests {
 		t.Run(tt.config, func(t *testing.T) {
 			included := filepath.Join(t.TempDir(), "included")
@@ -139,7 +144,7 @@ func TestEffectiveOptions(t *testing.T) {
 			if says := sshSays(t, cfg, tt.option); tt.says != nil && !slices.Equal(says, tt.says) {
 				t.Errorf("ssh -G says %q, want %q", says, tt.says)
 			}
-			target, err := Resolve(t.Context(), cfg)
+			target, err := r.resolve(t.Context(), cfg)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -148,10 +153,6 @@ func TestEffectiveOptions(t *testing.T) {
 			}
 			if len(target.Warnings) > 0 {
 				t.Errorf("warnings %q", target.Warnings)
-			}
-			plain, err := Resolve(t.Context(), configured(t, ""))
-			if err != nil {
-				t.Fatal(err)
 			}
 			if tt.option != "stricthostkeychecking" && cmp.Diff(tt.want, safely(tt.got, plain)) == "" &&
 				tt.config != "IdentityAgent none" {
@@ -170,6 +171,7 @@ func safely(got func(*Target) any, t *Target) (v any) {
 // What is on ssh's command line wins over the file: NIX_SSHOPTS over the key and
 // port of the machine, as in Nix.
 func TestArgumentsWinOverTheFile(t *testing.T) {
+	t.Parallel()
 	cfg := configured(t, "Host mac\nPort 1\nUser file\nIdentityFile /from/file\n")
 	key := filepath.Join(t.TempDir(), "key")
 	if err := os.WriteFile(key, nil, 0o600); err != nil {
@@ -211,6 +213,7 @@ func TestGivenKeyThatIsMissing(t *testing.T) {
 
 // Without any configuration the target is ssh's default, and nothing to warn of.
 func TestNothingConfigured(t *testing.T) {
+	t.Parallel()
 	cfg := configured(t, "")
 	got, err := Resolve(t.Context(), cfg)
 	if err != nil {
@@ -234,6 +237,7 @@ func TestNothingConfigured(t *testing.T) {
 }
 
 func TestWarningsNameTheOption(t *testing.T) {
+	t.Parallel()
 	tests := []struct{ config, want string }{
 		{"Compression yes", "ssh option compression yes is not followed: data is sent uncompressed"},
 		{"ForwardAgent yes", "ssh option forwardagent yes is not followed: no agent is forwarded"},
@@ -261,6 +265,7 @@ func TestWarningsNameTheOption(t *testing.T) {
 }
 
 func TestConfigurationThatCannotBeFollowed(t *testing.T) {
+	t.Parallel()
 	tests := []struct{ name, config, want string }{
 		{"bad option", "Host mac\nNoSuchOption yes\n", "Bad configuration option: nosuchoption"},
 		{"no common cipher", "Ciphers aes192-cbc\n", "Ciphers aes192-cbc: none of these is known here"},
@@ -285,6 +290,7 @@ func TestConfigurationThatCannotBeFollowed(t *testing.T) {
 // A Match exec is run each time the host is reached anew, may not take for ever,
 // and nothing of it is left.
 func TestMatchExec(t *testing.T) {
+	t.Parallel()
 	flag := filepath.Join(t.TempDir(), "flag")
 	cfg := configured(t, "Match host mac exec \"test -e "+flag+"\"\nPort 1\nMatch all\nPort 2\n")
 	r := newResolver()
