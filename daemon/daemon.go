@@ -71,12 +71,15 @@ type Daemon struct {
 	dispatcher *dispatcher
 	metrics    *metrics
 	leftLocal  leftLocal
+	record     record
 	reload     reloader
 	drainMu    sync.Mutex // held while a machine is drained, or that ends
 	// drainFault is why the drained machines are not known, nil if they are.
 	drainFault atomic.Pointer[error]
 	// copyStall is copyStall, but in tests.
 	copyStall time.Duration
+	// pings has one taken for each ping under way.
+	pings chan struct{}
 	// ssh says how connections to machines are made and kept.
 	ssh sshpool.Options
 
@@ -97,6 +100,7 @@ func New(opts Options) (*Daemon, error) {
 		opts:       opts,
 		log:        opts.Logger,
 		copyStall:  copyStall,
+		pings:      make(chan struct{}, maxPings),
 		local:      newLocalStore(),
 		machines:   newMachines(opts.Logger),
 		dispatcher: newDispatcher(opts.Logger),
@@ -125,6 +129,7 @@ func (d *Daemon) Run(ctx context.Context) error {
 	if err != nil {
 		return errors.Join(err, listener.Close())
 	}
+	d.openRecord()
 	pool := sshpool.New(d.ssh)
 	d.begin(pool)
 	server, healthServer := newGRPCServer(d, gate{own: uint32(os.Geteuid()), group: GroupName}) //nolint:gosec // a uid
@@ -202,6 +207,9 @@ func (d *Daemon) shutDown(server *grpc.Server, h *health.Server, web *http.Serve
 		e.m.idle.close()
 	}
 	d.local.idle.close()
+	if err := d.record.close(); err != nil {
+		d.log.Error("the history of builds may lack the last ones", "err", err)
+	}
 	if web != nil {
 		_ = web.Close() // scrapes are repeated
 	}

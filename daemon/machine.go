@@ -62,10 +62,20 @@ func newMachine(line nix.Machine, local localStore, log *slog.Logger) *machine {
 
 // connect begins to connect, in the background.
 func (m *machine) connect(pool *sshpool.Pool) {
-	if compress := m.line.Ref.Params["compress"]; compress == "true" || compress == "yes" || compress == "1" {
-		m.log.Warn("compress=true in the machine's URI has no effect: data is sent uncompressed")
+	if w := m.compressionIgnored(); w != "" {
+		m.log.Warn(w)
 	}
 	m.host = pool.Add(m.config)
+}
+
+// compressionIgnored warns of a parameter of the URI; "" if there is no need.
+func (m *machine) compressionIgnored() string {
+	switch m.line.Ref.Params["compress"] {
+	case "true", "yes", "1":
+		return "compress=true in the machine's URI has no effect: data is sent uncompressed"
+	default:
+		return ""
+	}
 }
 
 // sshConfig says how the machine is reached: as the ssh of stock Nix would, from

@@ -14,12 +14,6 @@ import (
 	"nixdispatch/proto/nix/wire"
 )
 
-// errOwnStore says that a machine's store is this host's own. A build sent there
-// would wait for the locks that its caller holds on the outputs, for ever, and
-// be offered to this daemon again.
-var errOwnStore = errors.New("the store there is this host's own, and builds sent to it would wait for themselves; " +
-	"take the machine out of the list, or give it a store of its own with ?remote-store=")
-
 // checkStore refuses a machine whose store is this host's. What is certain is
 // that a path made here a moment ago, of random bytes, is valid in no other
 // store; so it holds whatever names, addresses and jump hosts lead there. If
@@ -42,7 +36,7 @@ func (m *machine) checkStore(ctx context.Context, r *remote) error {
 			m.log.Warn("not known whether the machine's store is this host's own", "err", err)
 			return nil
 		}
-		return err
+		return explain(r.stderr, err)
 	case same:
 		return errOwnStore
 	}

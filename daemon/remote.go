@@ -101,7 +101,7 @@ func (m *machine) startRemote(ctx context.Context, s *sshpool.Session) (*remote,
 		}
 	}
 	if err != nil {
-		return nil, m.explainHandshake(s, r.stderr, err)
+		return nil, m.explainHandshake(ctx, s, r, err)
 	}
 	return r, nil
 }
