@@ -3,7 +3,6 @@ package sshpool
 import (
 	"bytes"
 	"fmt"
-	"io"
 	"net"
 	"slices"
 	"strings"
@@ -21,6 +20,7 @@ type identities struct {
 	missing []string // default files that do not exist
 	agent   net.Conn // nil if there is none
 	used    string   // of offered, what was last signed with
+	broken  badKeys  // those that could not sign
 }
 
 // loadIdentities reads a target's identities from files and agent. What cannot be
@@ -243,63 +243,6 @@ func rsaBits(key ssh.PublicKey) int {
 		bits--
 	}
 	return bits
-}
-
-// watched are the signers, each of which notes in used that it signed. A host is
-// asked first whether it would take a key, so the last to sign is what let us in.
-func (ids *identities) watched() []ssh.Signer {
-	signers := make([]ssh.Signer, len(ids.signers))
-	for i, s := range ids.signers {
-		note := func() { ids.used = ids.offered[i] }
-		// What a signer can do besides signing decides on the algorithm.
-		switch s := s.(type) {
-		case ssh.MultiAlgorithmSigner:
-			signers[i] = watchedMulti{s, note}
-		case ssh.AlgorithmSigner:
-			signers[i] = watchedAlgorithm{s, note}
-		default:
-			signers[i] = watchedSigner{s, note}
-		}
-	}
-	return signers
-}
-
-type watchedSigner struct {
-	ssh.Signer
-	note func()
-}
-
-func (w watchedSigner) Sign(rand io.Reader, data []byte) (*ssh.Signature, error) {
-	w.note()
-	return w.Signer.Sign(rand, data)
-}
-
-type watchedAlgorithm struct {
-	ssh.AlgorithmSigner
-	note func()
-}
-
-func (w watchedAlgorithm) SignWithAlgorithm(rand io.Reader, data []byte, algorithm string) (*ssh.Signature, error) {
-	w.note()
-	return w.AlgorithmSigner.SignWithAlgorithm(rand, data, algorithm)
-}
-
-type watchedMulti struct {
-	ssh.MultiAlgorithmSigner
-	note func()
-}
-
-func (w watchedMulti) SignWithAlgorithm(rand io.Reader, data []byte, algorithm string) (*ssh.Signature, error) {
-	w.note()
-	return w.MultiAlgorithmSigner.SignWithAlgorithm(rand, data, algorithm)
-}
-
-// accepted says what let us in.
-func (ids *identities) accepted(user string) string {
-	if ids.used == "" {
-		return fmt.Sprintf("as user %q, without a key", user)
-	}
-	return fmt.Sprintf("as user %q with %s", user, ids.used)
 }
 
 func sameKey(a, b ssh.PublicKey) bool { return bytes.Equal(a.Marshal(), b.Marshal()) }

@@ -2,6 +2,7 @@ package sshpool
 
 import (
 	"encoding/pem"
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -129,6 +130,38 @@ func TestCertificatesAndAgentsWithSSHD(t *testing.T) {
 			mustFail(t, cfg, StepAuthenticate, tt.cause, tt.words...)
 		})
 	}
+}
+
+// A refusingAgent has keys and does not sign with the first.
+type refusingAgent struct{ agent.ExtendedAgent }
+
+func (a refusingAgent) SignWithFlags(key ssh.PublicKey, data []byte, flags agent.SignatureFlags) (*ssh.Signature, error) {
+	if keys, err := a.List(); err != nil || sameKey(keys[0], key) {
+		return nil, errors.New("not today")
+	}
+	return a.ExtendedAgent.SignWithFlags(key, data, flags)
+}
+
+// An agent that refuses to use a key does not keep the others from being tried.
+func TestAgentThatRefusesToSignWithSSHD(t *testing.T) {
+	t.Parallel()
+	d := sshtest.StartSSHD(t)
+	refused, taken := newAgentKey(t, "refused"), newAgentKey(t, "taken")
+	d.Authorize(t, authorizedLine(t, refused))
+	ring := agent.NewKeyring().(agent.ExtendedAgent)
+	if err := ring.Add(refused); err != nil {
+		t.Fatal(err)
+	}
+	block := hostBlock(t, "mac", d, "IdentityFile none", "IdentityAgent "+serveAgent(t, refusingAgent{ring}))
+	cfg := configured(t, strings.Replace(block, "IdentityFile "+d.Identity, "", 1))
+	sshAgrees(t, cfg, false)
+	mustFail(t, cfg, StepAuthenticate, CauseNoKey, `agent key "refused"`, "does not sign")
+	if err := ring.Add(taken); err != nil {
+		t.Fatal(err)
+	}
+	d.Authorize(t, authorizedLine(t, taken))
+	sshAgrees(t, cfg, true)
+	mustRun(t, Options{}, cfg)
 }
 
 // A host that has a certificate is known by its authority.

@@ -26,6 +26,11 @@ func startAgent(t *testing.T, keys ...agent.AddedKey) string {
 			t.Fatal(err)
 		}
 	}
+	return serveAgent(t, ring)
+}
+
+func serveAgent(t *testing.T, ring agent.Agent) string {
+	t.Helper()
 	name := filepath.Join(t.TempDir(), "agent")
 	l, err := net.Listen("unix", name)
 	if err != nil {

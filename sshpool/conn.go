@@ -110,7 +110,25 @@ func (h *Host) connect(ctx context.Context, first bool) (*conn, error) {
 	if err != nil {
 		return nil, err
 	}
-	c.keepInterval, c.keepCount, c.env = h.opts.KeepaliveInterval, h.opts.KeepaliveCount, t.Env
+	bad := make(badKeys)
+	for {
+		known := len(bad)
+		c, err = h.connectOnce(ctx, t, bad)
+		if err == nil {
+			return c, nil
+		}
+		if len(bad) == known || ctx.Err() != nil {
+			return nil, err
+		}
+		h.log.Warn("a key cannot sign, the others are tried", "err", err)
+	}
+}
+
+// connectOnce makes a connection without the keys known to be bad, and adds to
+// them one that turns out to be.
+func (h *Host) connectOnce(ctx context.Context, t *Target, bad badKeys) (*conn, error) {
+	c := &conn{host: h, dying: make(chan struct{}), env: t.Env}
+	c.keepInterval, c.keepCount = h.opts.KeepaliveInterval, h.opts.KeepaliveCount
 	if t.ServerAliveInterval > 0 {
 		c.keepInterval = t.ServerAliveInterval
 		if t.ServerAliveCountMax > 0 {
@@ -122,7 +140,7 @@ func (h *Host) connect(ctx context.Context, first bool) (*conn, error) {
 		return nil, err
 	}
 	c.net = &liveConn{Conn: nc, onError: c.markLost}
-	chans, reqs, err := h.handshake(ctx, c, t)
+	chans, reqs, err := h.handshake(ctx, c, t, bad)
 	if err != nil {
 		nc.Close()
 		return nil, err

@@ -5,14 +5,9 @@ import (
 	"errors"
 	"fmt"
 	"net"
-	"slices"
 	"syscall"
 	"time"
-
-	"golang.org/x/crypto/ssh"
 )
-
-// This file makes connections: the transport, then the SSH handshake over it.
 
 // resolveTarget finds out how the host is reached. Only the attempt to connect
 // calls it, of which there is one at a time.
@@ -132,98 +127,4 @@ func (t *Target) localAddr(ctx context.Context) (net.Addr, error) {
 		}
 	}
 	return nil, fmt.Errorf("BindAddress %s: no address of family %s", t.BindAddress, t.AddressFamily)
-}
-
-// handshake makes an SSH connection of c.net and sets c.ssh.
-func (h *Host) handshake(ctx context.Context, c *conn, t *Target) (<-chan ssh.NewChannel, <-chan *ssh.Request, error) {
-	keys, err := loadHostKeys(t, h.log)
-	if err != nil {
-		return nil, nil, h.fail(StepHostKey, CauseHostKeyFiles, err, "mend that file, or take it out of the configuration")
-	}
-	for _, w := range keys.warnings {
-		h.warnOnce(fmt.Sprintf("known_hosts line ignored: %v", w))
-	}
-	timeout := max(h.opts.HandshakeTimeout, t.ConnectTimeout)
-	if t.ProxyCommand != "" || t.ProxyJump != "" {
-		timeout += max(h.opts.ConnectTimeout, t.ConnectTimeout) // the proxy connects first
-	}
-	ids := loadIdentities(t, time.Now().Add(timeout))
-	defer ids.close()
-
-	ctx, cancel := context.WithTimeout(ctx, timeout)
-	defer cancel()
-	stop := context.AfterFunc(ctx, func() { c.net.Close() })
-	defer stop()
-
-	var keyErr error
-	verified := false
-	config := t.clientConfig()
-	config.Auth = []ssh.AuthMethod{ssh.PublicKeys(ids.watched()...)}
-	config.HostKeyAlgorithms = keys.algorithms
-	config.HostKeyCallback = func(_ string, remote net.Addr, key ssh.PublicKey) error {
-		h.trace.greeted(c.net, t)
-		keyErr = keys.check(remote, key)
-		verified = keyErr == nil
-		if verified {
-			h.trace.done(StepHostKey, describe(key)+", "+keys.accepted)
-		}
-		return keyErr
-	}
-	var chans <-chan ssh.NewChannel
-	var reqs <-chan *ssh.Request
-	c.ssh, chans, reqs, err = ssh.NewClientConn(c.net, t.addr(), config)
-	if err == nil && ctx.Err() == nil {
-		h.trace.done(StepAuthenticate, ids.accepted(t.User))
-		return chans, reqs, nil
-	}
-	if err == nil { // too late: the transport is being closed
-		c.ssh.Wait()
-		err, verified = ctx.Err(), true
-	}
-	late := ctx.Err() == context.DeadlineExceeded
-	if late {
-		err = fmt.Errorf("no answer within %v: %w", timeout, err)
-	}
-	refused, isRefused := errors.AsType[*hostKeyError](keyErr)
-	switch {
-	case isRefused:
-		return nil, nil, h.fail(StepHostKey, refused.cause, refused, refused.fix)
-	case verified:
-		cause, err, fix := ids.explain(t.User, err)
-		if late {
-			cause, fix = CauseTimeout, "look whether sshd there, or the agent here, is stuck"
-		}
-		return nil, nil, h.fail(StepAuthenticate, cause, err, fix)
-	default:
-		return nil, nil, h.noHandshake(c.net, err, late)
-	}
-}
-
-// noHandshake says why no SSH could be spoken.
-func (h *Host) noHandshake(l *liveConn, err error, late bool) error {
-	if head, _ := l.beginning(); len(head) > 0 && versionLine(head) == "" {
-		err = fmt.Errorf("%w; it says %q", err, head)
-	}
-	var none *ssh.AlgorithmNegotiationError
-	switch proxy, ok := errors.AsType[*ProxyError](err); {
-	case ok:
-		return h.fail(StepConnect, CauseProxy, proxy, fixProxy)
-	case late:
-		return h.fail(StepHandshake, CauseTimeout, err, "look whether sshd there is stuck, or lets no more clients in")
-	case errors.As(err, &none):
-		return h.fail(StepHandshake, CauseNoSSH, err, "look at Ciphers, KexAlgorithms, MACs and HostKeyAlgorithms at both ends")
-	default:
-		return h.fail(StepHandshake, CauseNoSSH, err, "look whether it is an sshd that listens there, and what its log says")
-	}
-}
-
-// clientConfig is the part of the library's configuration that is the target's
-// alone.
-func (t *Target) clientConfig() *ssh.ClientConfig {
-	config := &ssh.ClientConfig{User: t.User}
-	config.Ciphers = slices.Clone(t.Ciphers)
-	config.KeyExchanges = slices.Clone(t.KexAlgorithms)
-	config.MACs = slices.Clone(t.MACs)
-	config.RekeyThreshold = t.RekeyBytes
-	return config
 }
