@@ -9,6 +9,7 @@ import (
 	"time"
 
 	dispatchv1 "nixdispatch/proto/dispatch/v1"
+	"nixdispatch/proto/nix"
 )
 
 // A fileSite is a site whose machines stand in a file.
@@ -335,4 +336,59 @@ func TestLinesWithOneURIShareSlots(t *testing.T) {
 	if m.mostBusy != 2 || m.ssh.Handshakes() != 1 {
 		t.Errorf("%d builds at once over %d connections, want 2 over 1", m.mostBusy, m.ssh.Handshakes())
 	}
+}
+
+// TestHalfWrittenFileIsLeftAlone looks at a file that is being written.
+func TestHalfWrittenFileIsLeftAlone(t *testing.T) {
+	t.Parallel()
+	m1, m2 := oneMachine("ssh"), namedMachine("ssh", "m2")
+	s := newFileSite(t, 0, m1, m2)
+	machines := func() int { return len(s.status().GetMachines()) }
+	for _, text := range []string{"", s.lines["m1"], s.lines["m1"] + "\n" + s.lines["m2"]} {
+		write(t, s.file, text)
+		s.d.look()
+		if machines() != 2 {
+			t.Fatalf("%d machines after one look at %q, want 2 as before", machines(), text)
+		}
+	}
+	write(t, s.file, s.lines["m1"])
+	s.d.look()
+	s.d.look()
+	if machines() != 1 || s.metric("nix_dispatch_machines_reloads_total", map[string]string{"result": "ok"}) != 1 {
+		t.Errorf("%d machines after two looks at the same, want 1", machines())
+	}
+}
+
+// TestOutputsAreFetchedFromAMachineThatIsGone takes a machine out of the list
+// while nothing of it is used but its connection.
+func TestOutputsAreFetchedFromAMachineThatIsGone(t *testing.T) {
+	t.Parallel()
+	eachScheme(t, func(t *testing.T, scheme string) {
+		m1, m2 := oneMachine(scheme), namedMachine(scheme, "m2")
+		s := newFileSite(t, 0, m1, m2)
+		s.mustReload(s.lines["m1"])
+		importing, goOn := make(chan struct{}), make(chan struct{})
+		s.local.onImport(func(nix.PathInfo) error {
+			close(importing)
+			<-goOn
+			return nil
+		})
+		h := s.hook()
+		thing := s.drv("thing", drvConfig{})
+		thing.size = 8 << 20 // more than is on its way
+		h.accepted(thing)
+		ended := make(chan *story, 1)
+		go func() { ended <- h.finish() }()
+		if !closed(importing) {
+			t.Fatal("the output is not imported")
+		}
+		s.mustReload(s.lines["m2"])
+		s.d.retire()
+		close(goOn)
+		(<-ended).mustBe(t, dispatchv1.BuildStatus_BUILD_STATUS_BUILT)
+		if len(m1.built())+len(m2.built()) != 1 {
+			t.Errorf("built %d times, want once", len(m1.built())+len(m2.built()))
+		}
+		s.forgotten(m1)
+	})
 }
