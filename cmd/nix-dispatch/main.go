@@ -53,6 +53,7 @@ func commands() []command {
 	return []command{
 		{"build", "[OPTION]... DRV...", "build derivations on the machines", runBuild},
 		{"status", "[--json]", "show machines and builds", runStatus},
+		{"ping", "[--json] URI|MACHINE...", "try the way to machines, step by step", runPing},
 		{"explain", "DRV|--system S", "tell where a build can go, and why not elsewhere", runExplain},
 		{"cancel", "BUILD...", "end builds for all who wait for them", runCancel},
 		{"drain", "MACHINE...", "give machines no new builds", runDrain},

@@ -20,6 +20,9 @@ type fakeDaemon struct {
 	drain   func(machine string, drained bool) (string, error)
 	reload  *dispatchv1.ReloadResponse
 	explain func(*dispatchv1.ExplainRequest) (*dispatchv1.ExplainResponse, error)
+	history func(*dispatchv1.HistoryRequest, grpc.ServerStreamingServer[dispatchv1.FinishedBuild]) error
+	log     func(*dispatchv1.LogRequest, grpc.ServerStreamingServer[dispatchv1.LogResponse]) error
+	ping    func(*dispatchv1.PingRequest, grpc.ServerStreamingServer[dispatchv1.PingResponse]) error
 
 	socket string
 	server *grpc.Server
@@ -53,6 +56,18 @@ func (d *fakeDaemon) Reload(context.Context, *dispatchv1.ReloadRequest) (*dispat
 
 func (d *fakeDaemon) Explain(_ context.Context, req *dispatchv1.ExplainRequest) (*dispatchv1.ExplainResponse, error) {
 	return d.explain(req)
+}
+
+func (d *fakeDaemon) Ping(req *dispatchv1.PingRequest, s grpc.ServerStreamingServer[dispatchv1.PingResponse]) error {
+	return d.ping(req, s)
+}
+
+func (d *fakeDaemon) History(req *dispatchv1.HistoryRequest, s grpc.ServerStreamingServer[dispatchv1.FinishedBuild]) error {
+	return d.history(req, s)
+}
+
+func (d *fakeDaemon) Log(req *dispatchv1.LogRequest, s grpc.ServerStreamingServer[dispatchv1.LogResponse]) error {
+	return d.log(req, s)
 }
 
 // start serves d on a socket until the test ends.

@@ -22,6 +22,7 @@ import (
 var version = "dev"
 
 const usage = `Usage: nix-dispatchd [OPTION...]
+       nix-dispatchd probe [OPTION...] URI
 
 Keeps SSH connections to the machines of Nix's builders setting open and builds
 on them what nix-dispatch and Nix's build hook ask for.
@@ -65,6 +66,9 @@ func main() {
 // run is the program without the process around it. It returns the exit status:
 // 0, 1 if the daemon failed, 2 for bad usage.
 func run(ctx context.Context, args []string, hangup <-chan os.Signal, stdout, stderr io.Writer) int {
+	if len(args) > 0 && args[0] == "probe" {
+		return probe(ctx, args[1:], stdout, stderr)
+	}
 	opts, level, err := parse(args, stdout)
 	if errors.Is(err, flag.ErrHelp) {
 		return 0
