@@ -49,13 +49,14 @@ func (a *attempt) run(ctx context.Context) (outcome, error) {
 	if err != nil {
 		return outcome{}, err
 	}
-	if err := a.copyInputs(ctx, paths); err != nil {
+	if err := a.timed(&a.b.account.uploading, func() error { return a.copyInputs(ctx, paths) }); err != nil {
 		return outcome{}, a.distrust(err)
 	}
-	if err := a.awaitSlot(ctx); err != nil {
+	if err := a.timed(&a.b.account.queued, func() error { return a.awaitSlot(ctx) }); err != nil {
 		return outcome{}, err
 	}
 	result, took, err := a.build()
+	a.b.account.building += took
 	if err != nil {
 		return outcome{}, a.lostOrDistrusted(err)
 	}
@@ -68,10 +69,17 @@ func (a *attempt) run(ctx context.Context) (outcome, error) {
 		return a.failed(result, took)
 	}
 	a.d.dispatcher.do(func(q *scheduler.Queue) []scheduler.Order { return q.Built(a.b.id) })
-	if err := a.fetchOutputs(ctx); err != nil {
+	if err := a.timed(&a.b.account.downloading, func() error { return a.fetchOutputs(ctx) }); err != nil {
 		return outcome{}, err
 	}
 	return a.outcome(result, took), nil
+}
+
+// timed adds to spent what fn takes.
+func (a *attempt) timed(spent *time.Duration, fn func() error) error {
+	start := time.Now()
+	defer func() { *spent += time.Since(start) }()
+	return fn()
 }
 
 // failed says what a failure that the machine reports comes to.

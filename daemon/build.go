@@ -40,12 +40,14 @@ type build struct {
 	// one. Its goroutine's own.
 	queued time.Time
 	// at is where the last attempt was made. Its goroutine's own.
-	at scheduler.MachineID
+	at      scheduler.MachineID
+	account account
 
 	// The dispatcher's mutex guards the rest.
 
 	place     placement
 	followers int
+	readers   int // of the log, who do not follow
 	ended     bool
 	// hooks are the followers whose Nix still holds output locks.
 	hooks           map[*hookFollower]struct{}
@@ -171,6 +173,7 @@ func (d *Daemon) run(ctx context.Context, b *build) {
 	d.metrics.buildEnded(b, o)
 	log.Info("build ended", "status", o.status, "machine", o.machine, "err", o.err)
 	b.feed.finish(o)
+	d.record.add(b, o)
 	d.dispatcher.ended(b)
 }
 
@@ -239,6 +242,7 @@ func (d *Daemon) attempt(ctx context.Context, b *build) (outcome, error) {
 	}
 	if !b.queued.IsZero() { // else it was merely moved
 		d.metrics.placed(b)
+		b.account.queued += time.Since(b.queued)
 		b.queued = time.Time{}
 	}
 	b.postPlaced(place)
@@ -256,6 +260,7 @@ func (d *Daemon) attempt(ctx context.Context, b *build) (outcome, error) {
 	if err != nil {
 		return outcome{}, contextCause(ctx, err)
 	}
+	b.account.attempts++
 	a := &attempt{d: d, b: b, m: m, r: r, place: place}
 	defer func() {
 		if confirmed := r.close(); !confirmed && a.running {

@@ -71,6 +71,7 @@ type Daemon struct {
 	dispatcher *dispatcher
 	metrics    *metrics
 	leftLocal  leftLocal
+	record     record
 	reload     reloader
 	drainMu    sync.Mutex // held while a machine is drained, or that ends
 	// drainFault is why the drained machines are not known, nil if they are.
@@ -128,6 +129,7 @@ func (d *Daemon) Run(ctx context.Context) error {
 	if err != nil {
 		return errors.Join(err, listener.Close())
 	}
+	d.openRecord()
 	pool := sshpool.New(d.ssh)
 	d.begin(pool)
 	server, healthServer := newGRPCServer(d, gate{own: uint32(os.Geteuid()), group: GroupName}) //nolint:gosec // a uid
@@ -205,6 +207,9 @@ func (d *Daemon) shutDown(server *grpc.Server, h *health.Server, web *http.Serve
 		e.m.idle.close()
 	}
 	d.local.idle.close()
+	if err := d.record.close(); err != nil {
+		d.log.Error("the history of builds may lack the last ones", "err", err)
+	}
 	if web != nil {
 		_ = web.Close() // scrapes are repeated
 	}

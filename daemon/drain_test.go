@@ -74,7 +74,7 @@ func TestDrainSurvivesARestart(t *testing.T) {
 	s.eventually("it is drained", func() bool {
 		return s.machineStatus(m).GetState() == dispatchv1.MachineState_MACHINE_STATE_DRAINING
 	})
-	files, err := filepath.Glob(filepath.Join(state, "*"))
+	files, err := filepath.Glob(filepath.Join(state, drainedFile+"*"))
 	if err != nil {
 		t.Fatal(err)
 	}

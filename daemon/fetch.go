@@ -59,6 +59,7 @@ func (a *attempt) fetchOutputs(ctx context.Context) error {
 		return err
 	}
 	f.progress = newTransfer(a.b, a.d.metrics.received(a.m.line.StoreURI), downloading, infos)
+	defer func() { a.b.account.received += f.progress.now.BytesDone }()
 	for _, i := range infos {
 		if err := f.output(ctx, i); err != nil {
 			return err

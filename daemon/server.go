@@ -137,10 +137,12 @@ func toStatus(err error) error {
 	switch {
 	case errors.Is(err, errBadRequest), errors.Is(err, errAmbiguous), errors.Is(err, errBadList):
 		code = codes.InvalidArgument
-	case errors.Is(err, errNoSuchBuild), errors.Is(err, errNotInStore), errors.Is(err, errNoSuchMachine):
+	case errors.Is(err, errNoSuchBuild), errors.Is(err, errNoLog), errors.Is(err, errNotInStore), errors.Is(err, errNoSuchMachine):
 		code = codes.NotFound
 	case errors.Is(err, errNotYours), errors.Is(err, errNotAllowed), errors.Is(err, errMayNotName):
 		code = codes.PermissionDenied
+	case errors.Is(err, errNoHistory):
+		code = codes.FailedPrecondition
 	case errors.Is(err, errShutdown), errors.Is(err, errNotRunning):
 		code = codes.Unavailable
 	case errors.Is(err, context.Canceled):

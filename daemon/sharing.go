@@ -117,9 +117,32 @@ func (q *dispatcher) ended(b *build) {
 	b.freeLocked()
 }
 
+// read finds a build in flight whose log somebody wants to read without following
+// it: by its id, or if that is 0, by its derivation. nil if there is none. The
+// caller must call done after the last read.
+func (q *dispatcher) read(id scheduler.BuildID, drvPath nix.StorePath) (b *build, done func()) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	for _, candidate := range q.builds {
+		if id == candidate.id || id == 0 && drvPath == candidate.drvPath {
+			b = candidate
+		}
+	}
+	if b == nil {
+		return nil, nil
+	}
+	b.readers++
+	return b, func() {
+		q.mu.Lock()
+		defer q.mu.Unlock()
+		b.readers--
+		b.freeLocked()
+	}
+}
+
 // freeLocked frees the log once nobody writes or reads it any more.
 func (b *build) freeLocked() {
-	if b.ended && b.followers == 0 {
+	if b.ended && b.followers == 0 && b.readers == 0 {
 		b.feed.log.close()
 	}
 }

@@ -84,6 +84,7 @@ func (a *attempt) copyInputs(ctx context.Context, paths []nix.StorePath) error {
 		asked:    asked,
 		progress: newTransfer(a.b, a.d.metrics.sent(a.m.line.StoreURI), uploading, infos),
 	}
+	defer func() { a.b.account.sent += u.progress.now.BytesDone }()
 	defer u.abandon()
 	if err := u.run(ctx, infos); err != nil {
 		return err

@@ -55,6 +55,8 @@ func commands() []command {
 		{"status", "[--json]", "show machines and builds", runStatus},
 		{"ping", "[--json] URI|MACHINE...", "try the way to machines, step by step", runPing},
 		{"explain", "DRV|--system S", "tell where a build can go, and why not elsewhere", runExplain},
+		{"history", "[--json] [--failed]", "show builds that have ended", runHistory},
+		{"log", "[--follow] BUILD|DRV", "print the log of a build", runLog},
 		{"cancel", "BUILD...", "end builds for all who wait for them", runCancel},
 		{"drain", "MACHINE...", "give machines no new builds", runDrain},
 		{"undrain", "MACHINE...", "give drained machines builds again", runUndrain},

@@ -3567,6 +3567,360 @@ func (x *PingResponse) GetFix() string {
 	return ""
 }
 
+// Which builds are wanted. Without anything set, all that are kept.
+type HistoryRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Those that ended then or later.
+	Since *timestamppb.Timestamp `protobuf:"bytes,1,opt,name=since,proto3" json:"since,omitempty"`
+	// Only those that failed.
+	Failed bool `protobuf:"varint,2,opt,name=failed,proto3" json:"failed,omitempty"`
+	// Only those that ended on this machine: its store URI.
+	Machine string `protobuf:"bytes,3,opt,name=machine,proto3" json:"machine,omitempty"`
+	// At most so many; 0 means no limit.
+	Limit         uint32 `protobuf:"varint,4,opt,name=limit,proto3" json:"limit,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *HistoryRequest) Reset() {
+	*x = HistoryRequest{}
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[45]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *HistoryRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*HistoryRequest) ProtoMessage() {}
+
+func (x *HistoryRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[45]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use HistoryRequest.ProtoReflect.Descriptor instead.
+func (*HistoryRequest) Descriptor() ([]byte, []int) {
+	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{45}
+}
+
+func (x *HistoryRequest) GetSince() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Since
+	}
+	return nil
+}
+
+func (x *HistoryRequest) GetFailed() bool {
+	if x != nil {
+		return x.Failed
+	}
+	return false
+}
+
+func (x *HistoryRequest) GetMachine() string {
+	if x != nil {
+		return x.Machine
+	}
+	return ""
+}
+
+func (x *HistoryRequest) GetLimit() uint32 {
+	if x != nil {
+		return x.Limit
+	}
+	return 0
+}
+
+// A build that has ended.
+type FinishedBuild struct {
+	state   protoimpl.MessageState `protogen:"open.v1"`
+	Id      uint64                 `protobuf:"varint,1,opt,name=id,proto3" json:"id,omitempty"`
+	DrvPath string                 `protobuf:"bytes,2,opt,name=drv_path,json=drvPath,proto3" json:"drv_path,omitempty"`
+	System  string                 `protobuf:"bytes,3,opt,name=system,proto3" json:"system,omitempty"`
+	// Who asked for it first.
+	Caller string `protobuf:"bytes,4,opt,name=caller,proto3" json:"caller,omitempty"`
+	// The last machine; "" if there was none.
+	Machine string `protobuf:"bytes,5,opt,name=machine,proto3" json:"machine,omitempty"`
+	// How it ended, in words, such as "permanent failure".
+	Status string `protobuf:"bytes,6,opt,name=status,proto3" json:"status,omitempty"`
+	Failed bool   `protobuf:"varint,7,opt,name=failed,proto3" json:"failed,omitempty"`
+	// What went wrong, in words for a person; "" on success.
+	Error string `protobuf:"bytes,8,opt,name=error,proto3" json:"error,omitempty"`
+	// How many machines it was tried on.
+	Attempts uint32                 `protobuf:"varint,9,opt,name=attempts,proto3" json:"attempts,omitempty"`
+	Ended    *timestamppb.Timestamp `protobuf:"bytes,10,opt,name=ended,proto3" json:"ended,omitempty"`
+	// What it spent its time with, all attempts together: waiting for a machine or
+	// a slot, copying inputs, building, copying outputs.
+	Queued      *durationpb.Duration `protobuf:"bytes,11,opt,name=queued,proto3" json:"queued,omitempty"`
+	Uploading   *durationpb.Duration `protobuf:"bytes,12,opt,name=uploading,proto3" json:"uploading,omitempty"`
+	Building    *durationpb.Duration `protobuf:"bytes,13,opt,name=building,proto3" json:"building,omitempty"`
+	Downloading *durationpb.Duration `protobuf:"bytes,14,opt,name=downloading,proto3" json:"downloading,omitempty"`
+	// Bytes of NARs copied to machines, and back.
+	BytesSent     uint64 `protobuf:"varint,15,opt,name=bytes_sent,json=bytesSent,proto3" json:"bytes_sent,omitempty"`
+	BytesReceived uint64 `protobuf:"varint,16,opt,name=bytes_received,json=bytesReceived,proto3" json:"bytes_received,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *FinishedBuild) Reset() {
+	*x = FinishedBuild{}
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[46]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *FinishedBuild) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*FinishedBuild) ProtoMessage() {}
+
+func (x *FinishedBuild) ProtoReflect() protoreflect.Message {
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[46]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use FinishedBuild.ProtoReflect.Descriptor instead.
+func (*FinishedBuild) Descriptor() ([]byte, []int) {
+	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{46}
+}
+
+func (x *FinishedBuild) GetId() uint64 {
+	if x != nil {
+		return x.Id
+	}
+	return 0
+}
+
+func (x *FinishedBuild) GetDrvPath() string {
+	if x != nil {
+		return x.DrvPath
+	}
+	return ""
+}
+
+func (x *FinishedBuild) GetSystem() string {
+	if x != nil {
+		return x.System
+	}
+	return ""
+}
+
+func (x *FinishedBuild) GetCaller() string {
+	if x != nil {
+		return x.Caller
+	}
+	return ""
+}
+
+func (x *FinishedBuild) GetMachine() string {
+	if x != nil {
+		return x.Machine
+	}
+	return ""
+}
+
+func (x *FinishedBuild) GetStatus() string {
+	if x != nil {
+		return x.Status
+	}
+	return ""
+}
+
+func (x *FinishedBuild) GetFailed() bool {
+	if x != nil {
+		return x.Failed
+	}
+	return false
+}
+
+func (x *FinishedBuild) GetError() string {
+	if x != nil {
+		return x.Error
+	}
+	return ""
+}
+
+func (x *FinishedBuild) GetAttempts() uint32 {
+	if x != nil {
+		return x.Attempts
+	}
+	return 0
+}
+
+func (x *FinishedBuild) GetEnded() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Ended
+	}
+	return nil
+}
+
+func (x *FinishedBuild) GetQueued() *durationpb.Duration {
+	if x != nil {
+		return x.Queued
+	}
+	return nil
+}
+
+func (x *FinishedBuild) GetUploading() *durationpb.Duration {
+	if x != nil {
+		return x.Uploading
+	}
+	return nil
+}
+
+func (x *FinishedBuild) GetBuilding() *durationpb.Duration {
+	if x != nil {
+		return x.Building
+	}
+	return nil
+}
+
+func (x *FinishedBuild) GetDownloading() *durationpb.Duration {
+	if x != nil {
+		return x.Downloading
+	}
+	return nil
+}
+
+func (x *FinishedBuild) GetBytesSent() uint64 {
+	if x != nil {
+		return x.BytesSent
+	}
+	return 0
+}
+
+func (x *FinishedBuild) GetBytesReceived() uint64 {
+	if x != nil {
+		return x.BytesReceived
+	}
+	return 0
+}
+
+// Which build's log is wanted.
+type LogRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The build's id.
+	BuildId uint64 `protobuf:"varint,1,opt,name=build_id,json=buildId,proto3" json:"build_id,omitempty"`
+	// If that is 0, the derivation: its build in progress, or its last one.
+	DrvPath string `protobuf:"bytes,2,opt,name=drv_path,json=drvPath,proto3" json:"drv_path,omitempty"`
+	// Whether to wait for the rest while the build is in progress.
+	Follow        bool `protobuf:"varint,3,opt,name=follow,proto3" json:"follow,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *LogRequest) Reset() {
+	*x = LogRequest{}
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[47]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *LogRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*LogRequest) ProtoMessage() {}
+
+func (x *LogRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[47]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use LogRequest.ProtoReflect.Descriptor instead.
+func (*LogRequest) Descriptor() ([]byte, []int) {
+	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{47}
+}
+
+func (x *LogRequest) GetBuildId() uint64 {
+	if x != nil {
+		return x.BuildId
+	}
+	return 0
+}
+
+func (x *LogRequest) GetDrvPath() string {
+	if x != nil {
+		return x.DrvPath
+	}
+	return ""
+}
+
+func (x *LogRequest) GetFollow() bool {
+	if x != nil {
+		return x.Follow
+	}
+	return false
+}
+
+type LogResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Data          []byte                 `protobuf:"bytes,1,opt,name=data,proto3" json:"data,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *LogResponse) Reset() {
+	*x = LogResponse{}
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[48]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *LogResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*LogResponse) ProtoMessage() {}
+
+func (x *LogResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[48]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use LogResponse.ProtoReflect.Descriptor instead.
+func (*LogResponse) Descriptor() ([]byte, []int) {
+	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{48}
+}
+
+func (x *LogResponse) GetData() []byte {
+	if x != nil {
+		return x.Data
+	}
+	return nil
+}
+
 var File_dispatch_v1_dispatch_proto protoreflect.FileDescriptor
 
 const file_dispatch_v1_dispatch_proto_rawDesc = "" +
@@ -3788,7 +4142,38 @@ const file_dispatch_v1_dispatch_proto_rawDesc = "" +
 	"\x04took\x18\x03 \x01(\v2\x19.google.protobuf.DurationR\x04took\x12\x16\n" +
 	"\x06detail\x18\x04 \x01(\tR\x06detail\x12\x14\n" +
 	"\x05cause\x18\x05 \x01(\tR\x05cause\x12\x10\n" +
-	"\x03fix\x18\x06 \x01(\tR\x03fix*\xbf\x04\n" +
+	"\x03fix\x18\x06 \x01(\tR\x03fix\"\x8a\x01\n" +
+	"\x0eHistoryRequest\x120\n" +
+	"\x05since\x18\x01 \x01(\v2\x1a.google.protobuf.TimestampR\x05since\x12\x16\n" +
+	"\x06failed\x18\x02 \x01(\bR\x06failed\x12\x18\n" +
+	"\amachine\x18\x03 \x01(\tR\amachine\x12\x14\n" +
+	"\x05limit\x18\x04 \x01(\rR\x05limit\"\xbe\x04\n" +
+	"\rFinishedBuild\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\x04R\x02id\x12\x19\n" +
+	"\bdrv_path\x18\x02 \x01(\tR\adrvPath\x12\x16\n" +
+	"\x06system\x18\x03 \x01(\tR\x06system\x12\x16\n" +
+	"\x06caller\x18\x04 \x01(\tR\x06caller\x12\x18\n" +
+	"\amachine\x18\x05 \x01(\tR\amachine\x12\x16\n" +
+	"\x06status\x18\x06 \x01(\tR\x06status\x12\x16\n" +
+	"\x06failed\x18\a \x01(\bR\x06failed\x12\x14\n" +
+	"\x05error\x18\b \x01(\tR\x05error\x12\x1a\n" +
+	"\battempts\x18\t \x01(\rR\battempts\x120\n" +
+	"\x05ended\x18\n" +
+	" \x01(\v2\x1a.google.protobuf.TimestampR\x05ended\x121\n" +
+	"\x06queued\x18\v \x01(\v2\x19.google.protobuf.DurationR\x06queued\x127\n" +
+	"\tuploading\x18\f \x01(\v2\x19.google.protobuf.DurationR\tuploading\x125\n" +
+	"\bbuilding\x18\r \x01(\v2\x19.google.protobuf.DurationR\bbuilding\x12;\n" +
+	"\vdownloading\x18\x0e \x01(\v2\x19.google.protobuf.DurationR\vdownloading\x12\x1d\n" +
+	"\n" +
+	"bytes_sent\x18\x0f \x01(\x04R\tbytesSent\x12%\n" +
+	"\x0ebytes_received\x18\x10 \x01(\x04R\rbytesReceived\"Z\n" +
+	"\n" +
+	"LogRequest\x12\x19\n" +
+	"\bbuild_id\x18\x01 \x01(\x04R\abuildId\x12\x19\n" +
+	"\bdrv_path\x18\x02 \x01(\tR\adrvPath\x12\x16\n" +
+	"\x06follow\x18\x03 \x01(\bR\x06follow\"!\n" +
+	"\vLogResponse\x12\x12\n" +
+	"\x04data\x18\x01 \x01(\fR\x04data*\xbf\x04\n" +
 	"\vBuildStatus\x12\x1c\n" +
 	"\x18BUILD_STATUS_UNSPECIFIED\x10\x00\x12\x16\n" +
 	"\x12BUILD_STATUS_BUILT\x10\x01\x12\x1c\n" +
@@ -3840,7 +4225,7 @@ const file_dispatch_v1_dispatch_proto_rawDesc = "" +
 	"\x18PING_VERDICT_UNSPECIFIED\x10\x00\x12\x13\n" +
 	"\x0fPING_VERDICT_OK\x10\x01\x12\x18\n" +
 	"\x14PING_VERDICT_WARNING\x10\x02\x12\x17\n" +
-	"\x13PING_VERDICT_FAILED\x10\x032\xed\x05\n" +
+	"\x13PING_VERDICT_FAILED\x10\x032\xfb\x06\n" +
 	"\x0fDispatchService\x12F\n" +
 	"\x05Build\x12\x1c.nixdispatch.v1.BuildRequest\x1a\x1d.nixdispatch.v1.BuildResponse0\x01\x12E\n" +
 	"\x04Hook\x12\x1b.nixdispatch.v1.HookRequest\x1a\x1c.nixdispatch.v1.HookResponse(\x010\x01\x12G\n" +
@@ -3851,7 +4236,9 @@ const file_dispatch_v1_dispatch_proto_rawDesc = "" +
 	"\x05Drain\x12\x1c.nixdispatch.v1.DrainRequest\x1a\x1d.nixdispatch.v1.DrainResponse\x12J\n" +
 	"\aUndrain\x12\x1e.nixdispatch.v1.UndrainRequest\x1a\x1f.nixdispatch.v1.UndrainResponse\x12G\n" +
 	"\x06Reload\x12\x1d.nixdispatch.v1.ReloadRequest\x1a\x1e.nixdispatch.v1.ReloadResponse\x12C\n" +
-	"\x04Ping\x12\x1b.nixdispatch.v1.PingRequest\x1a\x1c.nixdispatch.v1.PingResponse0\x01B*Z(nixdispatch/proto/dispatch/v1;dispatchv1b\x06proto3"
+	"\x04Ping\x12\x1b.nixdispatch.v1.PingRequest\x1a\x1c.nixdispatch.v1.PingResponse0\x01\x12J\n" +
+	"\aHistory\x12\x1e.nixdispatch.v1.HistoryRequest\x1a\x1d.nixdispatch.v1.FinishedBuild0\x01\x12@\n" +
+	"\x03Log\x12\x1a.nixdispatch.v1.LogRequest\x1a\x1b.nixdispatch.v1.LogResponse0\x01B*Z(nixdispatch/proto/dispatch/v1;dispatchv1b\x06proto3"
 
 var (
 	file_dispatch_v1_dispatch_proto_rawDescOnce sync.Once
@@ -3866,7 +4253,7 @@ func file_dispatch_v1_dispatch_proto_rawDescGZIP() []byte {
 }
 
 var file_dispatch_v1_dispatch_proto_enumTypes = make([]protoimpl.EnumInfo, 6)
-var file_dispatch_v1_dispatch_proto_msgTypes = make([]protoimpl.MessageInfo, 45)
+var file_dispatch_v1_dispatch_proto_msgTypes = make([]protoimpl.MessageInfo, 49)
 var file_dispatch_v1_dispatch_proto_goTypes = []any{
 	(BuildStatus)(0),              // 0: nixdispatch.v1.BuildStatus
 	(MachineState)(0),             // 1: nixdispatch.v1.MachineState
@@ -3919,13 +4306,17 @@ var file_dispatch_v1_dispatch_proto_goTypes = []any{
 	(*ReloadResponse)(nil),        // 48: nixdispatch.v1.ReloadResponse
 	(*PingRequest)(nil),           // 49: nixdispatch.v1.PingRequest
 	(*PingResponse)(nil),          // 50: nixdispatch.v1.PingResponse
-	(*durationpb.Duration)(nil),   // 51: google.protobuf.Duration
-	(*timestamppb.Timestamp)(nil), // 52: google.protobuf.Timestamp
+	(*HistoryRequest)(nil),        // 51: nixdispatch.v1.HistoryRequest
+	(*FinishedBuild)(nil),         // 52: nixdispatch.v1.FinishedBuild
+	(*LogRequest)(nil),            // 53: nixdispatch.v1.LogRequest
+	(*LogResponse)(nil),           // 54: nixdispatch.v1.LogResponse
+	(*durationpb.Duration)(nil),   // 55: google.protobuf.Duration
+	(*timestamppb.Timestamp)(nil), // 56: google.protobuf.Timestamp
 }
 var file_dispatch_v1_dispatch_proto_depIdxs = []int32{
 	7,  // 0: nixdispatch.v1.BuildRequest.limits:type_name -> nixdispatch.v1.Limits
-	51, // 1: nixdispatch.v1.Limits.timeout:type_name -> google.protobuf.Duration
-	51, // 2: nixdispatch.v1.Limits.max_silent_time:type_name -> google.protobuf.Duration
+	55, // 1: nixdispatch.v1.Limits.timeout:type_name -> google.protobuf.Duration
+	55, // 2: nixdispatch.v1.Limits.max_silent_time:type_name -> google.protobuf.Duration
 	9,  // 3: nixdispatch.v1.BuildResponse.plan:type_name -> nixdispatch.v1.Plan
 	12, // 4: nixdispatch.v1.BuildResponse.event:type_name -> nixdispatch.v1.BuildEvent
 	10, // 5: nixdispatch.v1.BuildResponse.summary:type_name -> nixdispatch.v1.Summary
@@ -3940,7 +4331,7 @@ var file_dispatch_v1_dispatch_proto_depIdxs = []int32{
 	19, // 14: nixdispatch.v1.Copying.transfer:type_name -> nixdispatch.v1.Transfer
 	19, // 15: nixdispatch.v1.Fetching.transfer:type_name -> nixdispatch.v1.Transfer
 	0,  // 16: nixdispatch.v1.Finished.status:type_name -> nixdispatch.v1.BuildStatus
-	51, // 17: nixdispatch.v1.Finished.build_duration:type_name -> google.protobuf.Duration
+	55, // 17: nixdispatch.v1.Finished.build_duration:type_name -> google.protobuf.Duration
 	22, // 18: nixdispatch.v1.HookRequest.hello:type_name -> nixdispatch.v1.Hello
 	23, // 19: nixdispatch.v1.HookRequest.try:type_name -> nixdispatch.v1.Try
 	24, // 20: nixdispatch.v1.HookRequest.start:type_name -> nixdispatch.v1.Start
@@ -3950,50 +4341,60 @@ var file_dispatch_v1_dispatch_proto_depIdxs = []int32{
 	12, // 24: nixdispatch.v1.HookResponse.event:type_name -> nixdispatch.v1.BuildEvent
 	28, // 25: nixdispatch.v1.HookResponse.hand_over:type_name -> nixdispatch.v1.HandOver
 	5,  // 26: nixdispatch.v1.Reply.action:type_name -> nixdispatch.v1.Reply.Action
-	52, // 27: nixdispatch.v1.StatusResponse.started:type_name -> google.protobuf.Timestamp
+	56, // 27: nixdispatch.v1.StatusResponse.started:type_name -> google.protobuf.Timestamp
 	32, // 28: nixdispatch.v1.StatusResponse.machines:type_name -> nixdispatch.v1.MachineStatus
 	33, // 29: nixdispatch.v1.StatusResponse.builds:type_name -> nixdispatch.v1.BuildInfo
 	37, // 30: nixdispatch.v1.StatusResponse.errors:type_name -> nixdispatch.v1.MachineError
 	31, // 31: nixdispatch.v1.StatusResponse.reload:type_name -> nixdispatch.v1.ReloadStatus
-	52, // 32: nixdispatch.v1.ReloadStatus.time:type_name -> google.protobuf.Timestamp
+	56, // 32: nixdispatch.v1.ReloadStatus.time:type_name -> google.protobuf.Timestamp
 	37, // 33: nixdispatch.v1.ReloadStatus.errors:type_name -> nixdispatch.v1.MachineError
 	1,  // 34: nixdispatch.v1.MachineStatus.state:type_name -> nixdispatch.v1.MachineState
-	52, // 35: nixdispatch.v1.MachineStatus.since:type_name -> google.protobuf.Timestamp
+	56, // 35: nixdispatch.v1.MachineStatus.since:type_name -> google.protobuf.Timestamp
 	2,  // 36: nixdispatch.v1.BuildInfo.phase:type_name -> nixdispatch.v1.Phase
-	52, // 37: nixdispatch.v1.BuildInfo.since:type_name -> google.protobuf.Timestamp
+	56, // 37: nixdispatch.v1.BuildInfo.since:type_name -> google.protobuf.Timestamp
 	36, // 38: nixdispatch.v1.MachinesResponse.machines:type_name -> nixdispatch.v1.Machine
 	37, // 39: nixdispatch.v1.MachinesResponse.errors:type_name -> nixdispatch.v1.MachineError
 	42, // 40: nixdispatch.v1.ExplainResponse.machines:type_name -> nixdispatch.v1.Verdict
 	3,  // 41: nixdispatch.v1.Verdict.reason:type_name -> nixdispatch.v1.VerdictReason
 	37, // 42: nixdispatch.v1.ReloadResponse.errors:type_name -> nixdispatch.v1.MachineError
-	51, // 43: nixdispatch.v1.PingRequest.timeout:type_name -> google.protobuf.Duration
+	55, // 43: nixdispatch.v1.PingRequest.timeout:type_name -> google.protobuf.Duration
 	4,  // 44: nixdispatch.v1.PingResponse.verdict:type_name -> nixdispatch.v1.PingVerdict
-	51, // 45: nixdispatch.v1.PingResponse.took:type_name -> google.protobuf.Duration
-	6,  // 46: nixdispatch.v1.DispatchService.Build:input_type -> nixdispatch.v1.BuildRequest
-	21, // 47: nixdispatch.v1.DispatchService.Hook:input_type -> nixdispatch.v1.HookRequest
-	29, // 48: nixdispatch.v1.DispatchService.Status:input_type -> nixdispatch.v1.StatusRequest
-	34, // 49: nixdispatch.v1.DispatchService.Machines:input_type -> nixdispatch.v1.MachinesRequest
-	38, // 50: nixdispatch.v1.DispatchService.Cancel:input_type -> nixdispatch.v1.CancelRequest
-	40, // 51: nixdispatch.v1.DispatchService.Explain:input_type -> nixdispatch.v1.ExplainRequest
-	43, // 52: nixdispatch.v1.DispatchService.Drain:input_type -> nixdispatch.v1.DrainRequest
-	45, // 53: nixdispatch.v1.DispatchService.Undrain:input_type -> nixdispatch.v1.UndrainRequest
-	47, // 54: nixdispatch.v1.DispatchService.Reload:input_type -> nixdispatch.v1.ReloadRequest
-	49, // 55: nixdispatch.v1.DispatchService.Ping:input_type -> nixdispatch.v1.PingRequest
-	8,  // 56: nixdispatch.v1.DispatchService.Build:output_type -> nixdispatch.v1.BuildResponse
-	26, // 57: nixdispatch.v1.DispatchService.Hook:output_type -> nixdispatch.v1.HookResponse
-	30, // 58: nixdispatch.v1.DispatchService.Status:output_type -> nixdispatch.v1.StatusResponse
-	35, // 59: nixdispatch.v1.DispatchService.Machines:output_type -> nixdispatch.v1.MachinesResponse
-	39, // 60: nixdispatch.v1.DispatchService.Cancel:output_type -> nixdispatch.v1.CancelResponse
-	41, // 61: nixdispatch.v1.DispatchService.Explain:output_type -> nixdispatch.v1.ExplainResponse
-	44, // 62: nixdispatch.v1.DispatchService.Drain:output_type -> nixdispatch.v1.DrainResponse
-	46, // 63: nixdispatch.v1.DispatchService.Undrain:output_type -> nixdispatch.v1.UndrainResponse
-	48, // 64: nixdispatch.v1.DispatchService.Reload:output_type -> nixdispatch.v1.ReloadResponse
-	50, // 65: nixdispatch.v1.DispatchService.Ping:output_type -> nixdispatch.v1.PingResponse
-	56, // [56:66] is the sub-list for method output_type
-	46, // [46:56] is the sub-list for method input_type
-	46, // [46:46] is the sub-list for extension type_name
-	46, // [46:46] is the sub-list for extension extendee
-	0,  // [0:46] is the sub-list for field type_name
+	55, // 45: nixdispatch.v1.PingResponse.took:type_name -> google.protobuf.Duration
+	56, // 46: nixdispatch.v1.HistoryRequest.since:type_name -> google.protobuf.Timestamp
+	56, // 47: nixdispatch.v1.FinishedBuild.ended:type_name -> google.protobuf.Timestamp
+	55, // 48: nixdispatch.v1.FinishedBuild.queued:type_name -> google.protobuf.Duration
+	55, // 49: nixdispatch.v1.FinishedBuild.uploading:type_name -> google.protobuf.Duration
+	55, // 50: nixdispatch.v1.FinishedBuild.building:type_name -> google.protobuf.Duration
+	55, // 51: nixdispatch.v1.FinishedBuild.downloading:type_name -> google.protobuf.Duration
+	6,  // 52: nixdispatch.v1.DispatchService.Build:input_type -> nixdispatch.v1.BuildRequest
+	21, // 53: nixdispatch.v1.DispatchService.Hook:input_type -> nixdispatch.v1.HookRequest
+	29, // 54: nixdispatch.v1.DispatchService.Status:input_type -> nixdispatch.v1.StatusRequest
+	34, // 55: nixdispatch.v1.DispatchService.Machines:input_type -> nixdispatch.v1.MachinesRequest
+	38, // 56: nixdispatch.v1.DispatchService.Cancel:input_type -> nixdispatch.v1.CancelRequest
+	40, // 57: nixdispatch.v1.DispatchService.Explain:input_type -> nixdispatch.v1.ExplainRequest
+	43, // 58: nixdispatch.v1.DispatchService.Drain:input_type -> nixdispatch.v1.DrainRequest
+	45, // 59: nixdispatch.v1.DispatchService.Undrain:input_type -> nixdispatch.v1.UndrainRequest
+	47, // 60: nixdispatch.v1.DispatchService.Reload:input_type -> nixdispatch.v1.ReloadRequest
+	49, // 61: nixdispatch.v1.DispatchService.Ping:input_type -> nixdispatch.v1.PingRequest
+	51, // 62: nixdispatch.v1.DispatchService.History:input_type -> nixdispatch.v1.HistoryRequest
+	53, // 63: nixdispatch.v1.DispatchService.Log:input_type -> nixdispatch.v1.LogRequest
+	8,  // 64: nixdispatch.v1.DispatchService.Build:output_type -> nixdispatch.v1.BuildResponse
+	26, // 65: nixdispatch.v1.DispatchService.Hook:output_type -> nixdispatch.v1.HookResponse
+	30, // 66: nixdispatch.v1.DispatchService.Status:output_type -> nixdispatch.v1.StatusResponse
+	35, // 67: nixdispatch.v1.DispatchService.Machines:output_type -> nixdispatch.v1.MachinesResponse
+	39, // 68: nixdispatch.v1.DispatchService.Cancel:output_type -> nixdispatch.v1.CancelResponse
+	41, // 69: nixdispatch.v1.DispatchService.Explain:output_type -> nixdispatch.v1.ExplainResponse
+	44, // 70: nixdispatch.v1.DispatchService.Drain:output_type -> nixdispatch.v1.DrainResponse
+	46, // 71: nixdispatch.v1.DispatchService.Undrain:output_type -> nixdispatch.v1.UndrainResponse
+	48, // 72: nixdispatch.v1.DispatchService.Reload:output_type -> nixdispatch.v1.ReloadResponse
+	50, // 73: nixdispatch.v1.DispatchService.Ping:output_type -> nixdispatch.v1.PingResponse
+	52, // 74: nixdispatch.v1.DispatchService.History:output_type -> nixdispatch.v1.FinishedBuild
+	54, // 75: nixdispatch.v1.DispatchService.Log:output_type -> nixdispatch.v1.LogResponse
+	64, // [64:76] is the sub-list for method output_type
+	52, // [52:64] is the sub-list for method input_type
+	52, // [52:52] is the sub-list for extension type_name
+	52, // [52:52] is the sub-list for extension extendee
+	0,  // [0:52] is the sub-list for field type_name
 }
 
 func init() { file_dispatch_v1_dispatch_proto_init() }
@@ -4033,7 +4434,7 @@ func file_dispatch_v1_dispatch_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_dispatch_v1_dispatch_proto_rawDesc), len(file_dispatch_v1_dispatch_proto_rawDesc)),
 			NumEnums:      6,
-			NumMessages:   45,
+			NumMessages:   49,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -38,6 +38,8 @@ const (
 	DispatchService_Undrain_FullMethodName  = "/nixdispatch.v1.DispatchService/Undrain"
 	DispatchService_Reload_FullMethodName   = "/nixdispatch.v1.DispatchService/Reload"
 	DispatchService_Ping_FullMethodName     = "/nixdispatch.v1.DispatchService/Ping"
+	DispatchService_History_FullMethodName  = "/nixdispatch.v1.DispatchService/History"
+	DispatchService_Log_FullMethodName      = "/nixdispatch.v1.DispatchService/Log"
 )
 
 // DispatchServiceClient is the client API for DispatchService service.
@@ -128,6 +130,20 @@ type DispatchServiceClient interface {
 	//	INVALID_ARGUMENT: several machines have that name.
 	//	UNAVAILABLE: the daemon is shutting down.
 	Ping(ctx context.Context, in *PingRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[PingResponse], error)
+	// History tells of builds that have ended, the newest first.
+	//
+	// Errors:
+	//
+	//	FAILED_PRECONDITION: no history is kept; the daemon's log says why.
+	History(ctx context.Context, in *HistoryRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[FinishedBuild], error)
+	// Log gives the log of a build: what there is so far of one in progress, and
+	// with follow the rest as it comes; or what is kept of one that has ended.
+	//
+	// Errors:
+	//
+	//	INVALID_ARGUMENT: neither a build nor a derivation is given.
+	//	NOT_FOUND: there is no such build, or no log of it is kept (any more).
+	Log(ctx context.Context, in *LogRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[LogResponse], error)
 }
 
 type dispatchServiceClient struct {
@@ -259,6 +275,44 @@ func (c *dispatchServiceClient) Ping(ctx context.Context, in *PingRequest, opts 
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type DispatchService_PingClient = grpc.ServerStreamingClient[PingResponse]
 
+func (c *dispatchServiceClient) History(ctx context.Context, in *HistoryRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[FinishedBuild], error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	stream, err := c.cc.NewStream(ctx, &DispatchService_ServiceDesc.Streams[3], DispatchService_History_FullMethodName, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	x := &grpc.GenericClientStream[HistoryRequest, FinishedBuild]{ClientStream: stream}
+	if err := x.ClientStream.SendMsg(in); err != nil {
+		return nil, err
+	}
+	if err := x.ClientStream.CloseSend(); err != nil {
+		return nil, err
+	}
+	return x, nil
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type DispatchService_HistoryClient = grpc.ServerStreamingClient[FinishedBuild]
+
+func (c *dispatchServiceClient) Log(ctx context.Context, in *LogRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[LogResponse], error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	stream, err := c.cc.NewStream(ctx, &DispatchService_ServiceDesc.Streams[4], DispatchService_Log_FullMethodName, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	x := &grpc.GenericClientStream[LogRequest, LogResponse]{ClientStream: stream}
+	if err := x.ClientStream.SendMsg(in); err != nil {
+		return nil, err
+	}
+	if err := x.ClientStream.CloseSend(); err != nil {
+		return nil, err
+	}
+	return x, nil
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type DispatchService_LogClient = grpc.ServerStreamingClient[LogResponse]
+
 // DispatchServiceServer is the server API for DispatchService service.
 // All implementations must embed UnimplementedDispatchServiceServer
 // for forward compatibility.
@@ -347,6 +401,20 @@ type DispatchServiceServer interface {
 	//	INVALID_ARGUMENT: several machines have that name.
 	//	UNAVAILABLE: the daemon is shutting down.
 	Ping(*PingRequest, grpc.ServerStreamingServer[PingResponse]) error
+	// History tells of builds that have ended, the newest first.
+	//
+	// Errors:
+	//
+	//	FAILED_PRECONDITION: no history is kept; the daemon's log says why.
+	History(*HistoryRequest, grpc.ServerStreamingServer[FinishedBuild]) error
+	// Log gives the log of a build: what there is so far of one in progress, and
+	// with follow the rest as it comes; or what is kept of one that has ended.
+	//
+	// Errors:
+	//
+	//	INVALID_ARGUMENT: neither a build nor a derivation is given.
+	//	NOT_FOUND: there is no such build, or no log of it is kept (any more).
+	Log(*LogRequest, grpc.ServerStreamingServer[LogResponse]) error
 	mustEmbedUnimplementedDispatchServiceServer()
 }
 
@@ -386,6 +454,12 @@ func (UnimplementedDispatchServiceServer) Reload(context.Context, *ReloadRequest
 }
 func (UnimplementedDispatchServiceServer) Ping(*PingRequest, grpc.ServerStreamingServer[PingResponse]) error {
 	return status.Error(codes.Unimplemented, "method Ping not implemented")
+}
+func (UnimplementedDispatchServiceServer) History(*HistoryRequest, grpc.ServerStreamingServer[FinishedBuild]) error {
+	return status.Error(codes.Unimplemented, "method History not implemented")
+}
+func (UnimplementedDispatchServiceServer) Log(*LogRequest, grpc.ServerStreamingServer[LogResponse]) error {
+	return status.Error(codes.Unimplemented, "method Log not implemented")
 }
 func (UnimplementedDispatchServiceServer) mustEmbedUnimplementedDispatchServiceServer() {}
 func (UnimplementedDispatchServiceServer) testEmbeddedByValue()                         {}
@@ -563,6 +637,28 @@ func _DispatchService_Ping_Handler(srv interface{}, stream grpc.ServerStream) er
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type DispatchService_PingServer = grpc.ServerStreamingServer[PingResponse]
 
+func _DispatchService_History_Handler(srv interface{}, stream grpc.ServerStream) error {
+	m := new(HistoryRequest)
+	if err := stream.RecvMsg(m); err != nil {
+		return err
+	}
+	return srv.(DispatchServiceServer).History(m, &grpc.GenericServerStream[HistoryRequest, FinishedBuild]{ServerStream: stream})
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type DispatchService_HistoryServer = grpc.ServerStreamingServer[FinishedBuild]
+
+func _DispatchService_Log_Handler(srv interface{}, stream grpc.ServerStream) error {
+	m := new(LogRequest)
+	if err := stream.RecvMsg(m); err != nil {
+		return err
+	}
+	return srv.(DispatchServiceServer).Log(m, &grpc.GenericServerStream[LogRequest, LogResponse]{ServerStream: stream})
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type DispatchService_LogServer = grpc.ServerStreamingServer[LogResponse]
+
 // DispatchService_ServiceDesc is the grpc.ServiceDesc for DispatchService service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -614,6 +710,16 @@ var DispatchService_ServiceDesc = grpc.ServiceDesc{
 		{
 			StreamName:    "Ping",
 			Handler:       _DispatchService_Ping_Handler,
+			ServerStreams: true,
+		},
+		{
+			StreamName:    "History",
+			Handler:       _DispatchService_History_Handler,
+			ServerStreams: true,
+		},
+		{
+			StreamName:    "Log",
+			Handler:       _DispatchService_Log_Handler,
 			ServerStreams: true,
 		},
 	},

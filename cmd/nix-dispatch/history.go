@@ -1,0 +1,220 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"strconv"
+	"strings"
+	"text/tabwriter"
+	"time"
+
+	dispatchv1 "nixdispatch/proto/dispatch/v1"
+	"nixdispatch/proto/nix"
+
+	"google.golang.org/protobuf/types/known/timestamppb"
+)
+
+// historyJSON is one line of "history --json".
+type historyJSON struct {
+	ID       uint64    `json:"id"`
+	DrvPath  string    `json:"drvPath"`
+	System   string    `json:"system"`
+	Caller   string    `json:"caller"`
+	Machine  string    `json:"machine"`
+	Status   string    `json:"status"`
+	Failed   bool      `json:"failed"`
+	Error    string    `json:"error"`
+	Attempts uint32    `json:"attempts"`
+	Ended    time.Time `json:"ended"`
+
+	QueueSeconds    float64 `json:"queueSeconds"`
+	UploadSeconds   float64 `json:"uploadSeconds"`
+	BuildSeconds    float64 `json:"buildSeconds"`
+	DownloadSeconds float64 `json:"downloadSeconds"`
+	BytesSent       uint64  `json:"bytesSent"`
+	BytesReceived   uint64  `json:"bytesReceived"`
+}
+
+func runHistory(ctx context.Context, args []string, std stdio) int {
+	flags := newFlagSet(std, "history", "[--json] [OPTION]...", `Shows builds that have ended, the newest first. They are kept for 90 days, 100,000
+at most. With --json, one JSON object a line.
+
+Examples:
+  nix-dispatch history --failed --since 24h
+  nix-dispatch history --json --machine ssh://mac | jq .buildSeconds`)
+	socket := socketFlag(flags)
+	asJSON := flags.Bool("json", false, "print JSON, one build a line")
+	failed := flags.Bool("failed", false, "only builds that failed")
+	machine := flags.String("machine", "", "only builds of the machine with this store `URI`")
+	since := flags.String("since", "", "only builds that ended since then: a `TIME` as 24h, 7d, 2026-11-22 or 2026-11-22T15:04:05Z")
+	limit := flags.Uint("limit", 0, "at most so many; 0: without --since and --json, 50")
+	operands, status, ok := parseFlags(flags, args)
+	if !ok {
+		return status
+	}
+	if len(operands) > 0 {
+		return usageError(std, "history", "unexpected argument %q", operands[0])
+	}
+	req := &dispatchv1.HistoryRequest{Failed: *failed, Machine: *machine, Limit: uint32(min(*limit, 1<<31))}
+	if *since != "" {
+		t, err := parseSince(*since, time.Now())
+		if err != nil {
+			return usageError(std, "history", "--since: %v", err)
+		}
+		req.Since = timestamppb.New(t)
+	}
+	if req.Limit == 0 && *since == "" && !*asJSON {
+		req.Limit = 50
+	}
+	return streamFromDaemon(ctx, *socket, std, func(ctx context.Context, conn *daemonConn) error {
+		stream, err := conn.History(ctx, req)
+		if err != nil {
+			return err
+		}
+		if *asJSON {
+			return printHistoryJSON(std.out, stream.Recv)
+		}
+		return printHistory(std.out, stream.Recv)
+	})
+}
+
+// streamFromDaemon makes a call that takes as long as it takes.
+func streamFromDaemon(ctx context.Context, socket string, std stdio, call func(context.Context, *daemonConn) error) int {
+	ctx, stop := interruptible(ctx)
+	defer stop()
+	conn, err := dialReady(ctx, socket)
+	if err != nil {
+		return reportCallError(std.err, socket, err)
+	}
+	defer conn.Close()
+	if err := call(ctx, conn); err != nil {
+		return reportCallError(std.err, socket, err)
+	}
+	return exitOK
+}
+
+// parseSince reads a time, or how long ago one was.
+func parseSince(s string, now time.Time) (time.Time, error) {
+	if n := len(s) - 1; n > 0 && s[n] == 'd' {
+		if days, err := strconv.ParseUint(s[:n], 10, 16); err == nil {
+			return now.AddDate(0, 0, -int(days)), nil
+		}
+	}
+	if d, err := time.ParseDuration(s); err == nil && d >= 0 {
+		return now.Add(-d), nil
+	}
+	for _, layout := range []string{time.RFC3339, "2006-01-02T15:04:05", "2006-01-02T15:04", "2006-01-02"} {
+		if t, err := time.ParseInLocation(layout, s, time.Local); err == nil {
+			return t, nil
+		}
+	}
+	return time.Time{}, fmt.Errorf("%q is neither a time nor a duration", s)
+}
+
+type recvBuild = func() (*dispatchv1.FinishedBuild, error)
+
+func printHistory(w io.Writer, recv recvBuild) error {
+	tw := tabwriter.NewWriter(w, 0, 8, 2, ' ', 0)
+	fmt.Fprintln(tw, "BUILD\tENDED\tSTATUS\tBUILT\tIN ALL\tMACHINE\tDERIVATION")
+	for n := 0; ; n++ {
+		b, err := recv()
+		if err == io.EOF && n == 0 {
+			_, err = fmt.Fprintln(w, "no such builds")
+			return err
+		}
+		if err == io.EOF {
+			return tw.Flush()
+		}
+		if err != nil {
+			return errors.Join(tw.Flush(), err)
+		}
+		built := b.GetBuilding().AsDuration()
+		all := built + b.GetQueued().AsDuration() + b.GetUploading().AsDuration() + b.GetDownloading().AsDuration()
+		fmt.Fprintf(tw, "%d\t%s\t%s\t%s\t%s\t%s\t%s\n", b.GetId(), b.GetEnded().AsTime().Local().Format("2006-01-02 15:04:05"),
+			cell(b.GetStatus()), seconds(built), seconds(all), cell(b.GetMachine()), cell(b.GetDrvPath()))
+		if b.GetFailed() && b.GetError() != "" {
+			fmt.Fprintf(tw, "\t\t%s\n", cell(firstLine(b.GetError())))
+		}
+	}
+}
+
+// firstLine is the part of a message for a table.
+func firstLine(s string) string {
+	line, _, _ := strings.Cut(strings.TrimSpace(s), "\n")
+	return line
+}
+
+func seconds(d time.Duration) string { return fmt.Sprintf("%.1fs", d.Seconds()) }
+
+func printHistoryJSON(w io.Writer, recv recvBuild) error {
+	out := json.NewEncoder(w)
+	for {
+		b, err := recv()
+		if err == io.EOF {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		if err := out.Encode(historyJSON{
+			ID: b.GetId(), DrvPath: b.GetDrvPath(), System: b.GetSystem(), Caller: b.GetCaller(), Machine: b.GetMachine(),
+			Status: b.GetStatus(), Failed: b.GetFailed(), Error: b.GetError(), Attempts: b.GetAttempts(),
+			Ended:           b.GetEnded().AsTime(),
+			QueueSeconds:    b.GetQueued().AsDuration().Seconds(),
+			UploadSeconds:   b.GetUploading().AsDuration().Seconds(),
+			BuildSeconds:    b.GetBuilding().AsDuration().Seconds(),
+			DownloadSeconds: b.GetDownloading().AsDuration().Seconds(),
+			BytesSent:       b.GetBytesSent(), BytesReceived: b.GetBytesReceived(),
+		}); err != nil {
+			return err
+		}
+	}
+}
+
+func runLog(ctx context.Context, args []string, std stdio) int {
+	flags := newFlagSet(std, "log", "[--follow] BUILD|DRV", `Prints the log of a build: of one in progress what there is so far, of one that has
+ended what was kept, whether it failed or not. BUILD is its number in 'nix-dispatch
+status' or 'history'; DRV is the path of a .drv file, and means its last build.
+
+Examples:
+  nix-dispatch log --follow 17
+  nix-dispatch log $(nix-instantiate hello.nix) | less`)
+	socket := socketFlag(flags)
+	follow := flags.Bool("follow", false, "wait for the rest until the build has ended")
+	operands, status, ok := parseFlags(flags, args)
+	if !ok {
+		return status
+	}
+	if len(operands) != 1 {
+		return usageError(std, "log", "want one build or derivation")
+	}
+	req := &dispatchv1.LogRequest{Follow: *follow}
+	if id, err := strconv.ParseUint(operands[0], 10, 64); err == nil && id > 0 {
+		req.BuildId = id
+	} else if path, err := nix.ParseStorePath(operands[0]); err == nil {
+		req.DrvPath = string(path)
+	} else {
+		return usageError(std, "log", "%q is neither the number of a build nor a derivation", operands[0])
+	}
+	return streamFromDaemon(ctx, *socket, std, func(ctx context.Context, conn *daemonConn) error {
+		stream, err := conn.Log(ctx, req)
+		if err != nil {
+			return err
+		}
+		for {
+			r, err := stream.Recv()
+			if err == io.EOF {
+				return nil
+			}
+			if err != nil {
+				return err
+			}
+			if _, err := std.out.Write(r.GetData()); err != nil {
+				return err
+			}
+		}
+	})
+}

@@ -1,0 +1,161 @@
+package daemon
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+
+	"google.golang.org/grpc"
+	"google.golang.org/protobuf/types/known/durationpb"
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	"nixdispatch/daemon/history"
+	dispatchv1 "nixdispatch/proto/dispatch/v1"
+	"nixdispatch/proto/nix"
+	"nixdispatch/scheduler"
+)
+
+var (
+	errNoHistory = errors.New("no history of builds is kept; the log of nix-dispatchd says why")
+	errNoLog     = errors.New("no log of such a build is kept")
+	errEnough    = errors.New("enough")
+)
+
+// History tells of builds that have ended.
+func (s *server) History(req *dispatchv1.HistoryRequest, stream grpc.ServerStreamingServer[dispatchv1.FinishedBuild]) error {
+	if s.d.record.rows == nil {
+		return toStatus(errNoHistory)
+	}
+	q := history.Query{Failed: req.GetFailed(), Machine: req.GetMachine()}
+	if req.GetSince() != nil {
+		q.Since = req.GetSince().AsTime()
+	}
+	sent := uint32(0)
+	err := s.d.record.rows.Each(q, func(r history.Row) error {
+		if err := stream.Send(finishedBuild(r)); err != nil {
+			return err
+		}
+		if sent++; sent == req.GetLimit() {
+			return errEnough
+		}
+		return nil
+	})
+	if err != nil && !errors.Is(err, errEnough) {
+		return toStatus(err)
+	}
+	return nil
+}
+
+func finishedBuild(r history.Row) *dispatchv1.FinishedBuild {
+	return &dispatchv1.FinishedBuild{
+		Id:          r.ID,
+		DrvPath:     r.DrvPath,
+		System:      r.System,
+		Caller:      r.Caller,
+		Machine:     r.Machine,
+		Status:      r.Status,
+		Failed:      r.Failed,
+		Error:       r.Error,
+		Attempts:    uint32(r.Attempts), //nolint:gosec // a handful
+		Ended:       timestamppb.New(r.Ended),
+		Queued:      durationpb.New(r.Queued),
+		Uploading:   durationpb.New(r.Uploading),
+		Building:    durationpb.New(r.Building),
+		Downloading: durationpb.New(r.Downloading),
+
+		BytesSent:     r.BytesSent,
+		BytesReceived: r.BytesReceived,
+	}
+}
+
+// Log gives the log of a build.
+func (s *server) Log(req *dispatchv1.LogRequest, stream grpc.ServerStreamingServer[dispatchv1.LogResponse]) error {
+	var drvPath nix.StorePath
+	if req.GetBuildId() == 0 {
+		var err error
+		if drvPath, err = nix.ParseStorePath(req.GetDrvPath()); err != nil {
+			return toStatus(fmt.Errorf("%w: %w", errBadRequest, err))
+		}
+	}
+	if b, done := s.d.dispatcher.read(scheduler.BuildID(req.GetBuildId()), drvPath); b != nil {
+		defer done()
+		return b.sendLog(stream, req.GetFollow())
+	}
+	id, err := s.d.record.find(req.GetBuildId(), drvPath)
+	if err != nil {
+		return toStatus(err)
+	}
+	if s.d.record.logs == nil {
+		return toStatus(errNoLog)
+	}
+	file, err := s.d.record.logs.open(id)
+	if errors.Is(err, fs.ErrNotExist) {
+		return toStatus(errNoLog)
+	}
+	if err != nil {
+		return toStatus(err)
+	}
+	defer file.Close()
+	return sendAll(stream, file)
+}
+
+// find finds the last build of a derivation; a build that is named is itself.
+func (r *record) find(id uint64, drvPath nix.StorePath) (uint64, error) {
+	if id != 0 {
+		return id, nil
+	}
+	if r.rows == nil {
+		return 0, errNoHistory
+	}
+	err := r.rows.Each(history.Query{DrvPath: string(drvPath)}, func(row history.Row) error {
+		id = row.ID
+		return errEnough
+	})
+	if err == nil {
+		return 0, errNoLog
+	}
+	if !errors.Is(err, errEnough) {
+		return 0, err
+	}
+	return id, nil
+}
+
+// sendLog sends what a build has printed, and with follow what it prints until it
+// has ended.
+func (b *build) sendLog(stream grpc.ServerStreamingServer[dispatchv1.LogResponse], follow bool) error {
+	r := &spoolReader{s: b.feed.log}
+	var c cursor
+	for {
+		news := b.feed.read(&c)
+		if err := sendAll(stream, r); err != nil {
+			return err
+		}
+		if news.outcome != nil || !follow {
+			return nil
+		}
+		select {
+		case <-news.changed:
+		case <-stream.Context().Done():
+			return toStatus(stream.Context().Err())
+		}
+	}
+}
+
+func sendAll(stream grpc.ServerStreamingServer[dispatchv1.LogResponse], r io.Reader) error {
+	for {
+		buf := make([]byte, logChunk) // the message keeps it
+		n, err := r.Read(buf)
+		if n > 0 {
+			if err := stream.Send(&dispatchv1.LogResponse{Data: buf[:n]}); err != nil {
+				return err
+			}
+		}
+		if err == io.EOF {
+			return nil
+		}
+		if err != nil {
+			return toStatus(err)
+		}
+	}
+}
