@@ -73,6 +73,9 @@ func TestMachinesNamedByARequest(t *testing.T) {
 			t.Errorf("built %d on the own machine, %d on the named one over %d connections; want 1, 2 over 1",
 				len(own.built()), len(other.built()), other.ssh.Handshakes())
 		}
+		if got := s.machineStatus(other).GetReason(); got != "it is not in the daemon's list: a request named it" {
+			t.Errorf("the status says %q of the machine that was named", got)
+		}
 		if n := s.metric("nix_dispatch_builds_total", map[string]string{"machine": "other", "result": "built"}); n != 2 {
 			t.Errorf("builds_total{machine=other} = %v, want 2", n)
 		}

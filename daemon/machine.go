@@ -32,6 +32,8 @@ type machine struct {
 	untrusted atomic.Bool
 	// another tells that the store there was found to be another than this host's.
 	another atomic.Bool
+	// storeUnknown tells that this could not be asked, and was complained of.
+	storeUnknown atomic.Bool
 }
 
 // unsupported says why the daemon cannot serve a machine, "" if it can. Builds
@@ -147,6 +149,7 @@ func (m *machine) probe(ctx context.Context, s *sshpool.Session) error {
 	}
 	m.untrusted.Store(r.store.trust() == worker.NotTrusted)
 	m.another.Store(false) // the host behind the name may be another now
+	m.storeUnknown.Store(false)
 	return m.checkStore(ctx, r)
 }
 

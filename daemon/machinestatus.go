@@ -25,6 +25,8 @@ type machineStatus struct {
 	drained bool
 	// removed tells that no line of the list has it any more.
 	removed bool
+	// own tells that it is, or was, in the daemon's own list.
+	own bool
 	// slots is how many builds may run there, inUse how many do or may do, staging
 	// how many wait there for a slot.
 	slots, inUse, staging int
@@ -43,16 +45,25 @@ func (d *Daemon) machineStatuses(load []scheduler.MachineStatus) []*machineStatu
 		if st == nil {
 			_, isDrained := drained[uri]
 			st = &machineStatus{uri: uri, state: m.State, reason: m.Reason, removed: m.Removed, drained: isDrained}
+			if m.State == scheduler.Down {
+				st.down = downOther
+			}
 			byURI[uri] = st
 			all = append(all, st)
 		} else if m.State == scheduler.Up && st.state != scheduler.Up && !m.Removed {
-			st.state, st.reason = m.State, m.Reason
+			st.state, st.reason, st.down = m.State, m.Reason, ""
 		}
 		if !m.Removed || st.removed {
 			st.slots = max(st.slots, m.Slots)
 		}
 		st.inUse += m.Running + m.Held
 		st.staging += m.Placed - m.Running
+		st.own = st.own || m.List == ""
+	}
+	for _, st := range all {
+		if !st.own && st.reason == "" {
+			st.reason = "it is not in the daemon's list: a request named it"
+		}
 	}
 	d.addConnections(byURI)
 	return all

@@ -33,7 +33,9 @@ func (m *machine) checkStore(ctx context.Context, r *remote) error {
 			return context.Cause(ctx)
 		}
 		if _, local := errors.AsType[*localError](err); local {
-			m.log.Warn("not known whether the machine's store is this host's own", "err", err)
+			if !m.storeUnknown.Swap(true) {
+				m.log.Warn("not known whether the machine's store is this host's own", "err", err)
+			}
 			return nil
 		}
 		return explain(r.stderr, err)

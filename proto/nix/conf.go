@@ -37,8 +37,8 @@ func (c ConfSource) ConfDir() string {
 
 // Setting returns the value that the configuration files and NIX_CONFIG give a
 // setting, and whether they do; the last one wins. Words are separated by one
-// blank in it. The error names the file that Nix would reject. Unlike Nix, which
-// goes on without, an included file that cannot be read is an error, too.
+// blank in it. As in Nix, a file that is there and cannot be read is skipped: it may
+// be root's only. The error names the line that Nix would reject.
 //
 // See parseConfigFiles in src/libutil/configuration.cc and loadConfFile in
 // src/libstore/globals.cc (Nix 2.34.8).
@@ -46,13 +46,10 @@ func (c ConfSource) Setting(name string) (value string, found bool, err error) {
 	p := &confParser{source: c, name: name, bytesLeft: MaxConfSize}
 	for _, file := range append([]string{c.ConfDir() + "/nix.conf"}, c.userFiles()...) {
 		text, err := c.ReadFile(file)
-		if errors.Is(err, fs.ErrNotExist) {
+		if err != nil {
 			continue
 		}
-		if err == nil {
-			err = p.text(string(text), file, 0)
-		}
-		if err != nil {
+		if err := p.text(string(text), file, 0); err != nil {
 			return "", false, err
 		}
 	}
@@ -130,11 +127,11 @@ func (p *confParser) include(name string, mayMiss bool, at Position, depth int) 
 		return fmt.Errorf("%s: more than %d files one within the other", at, maxConfDepth)
 	}
 	text, err := p.source.ReadFile(name)
-	if errors.Is(err, fs.ErrNotExist) && mayMiss {
-		return nil
-	}
-	if err != nil {
+	switch {
+	case errors.Is(err, fs.ErrNotExist) && !mayMiss:
 		return fmt.Errorf("%s: %w", at, err)
+	case err != nil:
+		return nil
 	}
 	return p.text(string(text), name, depth+1)
 }

@@ -15,6 +15,9 @@ func confOf(texts map[string]string) nix.ConfSource {
 		Home:   "/root",
 		Getenv: func(name string) string { return texts[name] },
 		ReadFile: func(path string) ([]byte, error) {
+			if texts[path] == "secret" {
+				return nil, &fs.PathError{Op: "open", Path: path, Err: fs.ErrPermission}
+			}
 			if text, ok := texts[path]; ok {
 				return []byte(text), nil
 			}
@@ -42,11 +45,13 @@ func TestConfSetting(t *testing.T) {
 		{name: "the environment wins", texts: m{"NIX_CONFIG": "cores = 1\nbuilders = e", "/root/.config/nix/nix.conf": "builders = c"}, want: "e"},
 		{name: "another directory", texts: m{"NIX_CONF_DIR": "/srv/nix/", "/srv/nix/nix.conf": "builders = s", "/etc/nix/nix.conf": "builders = a"}, want: "s"},
 		{name: "include", texts: m{"/etc/nix/nix.conf": "builders = a\ninclude more.conf\n!include none.conf", "/etc/nix/more.conf": "builders = m"}, want: "m"},
+		{name: "include of what may not be read", texts: m{"/etc/nix/nix.conf": "builders = a\ninclude /x\n!include /x", "/x": "secret"}, want: "a"},
+		{name: "a file that may not be read", texts: m{"/etc/nix/nix.conf": "secret", "/root/.config/nix/nix.conf": "builders = c"}, want: "c"},
 		{name: "include of nothing", texts: m{"/etc/nix/nix.conf": "\ninclude /x"}, err: "/etc/nix/nix.conf:2: open /x"},
 		{name: "cycle", texts: m{"/etc/nix/nix.conf": "include nix.conf"}, err: "one within the other"},
 		{name: "no value", texts: m{"/etc/nix/nix.conf": "builders"}, err: `/etc/nix/nix.conf:1: found "builders"`},
 		{name: "no equals sign", texts: m{"/etc/nix/nix.conf": "builders a b"}, err: "name = value"},
-		{name: "too large", texts: m{"/etc/nix/nix.conf": strings.Repeat("#", nix.MaxConfSize+1)}, err: "bytes"},
+		{name: "too large", texts: m{"NIX_CONFIG": strings.Repeat("#", nix.MaxConfSize+1)}, err: "bytes"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			got, found, err := confOf(tt.texts).Setting("builders")
