@@ -20,8 +20,6 @@ import (
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus/promhttp"
-	"google.golang.org/grpc"
-	"google.golang.org/grpc/health"
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
 
 	"nixdispatch/proto/nix"
@@ -54,6 +52,11 @@ type Options struct {
 	// ReloadPoll is how often the files of the builders setting are looked at for
 	// changes. Zero means two seconds.
 	ReloadPoll time.Duration
+	// DrainTimeout is how long builds in progress may go on when Run is to end.
+	// Zero means not at all.
+	DrainTimeout time.Duration
+	// Hurry ends that time when it can be received from. It may be nil.
+	Hurry <-chan struct{}
 	// Version is the program's own, for status and metrics.
 	Version string
 	// Logger gets the daemon's log. It must not be nil.
@@ -87,6 +90,10 @@ type Daemon struct {
 	life   context.Context //nolint:containedctx // a build outlives the call that asked for it
 	end    context.CancelCauseFunc
 	builds sync.WaitGroup
+	// draining is set when no more requests are taken; under the dispatcher's
+	// mutex, as realising is added to, which counts Build calls.
+	draining  atomic.Bool
+	realising sync.WaitGroup
 }
 
 // New makes a daemon. It connects to nothing yet.
@@ -143,6 +150,9 @@ func (d *Daemon) Run(ctx context.Context) error {
 		"machines", len(d.machines.current().lines), "version", d.opts.Version)
 	select {
 	case <-ctx.Done():
+		d.log.Info("shutting down")
+		healthServer.SetServingStatus("", healthpb.HealthCheckResponse_NOT_SERVING)
+		d.drainBuilds()
 		err = nil
 	case err = <-failed:
 	}
@@ -181,39 +191,3 @@ func (d *Daemon) serveMetrics(l net.Listener, serving *sync.WaitGroup, failed ch
 
 // stopGrace bounds how long callers are given to hear how their builds ended.
 const stopGrace = 5 * time.Second
-
-// shutDown stops the parts in the order of their dependence: no new builds, the
-// running ones end and their callers are told, then connections go.
-func (d *Daemon) shutDown(server *grpc.Server, h *health.Server, web *http.Server, pool *sshpool.Pool) {
-	d.log.Info("shutting down")
-	h.SetServingStatus("", healthpb.HealthCheckResponse_NOT_SERVING)
-	d.dispatcher.mu.Lock() // no build starts after this
-	d.end(errShutdown)
-	d.dispatcher.mu.Unlock()
-	d.builds.Wait()
-	told := make(chan struct{})
-	go func() {
-		defer close(told)
-		server.GracefulStop()
-	}()
-	select {
-	case <-told:
-	case <-time.After(stopGrace):
-		server.Stop()
-		<-told
-	}
-	pool.Close()
-	for _, e := range d.machines.at(every) {
-		e.m.idle.close()
-	}
-	d.local.idle.close()
-	if err := d.record.close(); err != nil {
-		d.log.Error("the history of builds may lack the last ones", "err", err)
-	}
-	if web != nil {
-		_ = web.Close() // scrapes are repeated
-	}
-}
-
-// stopping tells whether the daemon takes no more builds.
-func (d *Daemon) stopping() bool { return d.life.Err() != nil }

@@ -143,7 +143,7 @@ func (m *machine) explainHandshake(ctx context.Context, s *sshpool.Session, r *r
 // explainNoise is for what is not the protocol: printed before it, or in place of
 // it.
 func (m *machine) explainNoise(s *sshpool.Session, stderr *stderrReader, h *wire.HandshakeError) error {
-	exit := ending(s)
+	exit := ending(s, stderr)
 	if known := explainWords(string(h.Got)); known != nil {
 		return known
 	}
@@ -180,7 +180,7 @@ const (
 // explainSilence is for a program that ended without a word on stdout. Its exit
 // status and stderr tell why.
 func (m *machine) explainSilence(s *sshpool.Session, stderr *stderrReader, err error) error {
-	exit := ending(s)
+	exit := ending(s, stderr)
 	words := stderr.last()
 	switch known := explainWords(words); {
 	case m.notFound(exit, words):
@@ -201,15 +201,17 @@ func (m *machine) explainSilence(s *sshpool.Session, stderr *stderrReader, err e
 const endWait = 3 * time.Second
 
 // ending ends a command whose start has failed, and says how it ended; nil if in
-// order, or not known.
-func ending(s *sshpool.Session) *sshpool.ExitError {
+// order, or not known. Then all is read that it printed.
+func ending(s *sshpool.Session, stderr *stderrReader) *sshpool.ExitError {
 	_ = s.Stdin.Close()
 	timer := time.NewTimer(endWait)
 	defer timer.Stop()
-	select {
-	case <-s.Done():
-	case <-timer.C:
-		return nil
+	for _, end := range []<-chan struct{}{s.Done(), stderr.ended} {
+		select {
+		case <-end:
+		case <-timer.C:
+			return nil
+		}
 	}
 	exit, _ := errors.AsType[*sshpool.ExitError](s.Wait())
 	return exit

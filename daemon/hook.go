@@ -217,7 +217,7 @@ func finished(b *build, o outcome) *dispatchv1.BuildEvent {
 // decide answers Try: the rows of the reply table that the hook does not decide
 // by itself. An accepted try comes with a follower.
 func (h *hookConversation) decide(try *dispatchv1.Try) (*dispatchv1.Reply, *hookFollower) {
-	if h.d.stopping() {
+	if h.d.refusing() {
 		return reply(dispatchv1.Reply_ACTION_POSTPONE, "nix-dispatchd is shutting down"), nil
 	}
 	if strings.TrimSpace(h.settings.GetBuilders()) == "" {

@@ -90,7 +90,7 @@ func (d *Daemon) adoptNamed(l *lease) error {
 	if d.machines.use(l.key) {
 		return nil // somebody was quicker
 	}
-	if d.stopping() {
+	if d.refusing() {
 		return errShutdown
 	}
 	made := func(line nix.Machine) *machine { return newMachine(line, d.local, d.log) }

@@ -67,9 +67,10 @@ func (t target) String() string {
 
 // Build realises derivations. See the method's comment in dispatch.proto.
 func (s *server) Build(req *dispatchv1.BuildRequest, stream grpc.ServerStreamingServer[dispatchv1.BuildResponse]) error {
-	if s.d.stopping() {
+	if !s.d.beginRealising() {
 		return toStatus(errShutdown)
 	}
+	defer s.d.realising.Done()
 	targets, err := s.d.parseTargets(req.GetDerivations())
 	if err != nil {
 		return toStatus(err)

@@ -51,7 +51,7 @@ func (d *Daemon) offerHook(b *build, f *hookFollower, amWilling bool) scheduler.
 		q.joinHookLocked(f, flying)
 		return scheduler.Decision{Reply: scheduler.Accept, Machine: flying.place.machine, Why: "it is being built for another caller"}
 	}
-	if d.stopping() {
+	if d.refusing() {
 		return scheduler.Decision{Reply: scheduler.Postpone, Why: errShutdown.Error()}
 	}
 	decision := q.queue.Offer(b.request(), amWilling)

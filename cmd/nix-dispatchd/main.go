@@ -40,13 +40,16 @@ Options:
                           (default /var/lib/nix-dispatch)
   --machine-wait DURATION how long a build waits while none of its machines is up
                           (default 5m)
+  --drain-timeout DURATION
+                          how long builds in progress may go on after a signal to
+                          stop; what is asked for meanwhile is put off (default 10m)
   --log-level LEVEL       debug, info, warn or error (default info)
   --version               print the version and exit
   --help                  print this and exit
 
 Signals:
   HUP                     read the list of machines anew
-  TERM, INT               stop
+  TERM, INT               stop, after the builds in progress; a second one: at once
 
 Examples:
   nix-dispatchd
@@ -55,17 +58,37 @@ Examples:
 
 func main() {
 	syscall.Umask(0o077)
-	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
+	ctx, hurry := stopSignals()
 	hangup := make(chan os.Signal, 1) // one that is not seen yet will do for all
 	signal.Notify(hangup, syscall.SIGHUP)
-	code := run(ctx, os.Args[1:], hangup, os.Stdout, os.Stderr)
-	stop()
-	os.Exit(code)
+	os.Exit(run(ctx, os.Args[1:], signals{hangup, hurry}, os.Stdout, os.Stderr))
+}
+
+// signals are what the daemon is told while it runs.
+type signals struct {
+	hangup <-chan os.Signal
+	hurry  <-chan struct{} // closed when it is to stop at once
+}
+
+// stopSignals returns a context that ends with the first signal to stop, and a
+// channel that is closed with the second.
+func stopSignals() (context.Context, <-chan struct{}) {
+	ctx, cancel := context.WithCancel(context.Background())
+	caught := make(chan os.Signal, 2)
+	signal.Notify(caught, syscall.SIGTERM, syscall.SIGINT)
+	hurry := make(chan struct{})
+	go func() { // ends with the process
+		<-caught
+		cancel()
+		<-caught
+		close(hurry)
+	}()
+	return ctx, hurry
 }
 
 // run is the program without the process around it. It returns the exit status:
 // 0, 1 if the daemon failed, 2 for bad usage.
-func run(ctx context.Context, args []string, hangup <-chan os.Signal, stdout, stderr io.Writer) int {
+func run(ctx context.Context, args []string, told signals, stdout, stderr io.Writer) int {
 	if len(args) > 0 && args[0] == "probe" {
 		return probe(ctx, args[1:], stdout, stderr)
 	}
@@ -77,7 +100,7 @@ func run(ctx context.Context, args []string, hangup <-chan os.Signal, stdout, st
 		fmt.Fprintf(stderr, "nix-dispatchd: %v\nTry 'nix-dispatchd --help'.\n", err)
 		return 2
 	}
-	opts.Logger, opts.Hangup = newLogger(stderr, level), hangup
+	opts.Logger, opts.Hangup, opts.Hurry = newLogger(stderr, level), told.hangup, told.hurry
 	d, err := daemon.New(opts)
 	if err == nil {
 		err = d.Run(ctx)
@@ -100,6 +123,7 @@ func parse(args []string, stdout io.Writer) (daemon.Options, slog.Level, error) 
 	flags.StringVar(&opts.MetricsListen, "metrics-listen", "127.0.0.1:9747", "")
 	flags.StringVar(&opts.StateDir, "state-dir", "/var/lib/nix-dispatch", "")
 	flags.DurationVar(&opts.MachineWait, "machine-wait", 5*time.Minute, "")
+	flags.DurationVar(&opts.DrainTimeout, "drain-timeout", 10*time.Minute, "")
 	flags.TextVar(&level, "log-level", slog.LevelInfo, "")
 	showVersion := flags.Bool("version", false, "")
 	err := flags.Parse(args)
@@ -116,6 +140,8 @@ func parse(args []string, stdout io.Writer) (daemon.Options, slog.Level, error) 
 		return opts, level, fmt.Errorf("unexpected argument %q", flags.Arg(0))
 	case opts.MachineWait <= 0:
 		return opts, level, fmt.Errorf("--machine-wait must be positive")
+	case opts.DrainTimeout < 0:
+		return opts, level, fmt.Errorf("--drain-timeout must not be negative")
 	}
 	fromNix := true
 	flags.Visit(func(f *flag.Flag) { fromNix = fromNix && f.Name != "builders" })

@@ -194,7 +194,7 @@ func (s *site) startDaemon() {
 	s.t.Helper()
 	d := &daemonProcess{gone: make(chan struct{})}
 	d.cmd = s.client.Command(context.WithoutCancel(s.t.Context()), "root",
-		append([]string{programs + "/nix-dispatchd", "--log-level", "debug"}, s.args...)...)
+		append([]string{programs + "/nix-dispatchd", "--log-level", "debug", "--drain-timeout", "0s"}, s.args...)...)
 	d.cmd.Env = append(d.cmd.Env, s.env...)
 	d.cmd.Stdout, d.cmd.Stderr = &d.log, &d.log
 	if err := d.cmd.Start(); err != nil {
