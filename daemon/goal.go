@@ -3,6 +3,7 @@ package daemon
 import (
 	"context"
 	"errors"
+	"time"
 
 	"nixdispatch/proto/nix"
 	"nixdispatch/scheduler"
@@ -86,10 +87,8 @@ func (g *goal) realise(ctx context.Context) (ok bool) {
 // build returns the build that was followed, which may be one that another
 // caller had begun.
 func (g *goal) build(ctx context.Context, b *build) (*build, outcome, error) {
-	select {
-	case <-g.r.substituted:
-	case <-ctx.Done():
-		return b, outcome{}, context.Cause(ctx)
+	if err := g.awaitInputs(ctx); err != nil {
+		return b, outcome{}, err
 	}
 	if g.local(b) {
 		o, err := g.buildLocally(ctx, b)
@@ -106,6 +105,52 @@ func (g *goal) build(ctx context.Context, b *build) (*build, outcome, error) {
 	defer f.leave(errCancelled)
 	o, err := f.follow(ctx, g.r.sendEvent, nil)
 	return f.b, o, err
+}
+
+// inputPoll is how often a derivation looks whether its inputs have come while the
+// local Nix substitutes, which tells only when all is done.
+const inputPoll = time.Second
+
+// awaitInputs waits for what the local Nix substitutes for the derivation. It ends
+// with the substitution: what has not come by then does not come.
+func (g *goal) awaitInputs(ctx context.Context) error {
+	for {
+		select {
+		case <-g.r.substituted:
+			return nil
+		default:
+		}
+		there, err := g.inputsThere()
+		if there || err != nil {
+			return err
+		}
+		select {
+		case <-g.r.substituted:
+		case <-time.After(inputPoll):
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+	}
+}
+
+// inputsThere tells whether all inputs are valid. What they refer to is so with
+// them.
+func (g *goal) inputsThere() (bool, error) {
+	r := g.r
+	for input := range g.drv.InputDrvs {
+		drv, err := r.d.local.derivation(input)
+		if err != nil || !drv.AllOutputsKnown() {
+			return false, err // the store may learn its paths yet
+		}
+	}
+	r.rootsMu.Lock()
+	defer r.rootsMu.Unlock()
+	roots, err := inputRoots(g.drv, r.outputsLocked)
+	if err != nil {
+		return false, err
+	}
+	lacking, err := r.conn.invalid(roots)
+	return len(lacking) == 0, err
 }
 
 // local tells whether the derivation is left to the local Nix: because no

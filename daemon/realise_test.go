@@ -243,6 +243,30 @@ func TestRealiseSubstitutes(t *testing.T) {
 	}
 }
 
+// TestRealiseBuildsWhileItSubstitutes has a substitute that comes only after
+// another derivation is built.
+func TestRealiseBuildsWhileItSubstitutes(t *testing.T) {
+	t.Parallel()
+	m := oneMachine("ssh")
+	s := newSite(t, m)
+	slow, quick := s.drv("slow", drvConfig{}), s.drv("quick", drvConfig{})
+	top := s.drv("top", drvConfig{inputs: []*recipe{slow, quick}})
+	s.local.substitutable[slow.out()] = "from a slow cache"
+	substitute := s.local.store.Substitute
+	s.local.store.Substitute = func(p nix.StorePath) {
+		if p == slow.out() {
+			s.eventually("the other derivation is built meanwhile", func() bool {
+				return slices.Contains(m.built(), quick.path)
+			})
+		}
+		substitute(p)
+	}
+	s.realise(asked(top)).mustSucceed(t)
+	if diff := cmp.Diff([]nix.StorePath{quick.path, top.path}, m.built()); diff != "" {
+		t.Errorf("built (-want +got):\n%s", diff)
+	}
+}
+
 func TestRealiseWithoutASubstituteThatWasPromised(t *testing.T) {
 	t.Parallel()
 	s := newSite(t, oneMachine("ssh"))
