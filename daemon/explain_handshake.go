@@ -38,6 +38,8 @@ type nixFault struct {
 	cause sshpool.Cause
 	err   error
 	fix   string // what to do about it
+	// greeted tells that the machine's Nix was found, and spoke.
+	greeted bool
 }
 
 // Error says what is wrong and what to do.
@@ -70,8 +72,11 @@ var knownWords = []struct {
 		"its nix-daemon does not answer", "start nix-daemon there, or log in as the user that owns the store",
 	},
 	{
-		[]string{"is not allowed to connect to the Nix daemon"}, causeDenied,
-		"the user may not use Nix there", "add the user to allowed-users in nix.conf there, and restart nix-daemon",
+		[]string{
+			"is not allowed to connect to the Nix daemon", // it tells its own log only, and closes
+			"cannot open connection to remote store 'daemon'", "splicing data from daemon socket", "unexpected EOF from daemon socket",
+		}, causeDenied,
+		"its nix-daemon does not let the user in", "add the user to allowed-users in nix.conf there, and restart nix-daemon",
 	},
 	{
 		[]string{"account is currently not available"}, causeNoLogin,
@@ -85,7 +90,7 @@ func explainWords(words string) *nixFault {
 	for _, k := range knownWords {
 		for _, w := range k.words {
 			if strings.Contains(words, w) {
-				return &nixFault{k.cause, fmt.Errorf("%s: it said %q", k.err, words), k.fix}
+				return &nixFault{cause: k.cause, err: fmt.Errorf("%s: it said %q", k.err, words), fix: k.fix}
 			}
 		}
 	}
@@ -116,10 +121,11 @@ func withStderr(err error, stderr *stderrReader) error {
 // to do about it. ctx is the one that bounded the start.
 func (m *machine) explainHandshake(ctx context.Context, s *sshpool.Session, r *remote, err error) error {
 	if errors.Is(ctx.Err(), context.DeadlineExceeded) {
+		waited := time.Since(r.started).Round(100 * time.Millisecond)
 		return &nixFault{
-			sshpool.CauseTimeout,
-			withStderr(fmt.Errorf("%q was started, and no greeting came within %v", m.command, time.Since(r.started).Round(100*time.Millisecond)), r.stderr),
-			"look what it, or a start-up file of the shell there, waits for",
+			cause: sshpool.CauseTimeout,
+			err:   withStderr(fmt.Errorf("%q was started, and no greeting came within %v", m.command, waited), r.stderr),
+			fix:   "look what it, or a start-up file of the shell there, waits for",
 		}
 	}
 	h, ok := errors.AsType[*wire.HandshakeError](err)
@@ -134,9 +140,9 @@ func (m *machine) explainHandshake(ctx context.Context, s *sshpool.Session, r *r
 		if h.Version > h.Oldest {
 			fix = "look for a newer nix-dispatch, or install an older Nix there"
 		}
-		return &nixFault{causeVersion, h, fix}
+		return &nixFault{cause: causeVersion, err: h, fix: fix, greeted: true}
 	default:
-		return m.explainSilence(s, r.stderr, err)
+		return m.explainSilence(s, r.stderr, h)
 	}
 }
 
@@ -158,15 +164,15 @@ func (m *machine) explainNoise(s *sshpool.Session, stderr *stderrReader, h *wire
 	case !greeted && exit != nil && !strings.Contains(stderr.last(), "error:"):
 		// A Nix that finds its input closed ends in order, or complains.
 		return &nixFault{
-			causeEnded,
-			withStderr(fmt.Errorf("the remote side printed %q and ended (%w) in place of %q", h.Got, exit, m.command), stderr),
-			"look at the user's login shell there, and at what its start-up files and command= in authorized_keys run",
+			cause: causeEnded,
+			err:   withStderr(fmt.Errorf("the remote side printed %q and ended (%w) in place of %q", h.Got, exit, m.command), stderr),
+			fix:   "look at the user's login shell there, and at what its start-up files and command= in authorized_keys run",
 		}
 	}
 	return &nixFault{
-		causeNoise,
-		fmt.Errorf("the remote side printed %q before the protocol began", noise),
-		"most likely a start-up file of its shell (such as ~/.bashrc) prints something: make it silent for non-interactive shells",
+		cause: causeNoise,
+		err:   fmt.Errorf("the remote side printed %q before the protocol began", noise),
+		fix:   "most likely a start-up file of its shell (such as ~/.bashrc) prints something: make it silent for non-interactive shells",
 	}
 }
 
@@ -177,24 +183,38 @@ const (
 	workerGreeting = "oixd\x00\x00\x00\x00"
 )
 
-// explainSilence is for a program that ended without a word on stdout. Its exit
-// status and stderr tell why.
-func (m *machine) explainSilence(s *sshpool.Session, stderr *stderrReader, err error) error {
+// explainSilence is for a program that ended without a word on stdout, or after
+// its greeting. Its exit status and stderr tell why.
+func (m *machine) explainSilence(s *sshpool.Session, stderr *stderrReader, h *wire.HandshakeError) error {
 	exit := ending(s, stderr)
 	words := stderr.last()
 	switch known := explainWords(words); {
 	case m.notFound(exit, words):
 		return m.noProgram(stderr)
 	case known != nil:
+		known.greeted = h.Greeted
 		return known
 	case exit == nil:
-		return withStderr(err, stderr)
+		return withStderr(h, stderr)
+	case h.Greeted && words == "":
+		// Since 2.26, and silently (runDaemon in src/nix/unix/daemon.cc).
+		return &nixFault{
+			cause:   causeNoDaemon,
+			err:     fmt.Errorf("%q greeted and ended (%w): the nix-daemon behind it does not answer, or does not let the user in", m.command, exit),
+			fix:     "start nix-daemon there, or add the user to allowed-users in its nix.conf",
+			greeted: true,
+		}
 	}
 	fix := "run it there by hand, as the same user, and see"
 	if words == "" {
 		fix = "look whether the user's login shell there runs commands: /bin/false and nologin do not"
 	}
-	return &nixFault{causeEnded, withStderr(fmt.Errorf("%q ended before the protocol began (%w)", m.command, exit), stderr), fix}
+	return &nixFault{
+		cause:   causeEnded,
+		err:     withStderr(fmt.Errorf("%q ended before the protocol began (%w)", m.command, exit), stderr),
+		fix:     fix,
+		greeted: h.Greeted,
+	}
 }
 
 // endWait bounds the wait for a command that has been hung up on.
@@ -232,8 +252,8 @@ func (m *machine) notFound(exit *sshpool.ExitError, words string) bool {
 
 func (m *machine) noProgram(stderr *stderrReader) error {
 	return &nixFault{
-		causeNotFound,
-		withStderr(fmt.Errorf("%q was not found there", m.program()), stderr),
-		fmt.Sprintf("make sure that PATH has Nix in non-interactive shells, or name the program with ?remote-program=/path/to/%s", path.Base(m.program())),
+		cause: causeNotFound,
+		err:   withStderr(fmt.Errorf("%q was not found there", m.program()), stderr),
+		fix:   fmt.Sprintf("make sure that PATH has Nix in non-interactive shells, or name the program with ?remote-program=/path/to/%s", path.Base(m.program())),
 	}
 }

@@ -209,7 +209,7 @@ func (p *probe) start(ctx context.Context) *remote {
 	r, err := p.m.startRemote(ctx, s)
 	if err != nil {
 		step := stepFindNix
-		if fault, ok := errors.AsType[*nixFault](err); ok && fault.cause == causeVersion {
+		if fault, ok := errors.AsType[*nixFault](err); ok && fault.greeted {
 			p.found(first)
 			step = stepProtocol
 		}
@@ -255,8 +255,11 @@ func (p *probe) store(ctx context.Context, r *remote) bool {
 			Detail: "not known whether it is this host's own: the local Nix cannot be asked",
 			Fix:    "look whether this host's nix-daemon runs, and whether this user may use it"})
 	case errors.Is(err, context.DeadlineExceeded):
-		p.fail(stepStore, &nixFault{sshpool.CauseTimeout, fmt.Errorf("its Nix was asked for a path, and did not answer within %v", p.limit()),
-			"look whether its store, or its nix-daemon, is stuck"})
+		p.fail(stepStore, &nixFault{
+			cause: sshpool.CauseTimeout,
+			err:   fmt.Errorf("its Nix was asked for a path, and did not answer within %v", p.limit()),
+			fix:   "look whether its store, or its nix-daemon, is stuck",
+		})
 	default:
 		p.fail(stepStore, err)
 	}

@@ -85,7 +85,9 @@ func (h *Host) dialTransport(ctx context.Context, t *Target) (net.Conn, error) {
 	if err == nil {
 		return nc, nil
 	}
-	return nil, h.dialError(t, err, timeout, dialCtx.Err() == context.DeadlineExceeded)
+	// The dialer keeps to the deadline by itself, and may be the first to see it.
+	late := dialCtx.Err() == context.DeadlineExceeded || errors.Is(err, context.DeadlineExceeded)
+	return nil, h.dialError(t, err, timeout, late)
 }
 
 func (h *Host) dialError(t *Target, err error, timeout time.Duration, late bool) error {

@@ -33,7 +33,7 @@ const (
 	// Noise: what came was not the protocol, mostly a message of the remote shell
 	// (a login script that prints, "command not found").
 	Noise HandshakeFault = iota + 1
-	// Closed: the peer ended, or the transport failed, before the greeting was whole.
+	// Closed: the peer ended, or the transport failed, before the handshake was over.
 	Closed
 	// UnsupportedVersion: the peer speaks the protocol in a version too old or
 	// with another major number.
@@ -51,6 +51,9 @@ type HandshakeError struct {
 	Version, Oldest Version
 	// Err is the transport's error, of Closed.
 	Err error
+	// Greeted tells, of Closed, that the peer's greeting had come, but not all that
+	// has to follow it.
+	Greeted bool
 }
 
 func (e *HandshakeError) Error() string {
@@ -58,7 +61,11 @@ func (e *HandshakeError) Error() string {
 	case Noise:
 		return fmt.Sprintf("%s handshake: the remote side printed %q instead of speaking the protocol", e.Protocol, e.Got)
 	case Closed:
-		return fmt.Sprintf("%s handshake: connection ended before the greeting: %v", e.Protocol, e.Err)
+		when := "before"
+		if e.Greeted {
+			when = "after"
+		}
+		return fmt.Sprintf("%s handshake: connection ended %s the greeting: %v", e.Protocol, when, e.Err)
 	default:
 		return fmt.Sprintf("%s handshake: the remote side speaks version %v, need %v or a later %d.x",
 			e.Protocol, e.Version, e.Oldest, e.Oldest.Major())

@@ -87,7 +87,7 @@ func NewClient(r io.Reader, w io.Writer, events Events) (*Client, error) {
 		return nil, fmt.Errorf("%s handshake: %w", program, remote)
 	}
 	if werr != nil {
-		return nil, &wire.HandshakeError{Protocol: program, Fault: wire.Closed, Err: wire.UnexpectedEOF(werr)}
+		return nil, &wire.HandshakeError{Protocol: program, Fault: wire.Closed, Err: wire.UnexpectedEOF(werr), Greeted: true}
 	}
 	return c, nil
 }

@@ -126,8 +126,8 @@ func TestHandshakeErrors(t *testing.T) {
 		w.Flush()
 		server.CloseWrite()
 		_, err := worker.NewClient(client, client, nil)
-		if e, ok := errors.AsType[*wire.HandshakeError](err); !ok || e.Fault != wire.Closed {
-			t.Errorf("NewClient = %v, want Closed", err)
+		if e, ok := errors.AsType[*wire.HandshakeError](err); !ok || e.Fault != wire.Closed || !e.Greeted {
+			t.Errorf("NewClient = %v, want Closed after the greeting", err)
 		}
 	})
 }
