@@ -39,19 +39,23 @@ type machine struct {
 // unsupported says why the daemon cannot serve a machine, "" if it can. Builds
 // that only such machines can run are left to the stock hook.
 func unsupported(m nix.Machine) string {
-	switch m.Ref.Scheme {
-	case "ssh", "ssh-ng":
+	if m.Ref.Scheme == "ssh" || m.Ref.Scheme == "ssh-ng" || isChroot(m.Ref) {
 		return ""
-	default:
-		return fmt.Sprintf("store URI %q is neither ssh:// nor ssh-ng://; left to the stock hook", m.StoreURI)
 	}
+	return fmt.Sprintf("store URI %q is neither ssh:// nor ssh-ng:// nor a path; left to the stock hook", m.StoreURI)
+}
+
+// isChroot tells whether a machine is a store in a directory of this host, named
+// by its path: a child process serves it, as it does ssh-ng://localhost.
+func isChroot(ref nix.StoreReference) bool {
+	return ref.Scheme == "local" && !ref.Word && ref.Path != "" && len(ref.Params) == 0
 }
 
 // newMachine makes the machine of a line, without connecting to it.
 func newMachine(line nix.Machine, local localStore, log *slog.Logger) *machine {
 	m := &machine{
 		line:    line,
-		ng:      line.Ref.Scheme == "ssh-ng",
+		ng:      line.Ref.Scheme == "ssh-ng" || isChroot(line.Ref),
 		command: remoteCommand(line.Ref),
 		local:   local,
 		uploads: newClaims(),
@@ -90,7 +94,7 @@ func (m *machine) sshConfig() sshpool.Config {
 		Host:  ref.Host,
 		Port:  ref.Port,
 		User:  ref.User,
-		Local: ref.FakeSSH(),
+		Local: ref.FakeSSH() || isChroot(ref),
 
 		SSHConfig:  true,
 		SSHOptions: sshOptions(m.log),
@@ -116,6 +120,9 @@ func (m *machine) sshConfig() sshpool.Config {
 // remote program is given to the remote shell as it is written, so that
 // "~/bin/nix-store" works; the store is quoted, as it was until then.
 func remoteCommand(ref nix.StoreReference) string {
+	if isChroot(ref) {
+		return "nix-daemon --stdio --store " + shellQuote(ref.Path)
+	}
 	program, words := "nix-store", "--serve --write"
 	if ref.Scheme == "ssh-ng" {
 		program, words = "nix-daemon", "--stdio"
