@@ -12,12 +12,14 @@ import (
 	"golang.org/x/crypto/ssh"
 )
 
+const fixKnownHosts = "mend that, or take it out of the configuration"
+
 // handshake makes an SSH connection of c.net and sets c.ssh. It offers no bad keys,
 // and adds to them one that could not sign.
 func (h *Host) handshake(ctx context.Context, c *conn, t *Target, bad badKeys) (<-chan ssh.NewChannel, <-chan *ssh.Request, error) {
-	keys, err := loadHostKeys(t, h.log)
+	keys, err := loadHostKeys(ctx, t, h.log)
 	if err != nil {
-		return nil, nil, h.fail(StepHostKey, CauseHostKeyFiles, err, "mend that file, or take it out of the configuration")
+		return nil, nil, h.fail(StepHostKey, CauseHostKeyFiles, err, fixKnownHosts)
 	}
 	for _, w := range keys.warnings {
 		h.warnOnce(fmt.Sprintf("known_hosts line ignored: %v", w))
@@ -39,7 +41,9 @@ func (h *Host) handshake(ctx context.Context, c *conn, t *Target, bad badKeys) (
 	config.HostKeyAlgorithms = keys.algorithms
 	config.HostKeyCallback = func(_ string, remote net.Addr, key ssh.PublicKey) error {
 		h.trace.greeted(c.net, t)
-		keyErr = keys.check(remote, key)
+		if keyErr = keys.askCommand(ctx, key); keyErr == nil {
+			keyErr = keys.check(remote, key)
+		}
 		verified = keyErr == nil
 		if verified {
 			h.trace.done(StepHostKey, describe(key)+", "+keys.accepted)
@@ -61,6 +65,9 @@ func (h *Host) handshake(ctx context.Context, c *conn, t *Target, bad badKeys) (
 	late := ctx.Err() == context.DeadlineExceeded
 	if late {
 		err = fmt.Errorf("no answer within %v: %w", timeout, err)
+	}
+	if keyErr != nil && !errors.As(keyErr, new(*hostKeyError)) {
+		return nil, nil, h.fail(StepHostKey, CauseHostKeyFiles, keyErr, fixKnownHosts)
 	}
 	if refused, ok := errors.AsType[*hostKeyError](keyErr); ok {
 		return nil, nil, h.fail(StepHostKey, refused.cause, refused, refused.fix)

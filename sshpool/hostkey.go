@@ -2,6 +2,7 @@ package sshpool
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -33,7 +34,7 @@ type hostKeys struct {
 }
 
 // loadHostKeys finds what the host may identify itself with.
-func loadHostKeys(t *Target, log *slog.Logger) (*hostKeys, error) {
+func loadHostKeys(ctx context.Context, t *Target, log *slog.Logger) (*hostKeys, error) {
 	k := &hostKeys{target: t, log: log}
 	k.name, k.bare = t.knownName()
 	var err error
@@ -41,6 +42,9 @@ func loadHostKeys(t *Target, log *slog.Logger) (*hostKeys, error) {
 		k.fixed, err = parseHostKeys(t.given)
 	} else {
 		err = k.readFiles()
+	}
+	if err == nil {
+		err = k.askCommand(ctx, nil)
 	}
 	if err != nil {
 		return nil, err

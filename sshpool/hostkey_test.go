@@ -120,7 +120,7 @@ func TestKnownHosts(t *testing.T) {
 			if key == nil {
 				key = good.PublicKey()
 			}
-			k, err := loadHostKeys(targetAt(t, Config{KnownHostsFiles: names}, addr), slog.New(slog.DiscardHandler))
+			k, err := loadHostKeys(t.Context(), targetAt(t, Config{KnownHostsFiles: names}, addr), slog.New(slog.DiscardHandler))
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -164,7 +164,7 @@ func TestGivenHostKeys(t *testing.T) {
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
-			k, err := loadHostKeys(targetAt(t, Config{HostKey: []byte(tt.text)}, "mac:22"), slog.New(slog.DiscardHandler))
+			k, err := loadHostKeys(t.Context(), targetAt(t, Config{HostKey: []byte(tt.text)}, "mac:22"), slog.New(slog.DiscardHandler))
 			if tt.load != "" {
 				if err == nil || !strings.Contains(err.Error(), tt.load) {
 					t.Errorf("load: %v, want %q", err, tt.load)
@@ -231,7 +231,7 @@ func FuzzKnownHosts(f *testing.F) {
 		if err := os.WriteFile(name, append(text, line...), 0o600); err != nil {
 			t.Fatal(err)
 		}
-		k, err := loadHostKeys(targetAt(t, Config{KnownHostsFiles: []string{name}}, "mac:22"), slog.New(slog.DiscardHandler))
+		k, err := loadHostKeys(t.Context(), targetAt(t, Config{KnownHostsFiles: []string{name}}, "mac:22"), slog.New(slog.DiscardHandler))
 		if err != nil {
 			t.Fatalf("%q: %v", text, err)
 		}

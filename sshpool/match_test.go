@@ -84,3 +84,17 @@ func FuzzPublicOfPrivate(f *testing.F) {
 		}
 	})
 }
+
+// Words with every odd character escaped come back as they were.
+func FuzzSplitArguments(f *testing.F) {
+	f.Add("a b", "c'd")
+	f.Add("\\", "\"")
+	f.Fuzz(func(t *testing.T, one, two string) {
+		_, _ = splitArguments(one)
+		escape := strings.NewReplacer(`\`, `\\`, `"`, `\"`, `'`, `\'`)
+		text := `"` + escape.Replace(one) + "\"\t '" + escape.Replace(two) + "' "
+		if words, err := splitArguments(text); err != nil || len(words) != 2 || words[0] != one || words[1] != two {
+			t.Errorf("%q is split into %q, %v", text, words, err)
+		}
+	})
+}

@@ -10,7 +10,6 @@ import (
 	"strconv"
 	"strings"
 	"sync"
-	"syscall"
 	"time"
 )
 
@@ -151,14 +150,10 @@ func sshArguments(cfg Config) []string {
 
 // askSSH runs ssh -G.
 func askSSH(ctx context.Context, program string, args []string) (sshOptions, error) {
-	cmd := exec.CommandContext(ctx, program, args...)
+	// A session of its own has no terminal to ask somebody at, and ends whole.
+	cmd := childCommand(ctx, append([]string{program}, args...))
 	stdout, stderr := &headBuffer{limit: maxConfigOutput}, &headBuffer{limit: 4 << 10}
 	cmd.Stdout, cmd.Stderr = stdout, stderr
-	cmd.Env = childEnv()
-	// A session of its own has no terminal to ask somebody at, and ends whole.
-	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
-	cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) }
-	cmd.WaitDelay = time.Second
 	err := cmd.Run()
 	switch {
 	case ctx.Err() == context.DeadlineExceeded:

@@ -211,6 +211,9 @@ func (t *Target) expand(o sshOptions, me *localUser) (err error) {
 		}
 		return out
 	}
+	if command := o.one("knownhostscommand"); command != "" && !isNone(command) {
+		t.KnownHostsCommand, t.tokens = command, tok
+	}
 	t.IdentityFiles = paths(o.names("identityfile"))
 	t.Certificates = paths(o.names("certificatefile"))
 	t.UserKnownHosts = homes(o.line("userknownhostsfile"))

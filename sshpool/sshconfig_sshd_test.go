@@ -38,6 +38,15 @@ func writeFile(t testing.TB, name, text string) {
 	}
 }
 
+// replaceFile changes a file in one go, for whoever may be reading it.
+func replaceFile(t testing.TB, name, text string) {
+	t.Helper()
+	writeFile(t, name+".new", text)
+	if err := os.Rename(name+".new", name); err != nil {
+		t.Fatal(err)
+	}
+}
+
 // A logBuffer is a logger's text, to be read while it is written.
 type logBuffer struct {
 	mu  sync.Mutex
@@ -366,6 +375,55 @@ func TestKnownHostsOfConfigWithSSHD(t *testing.T) {
 	}
 }
 
+// KnownHostsCommand prints lines of a known_hosts file.
+func TestKnownHostsCommandWithSSHD(t *testing.T) {
+	t.Parallel()
+	d := sshtest.StartSSHD(t)
+	dir := t.TempDir()
+	asked := filepath.Join(dir, "asked")
+	script := func(name, text string) string {
+		name = filepath.Join(dir, name)
+		if err := os.WriteFile(name, []byte("#!/bin/sh\n"+text+"\n"), 0o700); err != nil {
+			t.Fatal(err)
+		}
+		return "KnownHostsCommand " + name + " %I \"%H\" %t %n"
+	}
+	other := keyLine(sshtest.NewKey().PublicKey())
+	for _, tt := range []struct {
+		name, command string
+		cause         Cause
+	}{
+		{"knows it", script("knows", `echo "$@" >>`+asked+`; echo "$2 `+d.HostKeys()[1]+`"`), ""},
+		{"knows another", script("another", `echo "$2 `+other+`"`), CauseHostKeyChanged},
+		{"knows nothing", script("nothing", "true"), CauseHostKeyUnknown},
+		{"revokes it", script("revokes", `echo "$2 `+d.HostKeys()[0]+`"; echo "@revoked * `+d.HostKeys()[0]+`"`), CauseHostKeyRevoked},
+		{"fails", script("fails", "echo no >&2; exit 3"), CauseHostKeyFiles},
+		{"is not there", "KnownHostsCommand /no/such/command", CauseHostKeyFiles},
+		{"has an unknown token", "KnownHostsCommand /bin/true %Z", CauseHostKeyFiles},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			cfg := configured(t, hostBlock(t, "mac", d, "UserKnownHostsFile none", tt.command))
+			if tt.name != "is not there" { // which ssh takes for no answer
+				sshAgrees(t, cfg, tt.cause == "")
+			}
+			if err := os.Remove(asked); err != nil && tt.cause == "" {
+				t.Error(err)
+			}
+			if tt.cause != "" {
+				mustFail(t, cfg, StepHostKey, tt.cause)
+				return
+			}
+			mustRun(t, Options{}, cfg)
+			text, err := os.ReadFile(asked)
+			name := fmt.Sprintf("[%s]:%d", d.Host, d.Port)
+			want := "ORDER " + name + " NONE mac\nHOSTNAME " + name + " ecdsa-sha2-nistp256 mac\n"
+			if err != nil || string(text) != want {
+				t.Errorf("it was run with %q (%v), want %q", text, err, want)
+			}
+		})
+	}
+}
+
 // ssh_config edited while the host is down counts at the next attempt.
 func TestEditedConfigCounts(t *testing.T) {
 	t.Parallel()
@@ -376,7 +434,7 @@ func TestEditedConfigCounts(t *testing.T) {
 	defer p.Close()
 	h := p.Add(cfg)
 	awaitStatus(t, h, "down twice", func(st Status) bool { return st.ConnectFailures >= 2 })
-	writeFile(t, cfg.SSHOptions[1], hostBlock(t, "mac", d, "Compression yes"))
+	replaceFile(t, cfg.SSHOptions[1], hostBlock(t, "mac", d, "Compression yes"))
 	awaitStatus(t, h, "up", func(st Status) bool { return st.State == Up })
 	if n := strings.Count(log.String(), "ssh option compression"); n != 1 {
 		t.Errorf("%d warnings about Compression, want 1:\n%s", n, log)
@@ -409,7 +467,7 @@ func TestRefreshWithSSHD(t *testing.T) {
 	}
 
 	// A way that leads nowhere changes nothing.
-	writeFile(t, cfg.SSHOptions[1], hostBlock(t, "mac", one, "Port 1"))
+	replaceFile(t, cfg.SSHOptions[1], hostBlock(t, "mac", one, "Port 1"))
 	h.Refresh()
 	st := awaitStatus(t, h, "told of the failure", func(st Status) bool { return st.LastError != nil })
 	if e := mustBe[*ConnectError](t, "LastError", st.LastError); st.State != Up || e.Cause != CauseRefused {
@@ -417,7 +475,7 @@ func TestRefreshWithSSHD(t *testing.T) {
 	}
 	try()
 
-	writeFile(t, cfg.SSHOptions[1], hostBlock(t, "mac", two))
+	replaceFile(t, cfg.SSHOptions[1], hostBlock(t, "mac", two))
 	h.Refresh()
 	awaitStatus(t, h, "connected twice", func(st Status) bool { return st.Connects == 2 })
 	try()
@@ -442,7 +500,7 @@ func TestRefreshWithSSHD(t *testing.T) {
 	// A host that is down is tried at once.
 	two.Close()
 	awaitStatus(t, h, "down", func(st Status) bool { return st.State == Down })
-	writeFile(t, cfg.SSHOptions[1], hostBlock(t, "mac", one))
+	replaceFile(t, cfg.SSHOptions[1], hostBlock(t, "mac", one))
 	h.Refresh()
 	awaitStatus(t, h, "up", func(st Status) bool { return st.State == Up })
 }

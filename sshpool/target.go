@@ -40,11 +40,13 @@ type Target struct {
 	UserKnownHosts  []string
 	OtherKnownHosts []string // GlobalKnownHostsFile
 	HostKeyAlias    string
-	Strict          Strictness
-	HashKnownHosts  bool
-	TrustLocalhost  bool // NoHostAuthenticationForLocalhost
-	RevokedHostKeys []string
-	RequiredRSASize int // bits; 0: any
+	// KnownHostsCommand prints more known_hosts lines; its tokens are left in.
+	KnownHostsCommand string
+	Strict            Strictness
+	HashKnownHosts    bool
+	TrustLocalhost    bool // NoHostAuthenticationForLocalhost
+	RevokedHostKeys   []string
+	RequiredRSASize   int // bits; 0: any
 
 	// ServerAliveInterval and ServerAliveCountMax are 0 for the pool's.
 	ServerAliveInterval time.Duration
@@ -64,6 +66,7 @@ type Target struct {
 	Warnings []string
 
 	lost      []string // errors of Config.IdentityFiles that ssh left out
+	tokens    tokens   // for KnownHostsCommand
 	given     []byte   // Config.HostKey
 	noProgram error    // why ssh was not asked, though it should have been
 }

@@ -14,7 +14,7 @@ import (
 var followed = strings.Fields(`
 	addressfamily bindaddress casignaturealgorithms certificatefile ciphers connecttimeout globalknownhostsfile
 	hashknownhosts host hostkeyalgorithms hostkeyalias hostname identitiesonly identityagent identityfile
-	kexalgorithms macs nohostauthenticationforlocalhost port preferredauthentications proxycommand proxyjump
+	kexalgorithms knownhostscommand macs nohostauthenticationforlocalhost port preferredauthentications proxycommand proxyjump
 	proxyusefdpass pubkeyacceptedalgorithms pubkeyauthentication requiredrsasize revokedhostkeys
 	serveralivecountmax serveraliveinterval setenv stricthostkeychecking user userknownhostsfile
 `)
@@ -45,13 +45,12 @@ var meanings = map[string]string{
 	"dynamicforward":          "nothing is forwarded",
 	"forwardagent":            "no agent is forwarded",
 	"hostbasedauthentication": "only public keys are offered",
-	"knownhostscommand":       "host keys are looked up in files only",
 	"localforward":            "nothing is forwarded",
 	"pkcs11provider":          "load the token's keys into an agent: ssh-add -s PROVIDER",
 	"rekeylimit":              "keys are renewed after that much data, but not after a time",
 	"remotecommand":           "the command asked for is run",
 	"remoteforward":           "nothing is forwarded",
-	"verifyhostkeydns":        "host keys are looked up in files only",
+	"verifyhostkeydns":        "host keys are not looked up in DNS",
 }
 
 // unfollowed describes the options that somebody set to something else than ssh's
