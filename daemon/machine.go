@@ -121,7 +121,8 @@ func (m *machine) sshConfig() sshpool.Config {
 // "~/bin/nix-store" works; the store is quoted, as it was until then.
 func remoteCommand(ref nix.StoreReference) string {
 	if isChroot(ref) {
-		return "nix-daemon --stdio --store " + shellQuote(ref.Path)
+		// This host's own settings may say that nothing is built here.
+		return "nix-daemon --stdio --option max-jobs 1 --option builders '' --store " + shellQuote(ref.Path)
 	}
 	program, words := "nix-store", "--serve --write"
 	if ref.Scheme == "ssh-ng" {
