@@ -43,7 +43,9 @@ type fakeMachine struct {
 	features, mandatory string
 	trust               worker.Trust
 	noise               string
-	late                bool // the site does not wait for it to be up
+	// config is what "nix" prints that is called with words that end in configCommand.
+	config, configCommand string
+	late                  bool // the site does not wait for it to be up
 
 	// build builds in place of the recipe. It should return when ctx ends, which it
 	// does when the client has gone.
@@ -135,6 +137,8 @@ func (m *fakeMachine) run(ctx context.Context, command string, stdin io.Reader, 
 	case strings.HasPrefix(command, "nix-daemon --stdio"):
 		server := workertest.Server{Store: m.store, Noise: m.noise, Trust: m.trust, Build: build}
 		err = server.Serve(in, stdout)
+	case m.config != "" && strings.HasSuffix(command, m.configCommand):
+		_, _ = io.WriteString(stdout, m.config) // the client may have gone
 	default:
 		fmt.Fprintf(stderr, "sh: %s: command not found\n", command)
 		return 127

@@ -137,6 +137,9 @@ func (p *probe) run(ctx context.Context) {
 		p.last = time.Now()
 		p.trust(ctx, r)
 	}
+	if stored && p.opts.Claims {
+		p.claims(ctx)
+	}
 }
 
 // sshStep passes on a step of the connection.
