@@ -25,7 +25,7 @@ UNIT        = $$(go list ./... | grep -v /deploy/integration)
 
 # Programs the tests need, each with the Debian package that brings it.
 TEST_TOOLS = gcc=gcc as=binutils git=git ssh=openssh-client ssh-keygen=openssh-client \
-	ssh-agent=openssh-client sshd=openssh-server nix-store=nix-bin
+	ssh-agent=openssh-client sshd=openssh-server nix-store=nix-bin systemctl=systemd
 
 # Tests for who asks for them with an environment variable: see docs/hacking.md.
 OPT_IN = ^TestGolden
@@ -91,9 +91,12 @@ generate: ## Make the Go code of the gRPC interface anew.
 check-generated: generate ## Check that the committed Go code is what generate makes.
 	git diff --exit-code -- proto/dispatch/v1
 
-install: build ## Install the programs (PREFIX=/usr/local, DESTDIR=).
-	install -d $(DESTDIR)$(PREFIX)/bin
+install: build ## Install programs and systemd units (PREFIX=/usr/local, DESTDIR=).
+	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/lib/systemd/system $(DESTDIR)$(PREFIX)/lib/sysusers.d
 	install -m 755 $(BIN)/nix-dispatchd $(BIN)/nix-dispatch $(BIN)/nix-dispatch-hook $(DESTDIR)$(PREFIX)/bin/
+	sed 's|/usr/local/|$(PREFIX)/|' deploy/systemd/nix-dispatchd.service >$(DESTDIR)$(PREFIX)/lib/systemd/system/nix-dispatchd.service
+	install -m 644 deploy/systemd/nix-dispatchd.socket $(DESTDIR)$(PREFIX)/lib/systemd/system/
+	install -m 644 deploy/systemd/nix-dispatch.sysusers $(DESTDIR)$(PREFIX)/lib/sysusers.d/nix-dispatch.conf
 
 clean: ## Remove what was built.
 	rm -rf bin

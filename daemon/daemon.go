@@ -36,6 +36,13 @@ type Options struct {
 	NixConf *nix.ConfSource
 	// Socket is the path of the gRPC socket.
 	Socket string
+	// Listener is used instead, if it is not nil: one that a service manager keeps.
+	Listener net.Listener
+	// Notify tells a service manager of the daemon's state, in the words of
+	// sd_notify(3). It may be nil.
+	Notify func(state string)
+	// Watchdog is how often, at least, Notify must be called. Zero means never.
+	Watchdog time.Duration
 	// MetricsListen is the TCP address for Prometheus; "" for none.
 	MetricsListen string
 	// StateDir holds what must not be in memory: the logs of builds in progress,
@@ -128,7 +135,7 @@ func New(opts Options) (*Daemon, error) {
 // Run serves until ctx ends, then stops everything it started and returns.
 func (d *Daemon) Run(ctx context.Context) error {
 	d.started = time.Now()
-	listener, err := listenUnix(ctx, d.opts.Socket, GroupName)
+	listener, err := d.listen(ctx)
 	if err != nil {
 		return err
 	}
@@ -145,11 +152,14 @@ func (d *Daemon) Run(ctx context.Context) error {
 	serving.Go(func() { failed <- server.Serve(listener) })
 	serving.Go(func() { d.dispatcher.watchStranded(d.life, d.opts.MachineWait) })
 	serving.Go(func() { d.watchMachines(d.life, d.opts.ReloadPoll) })
+	serving.Go(func() { d.keepTelling(d.life, d.opts.Watchdog) })
 	web := d.serveMetrics(metricsListener, &serving, failed)
 	d.log.Info("ready", "socket", d.opts.Socket, "metrics", d.opts.MetricsListen,
 		"machines", len(d.machines.current().lines), "version", d.opts.Version)
+	d.notify(notifyReady)
 	select {
 	case <-ctx.Done():
+		d.notify(notifyStopping)
 		d.log.Info("shutting down")
 		healthServer.SetServingStatus("", healthpb.HealthCheckResponse_NOT_SERVING)
 		d.drainBuilds()

@@ -14,6 +14,15 @@ import (
 	"time"
 )
 
+// listen returns what the service manager has bound for the daemon, or binds its
+// socket.
+func (d *Daemon) listen(ctx context.Context) (net.Listener, error) {
+	if d.opts.Listener != nil {
+		return d.opts.Listener, nil
+	}
+	return listenUnix(ctx, d.opts.Socket, GroupName)
+}
+
 // listenUnix binds the daemon's socket. A socket that a dead daemon left behind
 // is replaced; one that somebody answers on is an error.
 //

@@ -101,15 +101,23 @@ func run(ctx context.Context, args []string, told signals, stdout, stderr io.Wri
 		return 2
 	}
 	opts.Logger, opts.Hangup, opts.Hurry = newLogger(stderr, level), told.hangup, told.hurry
-	d, err := daemon.New(opts)
+	err = underSystemd(&opts)
 	if err == nil {
-		err = d.Run(ctx)
+		err = serve(ctx, opts)
 	}
 	if err != nil {
 		opts.Logger.Error("nix-dispatchd failed", "err", err)
 		return 1
 	}
 	return 0
+}
+
+func serve(ctx context.Context, opts daemon.Options) error {
+	d, err := daemon.New(opts)
+	if err != nil {
+		return err
+	}
+	return d.Run(ctx)
 }
 
 func parse(args []string, stdout io.Writer) (daemon.Options, slog.Level, error) {

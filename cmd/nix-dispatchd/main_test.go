@@ -26,7 +26,7 @@ func TestListComesFromNixUnlessGiven(t *testing.T) {
 
 func TestUsageNamesEveryFlag(t *testing.T) {
 	var out bytes.Buffer
-	if code := run(t.Context(), []string{"--help"}, nil, &out, io.Discard); code != 0 {
+	if code := run(t.Context(), []string{"--help"}, signals{}, &out, io.Discard); code != 0 {
 		t.Errorf("--help exits with %d", code)
 	}
 	for _, word := range []string{"--builders", "--machines-group", "--socket", "--state-dir", "--metrics-listen", "--machine-wait", "--log-level", "HUP", "Example"} {
@@ -34,7 +34,7 @@ func TestUsageNamesEveryFlag(t *testing.T) {
 			t.Errorf("--help says nothing of %s", word)
 		}
 	}
-	if code := run(t.Context(), []string{"surplus"}, nil, &out, io.Discard); code != 2 {
+	if code := run(t.Context(), []string{"surplus"}, signals{}, &out, io.Discard); code != 2 {
 		t.Errorf("a surplus argument exits with %d, want 2", code)
 	}
 }
