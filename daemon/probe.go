@@ -284,7 +284,7 @@ func (p *probe) trust(ctx context.Context, r *remote) {
 				"neither content-addressed nor signed by a key that the machine trusts are built there again",
 			Fix: "add the user to trusted-users in nix.conf there, and restart nix-daemon"})
 	default:
-		p.done(stepTrust, "not known%s", how)
+		p.done(stepTrust, "not known whether the user is trusted there%s", how)
 	}
 }
 
@@ -292,7 +292,7 @@ func (p *probe) trust(ctx context.Context, r *remote) {
 // nor whether that trusts us. The nix-daemon beside it does, where the user may
 // run it, too. Anything odd means that it is not known.
 func (p *probe) askDaemon(ctx context.Context) (worker.Trust, string) {
-	const unknown = ": the serve protocol does not tell, and nix-daemon cannot be asked"
+	const unknown = ": its protocol does not tell, and nix-daemon beside it cannot be asked"
 	line, ok := daemonBeside(p.m.line)
 	if !ok {
 		return worker.TrustUnknown, unknown
@@ -311,9 +311,6 @@ func (p *probe) askDaemon(ctx context.Context) (worker.Trust, string) {
 	}
 	defer r.hangUp()
 	how := fmt.Sprintf(" (says its nix-daemon, Nix %s)", r.store.(workerStore).c.NixVersion())
-	if r.store.trust() == worker.TrustUnknown {
-		return worker.TrustUnknown, how
-	}
 	return r.store.trust(), how
 }
 

@@ -94,11 +94,13 @@ func (h *Host) dialError(t *Target, err error, timeout time.Duration, late bool)
 	dns, isDNS := errors.AsType[*net.DNSError](err)
 	network, isNetwork := errors.AsType[net.Error](err)
 	switch {
-	case isDNS && !dns.IsTimeout:
+	case isDNS && dns.IsNotFound:
 		return h.fail(StepResolve, CauseHostUnknown, err,
 			fmt.Sprintf("correct the name, or add %q to DNS, /etc/hosts or ssh_config", t.Host))
-	case isDNS:
+	case isDNS && dns.IsTimeout:
 		return h.fail(StepResolve, CauseTimeout, err, "look whether the name server answers")
+	case isDNS:
+		return h.fail(StepResolve, CauseHostUnknown, err, "look at /etc/resolv.conf, and whether the name server can be reached")
 	case late:
 		err = fmt.Errorf("no answer within %v: %w", timeout, err)
 		fallthrough

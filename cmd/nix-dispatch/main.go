@@ -54,6 +54,7 @@ func commands() []command {
 		{"build", "[OPTION]... DRV...", "build derivations on the machines", runBuild},
 		{"status", "[--json]", "show machines and builds", runStatus},
 		{"ping", "[--json] URI|MACHINE...", "try the way to machines, step by step", runPing},
+		{"doctor", "[--json]", "look for what keeps builds from the machines", runDoctor},
 		{"explain", "DRV|--system S", "tell where a build can go, and why not elsewhere", runExplain},
 		{"history", "[--json] [--failed]", "show builds that have ended", runHistory},
 		{"log", "[--follow] BUILD|DRV", "print the log of a build", runLog},

@@ -1,0 +1,226 @@
+package main
+
+import (
+	"cmp"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+
+	"nixdispatch/proto/nix"
+)
+
+// This file finds out whether Nix asks nix-dispatch. There are two who ask: the
+// running nix-daemon, for everybody, and root's own nix build, which opens the
+// store without it.
+
+// hookSubject and rootSubject are what the findings are about.
+const (
+	hookSubject = "build-hook"
+	rootSubject = "root's own builds"
+)
+
+// A hookSetting is a value of build-hook and where it stands.
+type hookSetting struct{ value, where string }
+
+// lookAtHook tells whether Nix of this version runs nix-dispatch.
+func (h *host) lookAtHook(version string, tell func(finding)) {
+	v := hookRules(version)
+	d, err := h.findNixDaemon()
+	if err != nil {
+		h.lookAtFilesAlone(v, err, tell)
+		return
+	}
+	set, err := h.daemonHook(d, v)
+	if err != nil {
+		tell(problem(hookSubject, "correct that line: Nix rejects it, too", "%v", err))
+		return
+	}
+	tell(h.judge(set, v, d.env))
+	h.lookAtRoot(v, tell)
+}
+
+// rules are what a version of Nix makes of build-hook.
+type rules struct {
+	version string
+	// ignoresFile: it does not heed the system's nix.conf, as 2.25 to 2.33 (measured
+	// with 2.26.3).
+	ignoresFile bool
+	// onePath: it takes a path and no arguments, until 2.16 (src/libstore/globals.hh).
+	onePath bool
+}
+
+func hookRules(version string) rules {
+	var major, minor int
+	_, _ = fmt.Sscanf(version, "%d.%d", &major, &minor) // zeros will do
+	return rules{version, major == 2 && 25 <= minor && minor <= 33, major == 2 && minor < 17}
+}
+
+// howTo says how nix-dispatch is switched on.
+func (v rules) howTo() string {
+	hook := "/usr/local/bin/nix-dispatch-hook"
+	if self, err := os.Executable(); err == nil {
+		if beside := filepath.Join(filepath.Dir(self), "nix-dispatch-hook"); runnable(beside) {
+			hook = beside
+		}
+	}
+	if v.ignoresFile {
+		return fmt.Sprintf("put NIX_CONFIG=build-hook = %s into nix-daemon's environment, and restart it", hook)
+	}
+	return fmt.Sprintf("put build-hook = %s into /etc/nix/nix.conf, and restart nix-daemon", hook)
+}
+
+func runnable(path string) bool {
+	info, err := os.Stat(path)
+	return err == nil && info.Mode().IsRegular() && info.Mode().Perm()&0o111 != 0
+}
+
+// judge is about what nix-daemon runs for builds.
+func (h *host) judge(set hookSetting, v rules, env map[string]string) finding {
+	program, ours, arguments := hookProgram(set.value)
+	inFile, _ := h.fileHook(env)
+	_, fileIsOurs, _ := hookProgram(inFile.value)
+	switch {
+	case !ours && v.ignoresFile && fileIsOurs:
+		return problem(hookSubject, v.howTo(), "%s sets it, and Nix %s ignores it there", inFile.where, v.version)
+	case set.value == "":
+		return problem(hookSubject, v.howTo(), "it is not set: Nix's own builds do not use nix-dispatch")
+	case !ours:
+		return problem(hookSubject, v.howTo(), "%s sets it to %q, which is not nix-dispatch", set.where, set.value)
+	case v.onePath && arguments:
+		return problem(hookSubject, v.howTo(), "%s sets it to %q, but Nix %s takes a path without arguments", set.where, set.value, v.version)
+	case !runnable(program):
+		return problem(hookSubject, v.howTo(), "%s names %q, which cannot be run", set.where, program)
+	default:
+		return fine(hookSubject, "nix-daemon runs %s (set by %s)", set.value, set.where)
+	}
+}
+
+// lookAtFilesAlone is for who may not see what nix-daemon was started with.
+func (h *host) lookAtFilesAlone(v rules, reason error, tell func(finding)) {
+	set, err := h.fileHook(map[string]string{"NIX_CONF_DIR": h.getenv("NIX_CONF_DIR")})
+	_, ours, _ := hookProgram(set.value)
+	if err == nil && ours && !v.ignoresFile {
+		tell(h.judge(set, v, nil))
+		return
+	}
+	why := "nix-daemon's environment cannot be seen"
+	if errors.Is(reason, errNoNixDaemon) {
+		why = reason.Error()
+	}
+	tell(warning(hookSubject, "run this as root", "not known whether Nix runs nix-dispatch: %s", why))
+}
+
+// daemonHook is the value that counts for a nix-daemon: on its command line, in
+// its environment, in root's configuration files, in the system's.
+func (h *host) daemonHook(d *nixDaemon, v rules) (hookSetting, error) {
+	set := hookSetting{}
+	for i, arg := range d.args {
+		rest := d.args[i+1:]
+		switch {
+		case arg == "--option" && len(rest) > 1 && rest[0] == "build-hook":
+			set = hookSetting{rest[1], "nix-daemon's command line"}
+		case arg == "--build-hook" && len(rest) > 0:
+			set = hookSetting{rest[0], "nix-daemon's command line"}
+		}
+	}
+	if set.value != "" {
+		return set, nil
+	}
+	set, err := h.environmentHook(d.env, "nix-daemon's")
+	if err == nil && set.value == "" {
+		set, err = h.userHook(d.env, h.rootHome)
+	}
+	if err == nil && set.value == "" && !v.ignoresFile {
+		set, err = h.fileHook(d.env)
+	}
+	return set, err
+}
+
+// lookAtRoot is about builds that root begins, which do not pass nix-daemon.
+func (h *host) lookAtRoot(v rules, tell func(finding)) {
+	env := map[string]string{}
+	if h.uid == 0 {
+		for _, name := range []string{"NIX_CONFIG", "NIX_CONF_DIR", "NIX_USER_CONF_FILES", "XDG_CONFIG_HOME", "XDG_CONFIG_DIRS"} {
+			env[name] = h.getenv(name)
+		}
+	}
+	set, err := h.environmentHook(env, "your")
+	if err == nil && set.value == "" {
+		set, err = h.userHook(env, h.rootHome)
+	}
+	if err == nil && set.value == "" && !v.ignoresFile {
+		set, err = h.fileHook(env)
+	}
+	_, ours, _ := hookProgram(set.value)
+	switch {
+	case err != nil:
+		tell(problem(rootSubject, "correct that line: Nix rejects it, too", "%v", err))
+	case ours:
+		tell(fine(rootSubject, "they run %s (set by %s)", set.value, set.where))
+	case h.uid != 0:
+		tell(warning(rootSubject, "run this as root", "not known whether they use nix-dispatch: root's configuration cannot be seen"))
+	default:
+		tell(warning(rootSubject, fmt.Sprintf("put build-hook = ... into %s/.config/nix/nix.conf, too", h.rootHome),
+			"they do not pass nix-daemon, and do not use nix-dispatch"))
+	}
+}
+
+// conf is Nix's configuration with some environment, without the files that skip
+// picks.
+func (h *host) conf(env map[string]string, home string, skip func(path string) bool) nix.ConfSource {
+	return nix.ConfSource{
+		Getenv: func(name string) string { return env[name] },
+		Home:   home,
+		ReadFile: func(path string) ([]byte, error) {
+			if skip(path) {
+				return nil, fs.ErrNotExist
+			}
+			return h.readFile(path)
+		},
+	}
+}
+
+func setting(c nix.ConfSource, where string) (hookSetting, error) {
+	value, _, err := c.Setting("build-hook")
+	return hookSetting{value, where}, err
+}
+
+// environmentHook is the value that NIX_CONFIG gives.
+func (h *host) environmentHook(env map[string]string, whose string) (hookSetting, error) {
+	all := func(string) bool { return true }
+	return setting(h.conf(map[string]string{"NIX_CONFIG": env["NIX_CONFIG"]}, "", all), "NIX_CONFIG in "+whose+" environment")
+}
+
+// userHook is the value that a user's configuration files give.
+func (h *host) userHook(env map[string]string, home string) (hookSetting, error) {
+	system := systemConf(env)
+	env = without(env, "NIX_CONFIG")
+	return setting(h.conf(env, cmp.Or(env["HOME"], home), func(path string) bool { return path == system }), "root's nix.conf")
+}
+
+// fileHook is the value that the system's configuration file gives.
+func (h *host) fileHook(env map[string]string) (hookSetting, error) {
+	env = without(env, "NIX_CONFIG")
+	env["NIX_USER_CONF_FILES"] = noFile
+	return setting(h.conf(env, "", func(path string) bool { return path == noFile }), systemConf(env))
+}
+
+// noFile is the name of no file.
+const noFile = "/dev/null/none"
+
+func systemConf(env map[string]string) string {
+	return nix.ConfSource{Getenv: func(name string) string { return env[name] }}.ConfDir() + "/nix.conf"
+}
+
+// without is a copy of an environment without a variable.
+func without(env map[string]string, name string) map[string]string {
+	out := make(map[string]string, len(env))
+	for k, v := range env {
+		if k != name {
+			out[k] = v
+		}
+	}
+	return out
+}
