@@ -57,6 +57,11 @@ func (s *site) compareHooks(name string, ours, stock []string) float64 {
 	before := s.timeBuilds("before"+name, builds, ours)
 	theirs := s.timeBuilds("stock"+name, builds, stock)
 	after := s.timeBuilds("after"+name, builds, ours)
+	for line := range strings.Lines(s.daemon.log.String()) {
+		if strings.Contains(line, "level=WARN") { // what may have taken the time
+			s.t.Log(line)
+		}
+	}
 	ratio := 2 * float64(theirs) / float64(before+after)
 	s.t.Logf("%d builds with Nix %s: %s and %s through nix-dispatch, %s through the stock hook: 1/%.1f",
 		builds, s.client.NixVersion(), before.Round(time.Millisecond), after.Round(time.Millisecond),
