@@ -236,7 +236,7 @@ func (p *pinger) byCaller(ctx context.Context, pg *ping) int {
 	if err != nil {
 		return fail(exitFailed, err)
 	}
-	var stderr strings.Builder
+	var stderr firstWords
 	cmd := exec.CommandContext(ctx, program, "probe", "--json", "--timeout", p.timeout.String(), "--", pg.report.Machine)
 	cmd.Cancel = func() error { return cmd.Process.Signal(os.Interrupt) } // it may have children
 	cmd.WaitDelay = 5 * time.Second
@@ -252,7 +252,7 @@ func (p *pinger) byCaller(ctx context.Context, pg *ping) int {
 	_, _ = io.Copy(io.Discard, out)
 	err = cmd.Wait()
 	exit, exited := errors.AsType[*exec.ExitError](err)
-	said, _, _ := strings.Cut(strings.TrimPrefix(stderr.String(), "nix-dispatchd probe: "), "\n")
+	said, _, _ := strings.Cut(strings.TrimPrefix(string(stderr), "nix-dispatchd probe: "), "\n")
 	switch {
 	case ctx.Err() != nil:
 		return fail(exitInterrupted, errors.New("interrupted"))
@@ -270,6 +270,18 @@ func (p *pinger) byCaller(ctx context.Context, pg *ping) int {
 		return exitOK
 	}
 }
+
+// firstWords keeps the beginning of what is written to it.
+type firstWords []byte
+
+// Write never fails.
+func (w *firstWords) Write(p []byte) (int, error) {
+	*w = append(*w, p[:min(len(p), maxWords-len(*w))]...)
+	return len(p), nil
+}
+
+// maxWords bounds them, in bytes.
+const maxWords = 4 << 10
 
 // findDispatchd finds the daemon's program: beside this one, else in PATH.
 func findDispatchd() (string, error) {
