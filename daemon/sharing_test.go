@@ -288,7 +288,12 @@ func TestManyBuildsAtOnce(t *testing.T) {
 	s := newSite(t, m, m2)
 	for _, machine := range []*fakeMachine{m, m2} {
 		machine.buildWith(func(_ context.Context, req wiretest.BuildRequest) nix.BuildResult {
-			time.Sleep(5 * time.Millisecond)
+			// Until all slots have been in use once, builds last.
+			s.eventually("all slots of "+machine.name+" are in use", func() bool {
+				machine.mu.Lock()
+				defer machine.mu.Unlock()
+				return machine.mostBusy >= machine.slots
+			})
 			return s.recipe(req.DrvPath).build(machine.store, req)
 		})
 	}
