@@ -28,6 +28,7 @@ type build struct {
 	substitute bool   // whether the machine may substitute inputs
 	local      bool   // whether the caller's own Nix could build it
 	lease      *lease // on the list of machines that it goes by
+	store      *localStore
 	since      time.Time
 
 	feed   *feed
@@ -53,6 +54,23 @@ type build struct {
 	hooks           map[*hookFollower]struct{}
 	handOverChanged chan struct{} // closed and replaced when hooks changes
 }
+
+// A drvKey is a derivation of a store.
+type drvKey struct {
+	store   string
+	drvPath nix.StorePath
+}
+
+// A buildKey is what callers have in common who share a build: the derivation and
+// the list of machines.
+type buildKey struct {
+	drvKey
+	list string
+}
+
+func (b *build) drvKey() drvKey { return drvKey{b.store.key, b.drvPath} }
+
+func (b *build) key() buildKey { return buildKey{b.drvKey(), b.lease.key} }
 
 func (b *build) request() scheduler.Request {
 	return scheduler.Request{
@@ -256,7 +274,7 @@ func (d *Daemon) attempt(ctx context.Context, b *build) (outcome, error) {
 	ctx, stop := d.untilMoved(ctx, b, place)
 	defer stop()
 	// nix-store --serve substitutes nothing any more after its first build.
-	r, err := m.open(ctx, b.substitute && !m.ng)
+	r, err := m.open(ctx, b.substitute && !m.ng, b.store)
 	if err != nil {
 		return outcome{}, contextCause(ctx, err)
 	}

@@ -36,7 +36,7 @@ type hookClient struct {
 
 // hello is what the hook of a Nix says that cannot build anything itself.
 func (s *site) hello() *dispatchv1.Hello {
-	return &dispatchv1.Hello{Builders: s.d.opts.Builders}
+	return &dispatchv1.Hello{Builders: s.d.opts.Builders, Environment: []string{"NIX_STORE_DIR=" + s.dir, "NIX_DAEMON_SOCKET_PATH=" + s.local.socket}}
 }
 
 // hook starts a hook process; change may alter what it says first.

@@ -57,7 +57,7 @@ func inputRoots(drv *nix.Derivation, outputsOf func(nix.StorePath) (map[string]n
 
 // inputClosure is the closure of a derivation's inputs by the local store's own
 // knowledge.
-func (s localStore) inputClosure(ctx context.Context, drv *nix.Derivation) ([]nix.StorePath, error) {
+func (s *localStore) inputClosure(ctx context.Context, drv *nix.Derivation) ([]nix.StorePath, error) {
 	roots, err := inputRoots(drv, func(p nix.StorePath) (map[string]nix.StorePath, error) {
 		input, err := s.derivation(p)
 		if err != nil {

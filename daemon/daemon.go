@@ -64,6 +64,9 @@ type Options struct {
 	DrainTimeout time.Duration
 	// Hurry ends that time when it can be received from. It may be nil.
 	Hurry <-chan struct{}
+	// PerUser makes the daemon its own user's only: nobody else but root may call, and
+	// requests may be about any store of this host.
+	PerUser bool
 	// Version is the program's own, for status and metrics.
 	Version string
 	// Logger gets the daemon's log. It must not be nil.
@@ -76,7 +79,7 @@ type Daemon struct {
 	log     *slog.Logger
 	started time.Time
 
-	local      localStore
+	stores     *stores
 	machines   *machines
 	dispatcher *dispatcher
 	metrics    *metrics
@@ -110,12 +113,16 @@ func New(opts Options) (*Daemon, error) {
 	if err := os.MkdirAll(opts.StateDir, 0o700); err != nil {
 		return nil, fmt.Errorf("state directory: %w", err)
 	}
+	local, err := newStores(opts)
+	if err != nil {
+		return nil, err
+	}
 	d := &Daemon{
 		opts:       opts,
 		log:        opts.Logger,
 		copyStall:  copyStall,
 		pings:      make(chan struct{}, maxPings),
-		local:      newLocalStore(),
+		stores:     local,
 		machines:   newMachines(opts.Logger),
 		dispatcher: newDispatcher(opts.Logger),
 	}
@@ -146,7 +153,7 @@ func (d *Daemon) Run(ctx context.Context) error {
 	d.openRecord()
 	pool := sshpool.New(d.ssh)
 	d.begin(pool)
-	server, healthServer := newGRPCServer(d, gate{own: uint32(os.Geteuid()), group: GroupName}) //nolint:gosec // a uid
+	server, healthServer := newGRPCServer(d, gate{own: uint32(os.Geteuid()), group: d.group()}) //nolint:gosec // a uid
 	failed := make(chan error, 2)
 	var serving sync.WaitGroup
 	serving.Go(func() { failed <- server.Serve(listener) })
@@ -197,6 +204,14 @@ func (d *Daemon) serveMetrics(l net.Listener, serving *sync.WaitGroup, failed ch
 		}
 	})
 	return web
+}
+
+// group may submit builds, too; "" for none.
+func (d *Daemon) group() string {
+	if d.opts.PerUser {
+		return ""
+	}
+	return GroupName
 }
 
 // stopGrace bounds how long callers are given to hear how their builds ended.

@@ -8,7 +8,6 @@ import (
 	"time"
 
 	dispatchv1 "nixdispatch/proto/dispatch/v1"
-	"nixdispatch/proto/nix"
 	"nixdispatch/scheduler"
 )
 
@@ -21,8 +20,8 @@ type dispatcher struct {
 	mu     sync.Mutex
 	queue  *scheduler.Queue
 	builds map[scheduler.BuildID]*build
-	// byDrv finds the build that callers of the same derivation share.
-	byDrv  map[nix.StorePath]*build
+	// shared finds the build that callers of the same derivation share.
+	shared map[buildKey]*build
 	lastID scheduler.BuildID
 	visits uint64
 }
@@ -32,7 +31,7 @@ func newDispatcher(log *slog.Logger) *dispatcher {
 		log:    log,
 		queue:  scheduler.New(),
 		builds: make(map[scheduler.BuildID]*build),
-		byDrv:  make(map[nix.StorePath]*build),
+		shared: make(map[buildKey]*build),
 	}
 }
 
@@ -73,7 +72,7 @@ func (d *dispatcher) submitLocked(b *build) {
 	b.id = d.lastID
 	b.place.changed = make(chan struct{})
 	d.builds[b.id] = b
-	d.byDrv[b.drvPath] = b
+	d.shared[b.key()] = b
 	d.carryOutLocked(d.queue.Enqueue(b.request()))
 }
 
@@ -88,8 +87,8 @@ func (d *dispatcher) remove(b *build) {
 
 // forgetLocked lets no further caller join the build.
 func (d *dispatcher) forgetLocked(b *build) {
-	if d.byDrv[b.drvPath] == b {
-		delete(d.byDrv, b.drvPath)
+	if d.shared[b.key()] == b {
+		delete(d.shared, b.key())
 	}
 }
 

@@ -14,22 +14,26 @@ import (
 func (s *server) Explain(_ context.Context, req *dispatchv1.ExplainRequest) (*dispatchv1.ExplainResponse, error) {
 	r := scheduler.Request{System: req.GetSystem(), Features: req.GetFeatures()}
 	var drv *nix.Derivation
-	var drvPath nix.StorePath
+	var asked drvKey
 	switch {
 	case req.GetDrvPath() != "":
-		targets, err := s.d.parseTargets([]string{req.GetDrvPath()})
+		store, err := s.d.stores.find(req.GetStore(), req.GetEnvironment())
 		if err != nil {
 			return nil, toStatus(err)
 		}
-		drvPath = targets[0].drvPath
-		if drv, err = s.d.local.derivation(drvPath); err != nil {
+		targets, err := store.parseTargets([]string{req.GetDrvPath()})
+		if err != nil {
+			return nil, toStatus(err)
+		}
+		asked = drvKey{store.key, targets[0].drvPath}
+		if drv, err = store.derivation(asked.drvPath); err != nil {
 			return nil, toStatus(requestFault(err))
 		}
 		r.System, r.Features = drv.Platform, drv.RequiredSystemFeatures()
 	case r.System == "":
 		return nil, toStatus(fmt.Errorf("%w: neither a derivation nor a system is given", errBadRequest))
 	}
-	id, e := s.d.dispatcher.explainDrv(drvPath, r)
+	id, e := s.d.dispatcher.explainDrv(asked, r)
 	out := explanation(e)
 	out.BuildId = uint64(id)
 	out.Text = e.Text(0)
@@ -59,12 +63,13 @@ func notes(drv *nix.Derivation) []string {
 	return notes
 }
 
-// explainDrv explains the build of a derivation that is in progress, else a
+// explainDrv explains the build of a derivation that is in progress on the
+// daemon's own machines, else a
 // build such as r.
-func (d *dispatcher) explainDrv(drvPath nix.StorePath, r scheduler.Request) (scheduler.BuildID, scheduler.Explanation) {
+func (d *dispatcher) explainDrv(drv drvKey, r scheduler.Request) (scheduler.BuildID, scheduler.Explanation) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if b := d.byDrv[drvPath]; b != nil {
+	if b := d.shared[buildKey{drvKey: drv}]; b != nil {
 		if e, ok := d.queue.ExplainBuild(b.id); ok {
 			return b.id, e
 		}

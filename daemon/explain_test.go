@@ -141,7 +141,7 @@ func TestOwnStoreIsRefused(t *testing.T) {
 		s := newSiteWith(t, siteConfig{machines: []*fakeMachine{own, other}, prepare: func(s *site) {
 			own.store = s.local.store
 			// Everything of this host's store was copied to the other, the usual mark, too.
-			other.store.PutFile(s.d.local.marks.usual(s.dir).info.Path, "a copy")
+			other.store.PutFile(s.d.stores.own.marks.usual(s.dir).info.Path, "a copy")
 		}})
 		s.eventually("it is refused", func() bool {
 			st := s.machineStatus(own)

@@ -8,7 +8,6 @@ import (
 	"io/fs"
 	"maps"
 	"os"
-	"path/filepath"
 	"slices"
 	"strings"
 	"sync/atomic"
@@ -40,7 +39,7 @@ const (
 // fetchOutputs brings the outputs that the local store lacks, references first,
 // and registers them there.
 func (a *attempt) fetchOutputs(ctx context.Context) error {
-	conn, err := a.d.local.open(ctx)
+	conn, err := a.b.store.open(ctx)
 	if err != nil {
 		return err
 	}
@@ -158,7 +157,7 @@ var errStalled = errors.New("nix-daemon made no progress")
 // inside nix-daemon, where nothing can be seen or asked.
 func (f *fetch) awaitLock(ctx context.Context, p nix.StorePath) (valid bool, err error) {
 	for polls := 0; ; polls++ {
-		held, err := lockHeld(filepath.Join(f.d.local.dir, p.Base()+".lock"))
+		held, err := lockHeld(f.b.store.Real(p) + ".lock")
 		if err != nil {
 			return false, &localError{doing: "look at output lock", err: err}
 		}
@@ -226,7 +225,7 @@ func (f *fetch) importOnce(ctx context.Context, info nix.PathInfo) error {
 		return context.Cause(ctx)
 	case watch.stalled():
 		f.conn.Close()
-		conn, err := f.d.local.open(ctx)
+		conn, err := f.b.store.open(ctx)
 		if err != nil {
 			return err
 		}

@@ -70,7 +70,7 @@ var errFirstFailure = errors.New("another derivation failed")
 // realise builds the derivation where it can be and tells the caller how it
 // ended. A build that was cut off by the end of the realisation has not failed.
 func (g *goal) realise(ctx context.Context) (ok bool) {
-	b := g.r.d.newBuild(g.drvPath, g.drv, g.r.substitute, g.r.caller)
+	b := g.r.d.newBuild(g.r.store, g.drvPath, g.drv, g.r.substitute, g.r.caller)
 	b.lease = g.r.lease
 	followed, o, err := g.build(ctx, b)
 	if err != nil {
@@ -138,7 +138,7 @@ func (g *goal) awaitInputs(ctx context.Context) error {
 func (g *goal) inputsThere() (bool, error) {
 	r := g.r
 	for input := range g.drv.InputDrvs {
-		drv, err := r.d.local.derivation(input)
+		drv, err := r.store.derivation(input)
 		if err != nil || !drv.AllOutputsKnown() {
 			return false, err // the store may learn its paths yet
 		}
@@ -198,12 +198,12 @@ func (g *goal) buildLocally(ctx context.Context, b *build) (outcome, error) {
 }
 
 func (g *goal) askLocalNix(ctx context.Context, b *build) outcome {
-	conn, err := g.r.d.local.connect(ctx, &workerLog{log: b.feed})
+	conn, err := g.r.store.connect(ctx, &workerLog{log: b.feed})
 	if err != nil {
 		return outcomeOf(err)
 	}
 	defer conn.Close()
-	defer g.r.d.leftLocal.add(g.drvPath)()
+	defer g.r.d.leftLocal.add(b.drvKey())()
 	result, err := buildAll(conn.Client, g.drvPath)
 	if cause := context.Cause(ctx); err != nil && cause != nil {
 		return outcomeOf(cause)
@@ -235,7 +235,7 @@ func (r *realisation) outputsLocked(drvPath nix.StorePath) (map[string]nix.Store
 	if known, ok := r.outputs[drvPath]; ok {
 		return known, nil
 	}
-	drv, err := r.d.local.derivation(drvPath)
+	drv, err := r.store.derivation(drvPath)
 	if err != nil {
 		return nil, err
 	}

@@ -3,7 +3,6 @@ package daemon
 import (
 	"cmp"
 	"context"
-	"fmt"
 	"strings"
 	"sync"
 	"time"
@@ -30,6 +29,7 @@ type hookConversation struct {
 	stream   grpc.BidiStreamingServer[dispatchv1.HookRequest, dispatchv1.HookResponse]
 	caller   caller
 	settings *dispatchv1.Hello
+	store    *localStore // that they mean; nil before the first question
 	// lease is on the list that the settings mean; nil before the first question.
 	lease *lease
 	// requests are what the hook says; closed when it has gone.
@@ -203,7 +203,7 @@ func (h *hookConversation) inputs(ctx context.Context, drv *nix.Derivation, star
 	if h.caller.commands() {
 		return storePaths(start.GetInputs())
 	}
-	return h.d.local.inputClosure(ctx, drv)
+	return h.store.inputClosure(ctx, drv)
 }
 
 func finished(b *build, o outcome) *dispatchv1.BuildEvent {
@@ -223,8 +223,9 @@ func (h *hookConversation) decide(try *dispatchv1.Try) (*dispatchv1.Reply, *hook
 	if strings.TrimSpace(h.settings.GetBuilders()) == "" {
 		return reply(dispatchv1.Reply_ACTION_DECLINE_PERMANENTLY, "no machines are set"), nil
 	}
-	if why := h.foreign(); why != "" {
-		return reply(dispatchv1.Reply_ACTION_STOCK, why), nil
+	var err error
+	if h.store, err = h.d.stores.find(h.settings.GetStore(), h.settings.GetEnvironment()); err != nil {
+		return reply(dispatchv1.Reply_ACTION_STOCK, err.Error()), nil
 	}
 	if err := h.useList(); err != nil {
 		return reply(dispatchv1.Reply_ACTION_STOCK, err.Error()), nil
@@ -236,7 +237,7 @@ func (h *hookConversation) decide(try *dispatchv1.Try) (*dispatchv1.Reply, *hook
 	if err != nil {
 		return reply(dispatchv1.Reply_ACTION_STOCK, err.Error()), nil
 	}
-	drv, err := h.d.local.derivation(drvPath)
+	drv, err := h.store.derivation(drvPath)
 	if err != nil {
 		return reply(dispatchv1.Reply_ACTION_STOCK, err.Error()), nil
 	}
@@ -244,16 +245,6 @@ func (h *hookConversation) decide(try *dispatchv1.Try) (*dispatchv1.Reply, *hook
 		return reply(dispatchv1.Reply_ACTION_STOCK, "its output paths are not known beforehand"), nil
 	}
 	return h.offer(try, drvPath, drv)
-}
-
-// foreign says why the request is not one for this daemon, "" if it is.
-func (h *hookConversation) foreign() string {
-	switch store := h.settings.GetStore(); store {
-	case "", "auto", "daemon", "local", "unix://", "unix://" + h.d.local.socket:
-	default:
-		return fmt.Sprintf("the store %q is not the one this daemon serves", store)
-	}
-	return ""
 }
 
 // useList leases the list that the builders setting means. The daemon's own may
@@ -269,9 +260,9 @@ func (h *hookConversation) useList() error {
 
 // offer puts the derivation to the scheduler.
 func (h *hookConversation) offer(try *dispatchv1.Try, drvPath nix.StorePath, drv *nix.Derivation) (*dispatchv1.Reply, *hookFollower) {
-	b := h.d.newBuild(drvPath, drv, h.settings.GetBuildersUseSubstitutes(), h.caller)
+	b := h.d.newBuild(h.store, drvPath, drv, h.settings.GetBuildersUseSubstitutes(), h.caller)
 	b.local, b.lease = h.couldBuildLocally(drv), h.lease
-	if b.local && h.d.leftLocal.has(drvPath) {
+	if b.local && h.d.leftLocal.has(b.drvKey()) {
 		return reply(dispatchv1.Reply_ACTION_DECLINE, "nix-dispatch build left it to the local Nix"), nil
 	}
 	f := &hookFollower{follower: &follower{limits: limitsFrom(h.settings.GetLimits())}}

@@ -2,8 +2,6 @@ package daemon
 
 import (
 	"sync"
-
-	"nixdispatch/proto/nix"
 )
 
 // leftLocal are the derivations that Build calls have left to the local Nix. It
@@ -11,28 +9,28 @@ import (
 // build, too. The zero value is ready to use. Safe for concurrent use.
 type leftLocal struct {
 	mu   sync.Mutex
-	drvs map[nix.StorePath]int // how many calls wait for it
+	drvs map[drvKey]int // how many calls wait for it
 }
 
 // add notes a derivation until remove is called.
-func (l *leftLocal) add(drvPath nix.StorePath) (remove func()) {
+func (l *leftLocal) add(drv drvKey) (remove func()) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if l.drvs == nil {
-		l.drvs = make(map[nix.StorePath]int)
+		l.drvs = make(map[drvKey]int)
 	}
-	l.drvs[drvPath]++
+	l.drvs[drv]++
 	return func() {
 		l.mu.Lock()
 		defer l.mu.Unlock()
-		if l.drvs[drvPath]--; l.drvs[drvPath] == 0 {
-			delete(l.drvs, drvPath)
+		if l.drvs[drv]--; l.drvs[drv] == 0 {
+			delete(l.drvs, drv)
 		}
 	}
 }
 
-func (l *leftLocal) has(drvPath nix.StorePath) bool {
+func (l *leftLocal) has(drv drvKey) bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	return l.drvs[drvPath] > 0
+	return l.drvs[drv] > 0
 }

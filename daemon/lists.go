@@ -93,7 +93,7 @@ func (d *Daemon) adoptNamed(l *lease) error {
 	if d.refusing() {
 		return errShutdown
 	}
-	made := func(line nix.Machine) *machine { return newMachine(line, d.local, d.log) }
+	made := func(line nix.Machine) *machine { return newMachine(line, d.checkedStore(), d.log) }
 	ms, ok := d.machines.name(l, made, r.pool)
 	if !ok {
 		return fmt.Errorf("%w: %d other lists are in use, more than that are not served", errBadList, maxNamed)

@@ -8,9 +8,7 @@ import (
 	"io/fs"
 	"net"
 	"os"
-	"os/exec"
-	"path/filepath"
-	"sync"
+	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -19,48 +17,40 @@ import (
 	"nixdispatch/proto/nix/worker"
 )
 
-// defaultNixSocket is where nix-daemon listens unless NIX_DAEMON_SOCKET_PATH
-// says otherwise.
-const defaultNixSocket = "/nix/var/nix/daemon-socket/socket"
-
 // localHandshakeTimeout bounds connecting to the local nix-daemon.
 const localHandshakeTimeout = 30 * time.Second
 
-// A localStore is the store of this host, spoken to through its nix-daemon:
-// never by writing into the store directory or its database.
+// A localStore is a store of this host, spoken to through nix-daemon: never by
+// writing into the store directory or its database.
 type localStore struct {
-	// socket is nix-daemon's. Where there is none (a single-user installation),
-	// nix-daemon --stdio is started as a child instead.
-	socket string
-	// dir is the store directory.
-	dir string
+	// LocalStore says where it is. Where nothing listens on its Socket (a single-user
+	// installation, a private store), nix-daemon --stdio is started as a child.
+	nix.LocalStore
+	// key names it; "" is the daemon's own.
+	key string
+	// daemonArgs are the arguments of that child, and env its environment.
+	daemonArgs, env []string
 	// idle are connections between two uses.
 	idle *idlePool[*localConn]
 	// marks tell this store from others.
 	marks *storeMarks
 }
 
-func newLocalStore() localStore {
-	s := localStore{
-		socket: os.Getenv("NIX_DAEMON_SOCKET_PATH"),
-		dir:    os.Getenv("NIX_STORE_DIR"),
-		idle:   &idlePool[*localConn]{ttl: maxLocalIdle, end: (*localConn).abort},
-		marks:  new(storeMarks),
+func newLocalStore(where nix.LocalStore) *localStore {
+	return &localStore{
+		LocalStore: where,
+		daemonArgs: []string{"--stdio"},
+		env:        os.Environ(),
+		idle:       &idlePool[*localConn]{ttl: maxLocalIdle, end: (*localConn).abort},
+		marks:      new(storeMarks),
 	}
-	if s.socket == "" {
-		s.socket = defaultNixSocket
-	}
-	if s.dir == "" {
-		s.dir = nix.DefaultStoreDir
-	}
-	return s
 }
 
 // A localConn is a connection to the local nix-daemon. Not safe for concurrent
 // use.
 type localConn struct {
 	*worker.Client
-	store     localStore
+	store     *localStore
 	transport io.ReadWriteCloser
 	started   time.Time
 	uses      int
@@ -82,7 +72,7 @@ const (
 
 // open connects. Cancelling ctx closes the connection, also under an operation
 // in progress. The caller must Close it.
-func (s localStore) open(ctx context.Context) (*localConn, error) {
+func (s *localStore) open(ctx context.Context) (*localConn, error) {
 	if conn, ok := s.idle.take(); ok {
 		if conn.alive() {
 			conn.bind(ctx)
@@ -95,7 +85,7 @@ func (s localStore) open(ctx context.Context) (*localConn, error) {
 
 // connect makes a new connection, with a receiver for what operations report
 // meanwhile. It is used like one of open.
-func (s localStore) connect(ctx context.Context, events worker.Events) (*localConn, error) {
+func (s *localStore) connect(ctx context.Context, events worker.Events) (*localConn, error) {
 	transport, err := s.dial(ctx)
 	if err != nil {
 		return nil, &localError{doing: "connect to nix-daemon", err: err}
@@ -109,6 +99,9 @@ func (s localStore) connect(ctx context.Context, events worker.Events) (*localCo
 	}
 	if err != nil {
 		conn.Close()
+		if child, ok := transport.(*childDaemon); ok && ctx.Err() == nil {
+			err = child.explain(err)
+		}
 		return nil, &localError{doing: "connect to nix-daemon", err: contextCause(ctx, err)}
 	}
 	return conn, nil
@@ -135,80 +128,50 @@ func (c *localConn) abort() {
 	_ = c.transport.Close() // nothing unfinished is worth a report
 }
 
-// alive tells whether nix-daemon still holds its end of an idle connection.
+// alive tells whether nix-daemon still holds its end of an idle connection: then
+// there is nothing to read, not even the end.
 func (c *localConn) alive() bool {
-	conn, ok := c.transport.(*net.UnixConn)
+	conn, ok := c.transport.(syscall.Conn)
 	if !ok {
-		return false // a child of our own: its pipes tell nothing
+		return false
 	}
 	raw, err := conn.SyscallConn()
 	if err != nil {
 		return false
 	}
-	var peekErr error
+	quiet := false
 	err = raw.Control(func(fd uintptr) {
-		_, _, peekErr = unix.Recvfrom(int(fd), make([]byte, 1), unix.MSG_PEEK|unix.MSG_DONTWAIT)
+		events := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}} //nolint:gosec // a descriptor
+		n, err := unix.Poll(events, 0)
+		quiet = err == nil && n == 0
 	})
-	return err == nil && errors.Is(peekErr, unix.EAGAIN)
+	return err == nil && quiet
 }
 
-func (s localStore) dial(ctx context.Context) (io.ReadWriteCloser, error) {
+func (s *localStore) dial(ctx context.Context) (io.ReadWriteCloser, error) {
+	if s.Socket == "" {
+		return s.startDaemon()
+	}
 	var d net.Dialer
-	conn, err := d.DialContext(ctx, "unix", s.socket)
+	conn, err := d.DialContext(ctx, "unix", s.Socket)
 	if err == nil {
 		return conn, nil
 	}
 	if errors.Is(err, fs.ErrNotExist) {
-		return startStdioDaemon()
+		return s.startDaemon()
 	}
 	return nil, err
-}
-
-// A childDaemon is a nix-daemon --stdio of our own. It gets pipes rather than a
-// socketpair because Nix 2.8 splices.
-type childDaemon struct {
-	io.Reader
-	io.WriteCloser
-	cmd  *exec.Cmd
-	once sync.Once
-}
-
-func startStdioDaemon() (io.ReadWriteCloser, error) {
-	cmd := exec.Command("nix-daemon", "--stdio")
-	stdin, err := cmd.StdinPipe()
-	if err != nil {
-		return nil, err
-	}
-	stdout, err := cmd.StdoutPipe()
-	if err != nil {
-		return nil, err
-	}
-	if err := cmd.Start(); err != nil {
-		return nil, fmt.Errorf("there is no nix-daemon socket, and starting nix-daemon failed: %w", err)
-	}
-	return &childDaemon{Reader: stdout, WriteCloser: stdin, cmd: cmd}, nil
-}
-
-// Close ends the child and waits for it. It may be called more than once, also
-// at the same time.
-func (c *childDaemon) Close() error {
-	c.once.Do(func() {
-		_ = c.WriteCloser.Close()
-		_ = c.cmd.Process.Kill() // it may have ended by itself
-		_ = c.cmd.Wait()         // killed: its status says nothing
-	})
-	return nil
 }
 
 // errNotInStore says that a derivation's file is not in the local store.
 var errNotInStore = errors.New("is not in the local store")
 
 // derivation reads and parses a .drv file of the store.
-func (s localStore) derivation(p nix.StorePath) (*nix.Derivation, error) {
-	if !p.IsDerivation() || p.Dir() != s.dir {
-		return nil, fmt.Errorf("%s is not a derivation of the store %s", p, s.dir)
+func (s *localStore) derivation(p nix.StorePath) (*nix.Derivation, error) {
+	if !p.IsDerivation() || p.Dir() != s.Dir {
+		return nil, fmt.Errorf("%s is not a derivation of the store %s", p, s.Dir)
 	}
-	f, err := os.Open(filepath.Join(s.dir, p.Base()))
+	f, err := os.Open(s.Real(p))
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, fmt.Errorf("derivation %s %w", p, errNotInStore)
 	}

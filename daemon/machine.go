@@ -19,8 +19,10 @@ type machine struct {
 	line   nix.Machine
 	config sshpool.Config
 	// host is set when the machine is connected to, before others know of it.
-	host    *sshpool.Host
-	local   localStore
+	host *sshpool.Host
+	// own is the store that none of the builds may find there; nil if they may be
+	// about several.
+	own     *localStore
 	ng      bool // ssh-ng://, the worker protocol; else ssh://, the serve protocol
 	command string
 	uploads *claims
@@ -30,8 +32,8 @@ type machine struct {
 	// untrusted is learned: from the worker protocol's handshake at each probe, or
 	// from the words of a refusal where the protocol cannot tell.
 	untrusted atomic.Bool
-	// another tells that the store there was found to be another than this host's.
-	another atomic.Bool
+	// others are the stores of this host that the one there was found not to be.
+	others knownOthers
 	// storeUnknown tells that this could not be asked, and was complained of.
 	storeUnknown atomic.Bool
 }
@@ -52,12 +54,12 @@ func isChroot(ref nix.StoreReference) bool {
 }
 
 // newMachine makes the machine of a line, without connecting to it.
-func newMachine(line nix.Machine, local localStore, log *slog.Logger) *machine {
+func newMachine(line nix.Machine, own *localStore, log *slog.Logger) *machine {
 	m := &machine{
 		line:    line,
 		ng:      line.Ref.Scheme == "ssh-ng" || isChroot(line.Ref),
 		command: remoteCommand(line.Ref),
-		local:   local,
+		own:     own,
 		uploads: newClaims(),
 		idle:    &idlePool[*remote]{ttl: maxRemoteIdle, end: func(r *remote) { r.hangUp() }},
 		log:     log.With("machine", line.StoreURI),
@@ -156,18 +158,21 @@ func (m *machine) probe(ctx context.Context, s *sshpool.Session) error {
 		return err
 	}
 	m.untrusted.Store(r.store.trust() == worker.NotTrusted)
-	m.another.Store(false) // the host behind the name may be another now
+	m.others.forget() // the host behind the name may be another now
 	m.storeUnknown.Store(false)
-	return m.checkStore(ctx, r)
+	if m.own == nil {
+		return nil
+	}
+	return m.checkStore(ctx, r, m.own)
 }
 
 // open finds or starts a remote process for one build. fresh says that it must
 // not have served another build. The caller must close it. Cancelling ctx ends
-// the remote process.
-func (m *machine) open(ctx context.Context, fresh bool) (*remote, error) {
+// the remote process. local is the store that the build is for.
+func (m *machine) open(ctx context.Context, fresh bool, local *localStore) (*remote, error) {
 	if !fresh {
 		for r, ok := m.idle.take(); ok; r, ok = m.idle.take() {
-			if r.alive() {
+			if r.alive() && m.others.has(local.key) {
 				r.bind(ctx)
 				return r, nil
 			}
@@ -183,7 +188,7 @@ func (m *machine) open(ctx context.Context, fresh bool) (*remote, error) {
 		_ = s.Close() // the handshake's error says more
 		return nil, m.fault("start "+m.command, contextCause(ctx, err))
 	}
-	if err := m.checkStore(ctx, r); err != nil {
+	if err := m.checkStore(ctx, r, local); err != nil {
 		_ = s.Close() // nothing is under way in it
 		return nil, m.fault("look at its store", contextCause(ctx, err))
 	}

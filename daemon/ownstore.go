@@ -18,14 +18,14 @@ import (
 // that a path made here a moment ago, of random bytes, is valid in no other
 // store; so it holds whatever names, addresses and jump hosts lead there. If
 // this host's store cannot be asked it is asked again with the next build.
-func (m *machine) checkStore(ctx context.Context, r *remote) error {
-	if m.another.Load() {
+func (m *machine) checkStore(ctx context.Context, r *remote, local *localStore) error {
+	if m.others.has(local.key) {
 		return nil
 	}
-	same, err := m.hasMark(ctx, r, m.local.marks.usual(m.local.dir))
+	same, err := hasMark(ctx, r, local, local.marks.usual(local.Dir))
 	if same {
 		// The daemon's usual mark may have been copied there with everything else.
-		same, err = m.hasMark(ctx, r, newMark(m.local.dir))
+		same, err = hasMark(ctx, r, local, newMark(local.Dir))
 	}
 	switch {
 	case err != nil:
@@ -42,14 +42,14 @@ func (m *machine) checkStore(ctx context.Context, r *remote) error {
 	case same:
 		return errOwnStore
 	}
-	m.another.Store(true)
+	m.others.add(local.key)
 	return nil
 }
 
 // hasMark puts a mark into this host's store and tells whether it is valid in the
 // machine's.
-func (m *machine) hasMark(ctx context.Context, r *remote, mark storeMark) (bool, error) {
-	conn, err := m.local.open(ctx)
+func hasMark(ctx context.Context, r *remote, local *localStore, mark storeMark) (bool, error) {
+	conn, err := local.open(ctx)
 	if err != nil {
 		return false, err
 	}
@@ -68,6 +68,35 @@ func (m *machine) hasMark(ctx context.Context, r *remote, mark storeMark) (bool,
 	conn.clean = true
 	missing, err := r.store.missing([]nix.StorePath{info.Path}, false)
 	return err == nil && len(missing) == 0, err
+}
+
+// knownOthers are the keys of stores. The zero value is empty. Safe for concurrent
+// use.
+type knownOthers struct {
+	mu   sync.Mutex
+	keys map[string]bool
+}
+
+func (k *knownOthers) has(key string) bool {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return k.keys[key]
+}
+
+// add forgets all when there are too many: they are found out again.
+func (k *knownOthers) add(key string) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if k.keys == nil || len(k.keys) > maxStores {
+		k.keys = make(map[string]bool)
+	}
+	k.keys[key] = true
+}
+
+func (k *knownOthers) forget() {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.keys = nil
 }
 
 // A storeMark is a path that no store has unless it is put there.

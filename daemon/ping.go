@@ -49,7 +49,7 @@ func (s *server) Ping(req *dispatchv1.PingRequest, stream dispatchv1.DispatchSer
 				Fix: "nothing: Nix's own hook serves it"})
 			continue
 		}
-		m := newMachine(lines[0], s.d.local, s.d.log)
+		m := newMachine(lines[0], s.d.checkedStore(), s.d.log)
 		ssh := s.d.ssh
 		ssh.OnChange = nil
 		probeMachine(ctx, m, lines, ssh, opts, report)

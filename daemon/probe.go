@@ -84,7 +84,10 @@ func Probe(ctx context.Context, entry string, opts ProbeOptions, report func(Pro
 	if opts.Logger == nil {
 		opts.Logger = slog.New(slog.DiscardHandler)
 	}
-	local := newLocalStore()
+	local, err := callersStore()
+	if err != nil {
+		return false, err
+	}
 	defer local.idle.close()
 	return probeMachine(ctx, newMachine(lines[0], local, opts.Logger), lines, sshpool.Options{Logger: opts.Logger}, opts, report), nil
 }
@@ -249,9 +252,12 @@ func (p *probe) store(ctx context.Context, r *remote) bool {
 	ctx, cancel := context.WithTimeout(ctx, p.limit())
 	defer cancel()
 	defer context.AfterFunc(ctx, func() { _ = r.session.Close() })()
-	err := p.m.checkStore(ctx, r)
+	if p.m.own == nil {
+		return p.anyStore(r)
+	}
+	err := p.m.checkStore(ctx, r, p.m.own)
 	switch {
-	case err == nil && p.m.another.Load():
+	case err == nil && p.m.others.has(p.m.own.key):
 		p.done(stepStore, "another than this host's")
 	case err == nil:
 		p.tell(ProbeStep{Name: stepStore, Verdict: ProbeWarning, Took: p.took(), Cause: string(causeOwnStore),
@@ -267,6 +273,17 @@ func (p *probe) store(ctx context.Context, r *remote) bool {
 		p.fail(stepStore, err)
 	}
 	return err == nil
+}
+
+// anyStore asks the machine's store for something that no store has. Whose it is
+// matters to single builds.
+func (p *probe) anyStore(r *remote) bool {
+	if _, err := r.store.missing([]nix.StorePath{newMark(nix.DefaultStoreDir).info.Path}, false); err != nil {
+		p.fail(stepStore, explain(r.stderr, err))
+		return false
+	}
+	p.done(stepStore, "answers")
+	return true
 }
 
 // trust tells whether the machine's Nix trusts our user, and what follows.
@@ -299,7 +316,7 @@ func (p *probe) askDaemon(ctx context.Context) (worker.Trust, string) {
 	}
 	ctx, cancel := context.WithTimeout(ctx, min(p.limit(), askLimit))
 	defer cancel()
-	m := newMachine(line, p.m.local, p.m.log)
+	m := newMachine(line, p.m.own, p.m.log)
 	s, err := p.check.Session(ctx, m.command)
 	if err != nil {
 		return worker.TrustUnknown, unknown

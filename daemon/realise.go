@@ -26,6 +26,7 @@ type realisation struct {
 	substitute bool
 	keepGoing  bool
 	holdRoots  bool
+	store      *localStore
 	lease      *lease // on the list of machines to build on
 
 	sendMu sync.Mutex
@@ -71,7 +72,11 @@ func (s *server) Build(req *dispatchv1.BuildRequest, stream grpc.ServerStreaming
 		return toStatus(errShutdown)
 	}
 	defer s.d.realising.Done()
-	targets, err := s.d.parseTargets(req.GetDerivations())
+	store, err := s.d.stores.find(req.GetStore(), req.GetEnvironment())
+	if err != nil {
+		return toStatus(err)
+	}
+	targets, err := store.parseTargets(req.GetDerivations())
 	if err != nil {
 		return toStatus(err)
 	}
@@ -82,7 +87,7 @@ func (s *server) Build(req *dispatchv1.BuildRequest, stream grpc.ServerStreaming
 	}
 	defer machines.release()
 	r := &realisation{
-		d: s.d, caller: c, stream: stream, lease: machines,
+		d: s.d, caller: c, stream: stream, store: store, lease: machines,
 		limits:      limitsFrom(req.GetLimits()),
 		substitute:  req.GetBuildersUseSubstitutes(),
 		keepGoing:   req.GetKeepGoing(),
@@ -108,7 +113,7 @@ func (d *Daemon) leaseFor(req *dispatchv1.BuildRequest, by caller) (*lease, erro
 }
 
 // parseTargets checks what a caller asks for.
-func (d *Daemon) parseTargets(texts []string) ([]target, error) {
+func (s *localStore) parseTargets(texts []string) ([]target, error) {
 	if len(texts) == 0 {
 		return nil, fmt.Errorf("%w: no derivation given", errBadRequest)
 	}
@@ -122,7 +127,7 @@ func (d *Daemon) parseTargets(texts []string) ([]target, error) {
 		if !p.IsDerivation() {
 			return nil, fmt.Errorf("%w: %s is not a derivation", errBadRequest, p)
 		}
-		drv, err := d.local.derivation(p)
+		drv, err := s.derivation(p)
 		if err != nil {
 			return nil, requestFault(err)
 		}
@@ -153,7 +158,7 @@ func requestFault(err error) error {
 // run plans, builds and sums up.
 func (r *realisation) run(ctx context.Context, targets []target) error {
 	var err error
-	if r.conn, err = r.d.local.open(ctx); err != nil {
+	if r.conn, err = r.store.open(ctx); err != nil {
 		return err
 	}
 	defer r.conn.Close()
@@ -214,7 +219,7 @@ func (r *realisation) plan(targets []target) (worker.Missing, error) {
 	}
 	roots := slices.Concat(missing.WillBuild, missing.WillSubstitute)
 	for _, p := range missing.WillBuild {
-		drv, err := r.d.local.derivation(p)
+		drv, err := r.store.derivation(p)
 		if err != nil {
 			return missing, err
 		}
@@ -269,7 +274,7 @@ func (r *realisation) substituteAll(ctx context.Context, paths []nix.StorePath) 
 	if len(paths) == 0 {
 		return
 	}
-	conn, err := r.d.local.open(ctx)
+	conn, err := r.store.open(ctx)
 	if err != nil {
 		r.substitution = err
 		return
@@ -305,7 +310,7 @@ func (r *realisation) sum(targets []target) error {
 		if err != nil {
 			return &localError{doing: "ask for outputs", err: err}
 		}
-		drv, err := r.d.local.derivation(t.drvPath)
+		drv, err := r.store.derivation(t.drvPath)
 		if err != nil {
 			return err
 		}

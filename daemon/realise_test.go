@@ -319,7 +319,7 @@ func TestRealiseErrors(t *testing.T) {
 
 func TestRealiseWithoutALocalStore(t *testing.T) {
 	t.Parallel()
-	s := newSiteWith(t, siteConfig{prepare: func(s *site) { s.d.local.socket = s.dir + "/../store" }})
+	s := newSiteWith(t, siteConfig{prepare: func(s *site) { s.d.stores.own.Socket = s.dir + "/../store" }})
 	got := s.realise(asked(s.drv("thing", drvConfig{})))
 	if status.Code(got.err) != codes.FailedPrecondition || !strings.Contains(got.err.Error(), "nix-daemon") {
 		t.Errorf("Build = %v, want FailedPrecondition that tells of nix-daemon", got.err)

@@ -161,7 +161,7 @@ func (s *site) restart() {
 	if err != nil {
 		s.t.Fatal(err)
 	}
-	d.local.socket, d.local.dir, d.ssh = s.local.socket, s.dir, s.d.ssh
+	d.stores.own.LocalStore, d.ssh = s.store(), s.d.ssh
 	d.ssh.OnChange = d.hostChanged
 	s.d = d
 	s.run()

@@ -67,7 +67,7 @@ func (d *Daemon) useLocked(list *machineList) {
 		d.log.Warn("machine is left to the stock hook", "machine", line.StoreURI, "reason", unsupported(line))
 	}
 	d.metrics.know(list)
-	made := func(line nix.Machine) *machine { return newMachine(line, d.local, d.log) }
+	made := func(line nix.Machine) *machine { return newMachine(line, d.checkedStore(), d.log) }
 	ms := d.machines.adopt(list, made, d.reload.pool)
 	d.dispatcher.do(func(q *scheduler.Queue) []scheduler.Order { return q.SetMachines(ms) })
 	// What their hosts have told before the scheduler knew of them was ignored.

@@ -165,7 +165,7 @@ func TestLocalConnectionIsRetired(t *testing.T) {
 	t.Parallel()
 	s := newSite(t)
 	use := func(clean bool) *localConn {
-		c, err := s.d.local.open(t.Context())
+		c, err := s.d.stores.own.open(t.Context())
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -195,7 +195,7 @@ func TestLocalConnectionIsRetired(t *testing.T) {
 		t.Error("a connection that was not left clean was used again")
 	}
 	ctx, cancel := context.WithCancel(t.Context())
-	c, err := s.d.local.open(ctx)
+	c, err := s.d.stores.own.open(ctx)
 	if err != nil {
 		t.Fatal(err)
 	}

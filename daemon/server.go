@@ -141,7 +141,7 @@ func toStatus(err error) error {
 		code = codes.NotFound
 	case errors.Is(err, errNotYours), errors.Is(err, errNotAllowed), errors.Is(err, errMayNotName):
 		code = codes.PermissionDenied
-	case errors.Is(err, errNoHistory):
+	case errors.Is(err, errNoHistory), errors.Is(err, errForeignStore):
 		code = codes.FailedPrecondition
 	case errors.Is(err, errShutdown), errors.Is(err, errNotRunning):
 		code = codes.Unavailable

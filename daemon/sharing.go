@@ -10,9 +10,10 @@ import (
 )
 
 // newBuild makes a build that is not in the queue yet, for the daemon's own machines.
-func (d *Daemon) newBuild(drvPath nix.StorePath, drv *nix.Derivation, substitute bool, by caller) *build {
+func (d *Daemon) newBuild(store *localStore, drvPath nix.StorePath, drv *nix.Derivation, substitute bool, by caller) *build {
 	now := time.Now()
 	return &build{
+		store:           store,
 		drvPath:         drvPath,
 		drv:             drv,
 		caller:          by,
@@ -47,7 +48,7 @@ func (d *Daemon) offerHook(b *build, f *hookFollower, amWilling bool) scheduler.
 	q := d.dispatcher
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	if flying := q.byDrv[b.drvPath]; flying != nil {
+	if flying := q.shared[b.key()]; flying != nil {
 		q.joinHookLocked(f, flying)
 		return scheduler.Decision{Reply: scheduler.Accept, Machine: flying.place.machine, Why: "it is being built for another caller"}
 	}
@@ -71,7 +72,7 @@ func (d *Daemon) submit(b *build, l limits, inputs []nix.StorePath) (*follower, 
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	f := &follower{limits: l}
-	switch flying := q.byDrv[b.drvPath]; {
+	switch flying := q.shared[b.key()]; {
 	case flying != nil:
 		q.joinLocked(f, flying)
 	case d.stopping():

@@ -83,7 +83,7 @@ func (d *Daemon) shutDown(server *grpc.Server, h *health.Server, web *http.Serve
 	for _, e := range d.machines.at(every) {
 		e.m.idle.close()
 	}
-	d.local.idle.close()
+	d.stores.close()
 	if err := d.record.close(); err != nil {
 		d.log.Error("the history of builds may lack the last ones", "err", err)
 	}

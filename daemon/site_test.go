@@ -99,7 +99,7 @@ func newSiteWith(t *testing.T, cfg siteConfig) *site {
 	if s.d, err = New(opts); err != nil {
 		t.Fatal(err)
 	}
-	s.d.local.socket, s.d.local.dir = s.local.socket, s.dir
+	s.d.stores.own.LocalStore = s.store()
 	s.d.ssh.Dial = s.dial
 	s.d.ssh.BackoffMin, s.d.ssh.BackoffMax = 5*time.Millisecond, 20*time.Millisecond
 	if cfg.ssh != nil {
@@ -110,6 +110,11 @@ func newSiteWith(t *testing.T, cfg siteConfig) *site {
 	}
 	s.run()
 	return s
+}
+
+// store is where the local store is.
+func (s *site) store() nix.LocalStore {
+	return nix.LocalStore{Dir: s.dir, RealDir: s.dir, StateDir: nix.DefaultStateDir, Socket: s.local.socket}
 }
 
 // run starts the daemon and the client.

@@ -20,7 +20,7 @@ func (d *Daemon) listen(ctx context.Context) (net.Listener, error) {
 	if d.opts.Listener != nil {
 		return d.opts.Listener, nil
 	}
-	return listenUnix(ctx, d.opts.Socket, GroupName)
+	return listenUnix(ctx, d.opts.Socket, d.group())
 }
 
 // listenUnix binds the daemon's socket. A socket that a dead daemon left behind
@@ -95,6 +95,9 @@ func refuseLiveSocket(ctx context.Context, path string) error {
 // giveToGroup opens the socket to the group where it exists; else it is for the
 // daemon's user alone.
 func giveToGroup(path, group string) error {
+	if group == "" {
+		return os.Chmod(path, 0o600)
+	}
 	if err := os.Chmod(path, 0o660); err != nil {
 		return err
 	}

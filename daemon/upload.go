@@ -14,7 +14,7 @@ func (a *attempt) inputs(ctx context.Context) ([]nix.StorePath, error) {
 	if a.given, err = a.b.inputs.await(ctx); err != nil || !a.whole {
 		return a.given, err
 	}
-	conn, err := a.d.local.open(ctx)
+	conn, err := a.b.store.open(ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -60,7 +60,7 @@ func (a *attempt) copyInputs(ctx context.Context, paths []nix.StorePath) error {
 	if len(lacking) == 0 {
 		return nil
 	}
-	conn, err := a.d.local.open(ctx)
+	conn, err := a.b.store.open(ctx)
 	if err != nil {
 		return err
 	}

@@ -23,7 +23,7 @@ import (
 // bareDaemon has a queue with one machine that is up, and nothing else.
 func bareDaemon() (*Daemon, scheduler.MachineID) {
 	log := slog.New(slog.DiscardHandler)
-	d := &Daemon{log: log, dispatcher: newDispatcher(log)}
+	d := &Daemon{log: log, dispatcher: newDispatcher(log), stores: &stores{own: new(localStore)}}
 	d.life, d.end = context.WithCancelCause(context.Background())
 	const id = "ssh://m1"
 	d.dispatcher.do(func(q *scheduler.Queue) []scheduler.Order {
@@ -35,7 +35,7 @@ func bareDaemon() (*Daemon, scheduler.MachineID) {
 
 // bareBuild puts a build into the queue that nothing runs.
 func bareBuild(d *Daemon, n int) *build {
-	b := d.newBuild(wiretest.Path(n, "x.drv"), &nix.Derivation{BasicDerivation: nix.BasicDerivation{Platform: "x86_64-linux"}}, false, caller{})
+	b := d.newBuild(d.stores.own, wiretest.Path(n, "x.drv"), &nix.Derivation{BasicDerivation: nix.BasicDerivation{Platform: "x86_64-linux"}}, false, caller{})
 	b.cancel = func(error) {}
 	d.dispatcher.mu.Lock()
 	defer d.dispatcher.mu.Unlock()

@@ -48,7 +48,7 @@ func runBuild(ctx context.Context, args []string, std stdio) int {
 		return exitFailed
 	}
 	if opts.outLink != "" {
-		if err := makeOutLinks(ctx, opts.outLink, summary.GetOutputs()); err != nil {
+		if err := makeOutLinks(ctx, opts.request.GetStore(), opts.outLink, summary.GetOutputs()); err != nil {
 			fmt.Fprintf(std.err, "nix-dispatch: %v\n", err)
 			return exitFailed
 		}
@@ -72,7 +72,8 @@ asks for some outputs only. Times are in seconds, or like 1h30m.
 
 Examples:
   nix-dispatch build -L --out-link result $(nix-instantiate hello.nix)
-  nix-dispatch build --builders 'ssh://mac x86_64-linux - 4' $(nix-instantiate hello.nix)`)
+  nix-dispatch build --builders 'ssh://mac x86_64-linux - 4' $(nix-instantiate hello.nix)
+  nix-dispatch build --store ~/my-nix $(nix-instantiate --store ~/my-nix hello.nix)`)
 	socket := socketFlag(flags)
 	flags.BoolVar(&opts.json, "json", false, "print the outputs as JSON")
 	const outLink = "make `PATH` a link to the output and keep it from being garbage-collected"
@@ -83,6 +84,8 @@ Examples:
 	flags.BoolVar(&req.KeepGoing, "keep-going", false, "go on with what can be built after a failure")
 	flags.BoolVar(&req.KeepGoing, "k", false, "same as --keep-going")
 	flags.BoolVar(&req.BuildersUseSubstitutes, "builders-use-substitutes", false, "let machines fetch inputs from their own substituters")
+	storeFlag(flags, &req.Store)
+	req.Environment = storeEnvironment()
 	flags.Func("builders", "build on these machines, `TEXT` as in Nix's setting builders; '' for none. Root's to say", func(text string) error {
 		req.Builders = &text
 		return nil

@@ -55,13 +55,15 @@ Examples:
   nix-dispatch explain --system x86_64-linux --features kvm,big-parallel`)
 	socket := socketFlag(flags)
 	json := flags.Bool("json", false, "print JSON")
+	var store string
+	storeFlag(flags, &store)
 	system := flags.String("system", "", "ask for any build for this `SYSTEM`")
 	features := flags.String("features", "", "the system features that it requires, with commas between")
 	operands, status, ok := parseFlags(flags, args)
 	if !ok {
 		return nil, "", false, status, false
 	}
-	req = &dispatchv1.ExplainRequest{System: *system}
+	req = &dispatchv1.ExplainRequest{System: *system, Store: store, Environment: storeEnvironment()}
 	fail := func(format string, a ...any) (*dispatchv1.ExplainRequest, string, bool, int, bool) {
 		return nil, "", false, usageError(std, "explain", format, a...), false
 	}

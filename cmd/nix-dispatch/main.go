@@ -108,7 +108,8 @@ func printUsage(w io.Writer) {
 	fmt.Fprintf(&b, `
 'nix-dispatch SUBCOMMAND --help' shows the options of a subcommand.
 Subcommands that talk to the daemon find it by --socket PATH, else by the
-environment variable %s, else at %s.
+environment variable %s, else at $XDG_RUNTIME_DIR/nix-dispatch/socket
+if this user runs a daemon of their own there, else at %s.
 
 Exit status: 0 done, 1 a build failed or the daemon refused, 2 wrong usage,
 3 the daemon is out of reach.

@@ -57,26 +57,30 @@ func outLinks(prefix string, outputs []*dispatchv1.Output) ([]outLink, error) {
 	return links, nil
 }
 
-// makeOutLinks makes the links and has Nix register them as roots of the garbage
+// makeOutLinks makes the links into a store, "" is the usual one, and has Nix register them as roots of the garbage
 // collector. Nix's own program does it, for it knows whether there is a Nix
 // daemon and refuses to replace what is no link into the store.
-func makeOutLinks(ctx context.Context, prefix string, outputs []*dispatchv1.Output) error {
+func makeOutLinks(ctx context.Context, store, prefix string, outputs []*dispatchv1.Output) error {
 	links, err := outLinks(prefix, outputs)
 	if err != nil {
 		return fmt.Errorf("make links to the outputs: %w", err)
 	}
 	for _, link := range links {
-		if err := addRoot(ctx, link); err != nil {
+		if err := addRoot(ctx, store, link); err != nil {
 			return fmt.Errorf("make link %q to %s: %w", link.path, link.output, err)
 		}
 	}
 	return nil
 }
 
-func addRoot(ctx context.Context, link outLink) error {
+func addRoot(ctx context.Context, store string, link outLink) error {
 	ctx, cancel := context.WithTimeout(ctx, rootTimeout)
 	defer cancel()
-	cmd := exec.CommandContext(ctx, "nix-store", "--add-root", link.path, "--realise", string(link.output))
+	args := []string{"--add-root", link.path, "--realise", string(link.output)}
+	if store != "" {
+		args = append(args, "--store", store)
+	}
+	cmd := exec.CommandContext(ctx, "nix-store", args...)
 	var stderr bytes.Buffer
 	cmd.Stderr = &stderr
 	cmd.WaitDelay = time.Second

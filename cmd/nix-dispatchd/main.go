@@ -3,6 +3,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"flag"
@@ -11,9 +12,11 @@ import (
 	"log/slog"
 	"os"
 	"os/signal"
+	"path/filepath"
 	"syscall"
 	"time"
 
+	"nixdispatch/cmd/internal/daemonsocket"
 	"nixdispatch/daemon"
 	"nixdispatch/proto/nix"
 )
@@ -33,11 +36,16 @@ Options:
                           "@/etc/nix/machines" unless it says otherwise)
   --machines-group NAME   a group whose members may name machines in their requests,
                           as root may. That is as good as being root
+  --user                  serve this user only, without root: also private stores
+                          ('nix build --store DIR') and single-user installations.
+                          Changes the defaults below as in [brackets]
   --socket PATH           where to listen (default /run/nix-dispatch/socket)
+                          [$XDG_RUNTIME_DIR/nix-dispatch/socket]
   --metrics-listen ADDR   where Prometheus may scrape /metrics, "" for nowhere
-                          (default 127.0.0.1:9747)
+                          (default 127.0.0.1:9747) [nowhere]
   --state-dir DIR         what must not be in memory, and which machines are drained
                           (default /var/lib/nix-dispatch)
+                          [$XDG_STATE_HOME/nix-dispatch, in ~/.local/state]
   --machine-wait DURATION how long a build waits while none of its machines is up
                           (default 5m)
   --drain-timeout DURATION
@@ -54,6 +62,7 @@ Signals:
 Examples:
   nix-dispatchd
   nix-dispatchd --builders 'ssh://mac x86_64-darwin ; ssh-ng://nix@big - - 16 2 kvm'
+  nix-dispatchd --user
 `
 
 func main() {
@@ -127,7 +136,8 @@ func parse(args []string, stdout io.Writer) (daemon.Options, slog.Level, error) 
 	flags.SetOutput(io.Discard)
 	flags.StringVar(&opts.Builders, "builders", "", "")
 	flags.StringVar(&opts.MachinesGroup, "machines-group", "", "")
-	flags.StringVar(&opts.Socket, "socket", "/run/nix-dispatch/socket", "")
+	flags.BoolVar(&opts.PerUser, "user", false, "")
+	flags.StringVar(&opts.Socket, "socket", daemonsocket.Default, "")
 	flags.StringVar(&opts.MetricsListen, "metrics-listen", "127.0.0.1:9747", "")
 	flags.StringVar(&opts.StateDir, "state-dir", "/var/lib/nix-dispatch", "")
 	flags.DurationVar(&opts.MachineWait, "machine-wait", 5*time.Minute, "")
@@ -151,16 +161,40 @@ func parse(args []string, stdout io.Writer) (daemon.Options, slog.Level, error) 
 	case opts.DrainTimeout < 0:
 		return opts, level, fmt.Errorf("--drain-timeout must not be negative")
 	}
-	fromNix := true
-	flags.Visit(func(f *flag.Flag) { fromNix = fromNix && f.Name != "builders" })
-	if fromNix {
-		home, err := os.UserHomeDir()
-		if err != nil {
-			home = "/root"
-		}
-		opts.NixConf = &nix.ConfSource{Getenv: os.Getenv, Home: home}
+	given := make(map[string]bool)
+	flags.Visit(func(f *flag.Flag) { given[f.Name] = true })
+	home, homeErr := os.UserHomeDir()
+	if !given["builders"] {
+		opts.NixConf = &nix.ConfSource{Getenv: os.Getenv, Home: cmp.Or(home, "/root")}
 	}
-	return opts, level, nil
+	if opts.PerUser {
+		err = forUser(&opts, given, home, homeErr)
+	}
+	return opts, level, err
+}
+
+// forUser puts the defaults of a user's own daemon in place of what was not given.
+func forUser(opts *daemon.Options, given map[string]bool, home string, homeErr error) error {
+	if !given["metrics-listen"] {
+		opts.MetricsListen = ""
+	}
+	if !given["socket"] {
+		if opts.Socket = daemonsocket.User(); opts.Socket == "" {
+			return errors.New("--user needs the directory that XDG_RUNTIME_DIR names, which must be this user's, or --socket")
+		}
+	}
+	if given["state-dir"] {
+		return nil
+	}
+	state := os.Getenv("XDG_STATE_HOME")
+	if state == "" {
+		if homeErr != nil {
+			return fmt.Errorf("--user needs a home directory, or --state-dir: %w", homeErr)
+		}
+		state = filepath.Join(home, ".local/state")
+	}
+	opts.StateDir = filepath.Join(state, "nix-dispatch")
+	return nil
 }
 
 // newLogger writes to stderr. Under journald, which stamps each line itself, the

@@ -79,6 +79,7 @@ func (h *Hello) encode() fields {
 	m.uint(6, h.MaxJobs)
 	m.sub(7, limits)
 	m.bool(8, h.KeepFailed)
+	m.strings(9, h.Environment)
 	return request(1, m)
 }
 

@@ -23,12 +23,13 @@ func TestRequestsAreThoseOfTheGeneratedCode(t *testing.T) {
 			Builders: "ssh://mac ; ssh://b\n", BuildersUseSubstitutes: true, Store: "auto",
 			LocalSystems: []string{"x86_64-linux", "", "i686-linux"}, LocalFeatures: []string{"kvm"},
 			MaxJobs: 1 << 63, Timeout: 90*time.Second + 5, MaxSilentTime: time.Millisecond, MaxLogSize: 300, KeepFailed: true,
+			Environment: []string{"NIX_STORE_DIR=/x", "NIX_CONF_DIR=/y"},
 		}).encode(), &dispatchv1.HookRequest{Message: &dispatchv1.HookRequest_Hello{Hello: &dispatchv1.Hello{
 			Builders: "ssh://mac ; ssh://b\n", BuildersUseSubstitutes: true, Store: "auto",
 			LocalSystems: []string{"x86_64-linux", "", "i686-linux"}, LocalFeatures: []string{"kvm"}, MaxJobs: 1 << 63,
 			Limits: &dispatchv1.Limits{
 				Timeout: durationpb.New(90*time.Second + 5), MaxSilentTime: durationpb.New(time.Millisecond), MaxLogSize: 300,
-			}, KeepFailed: true,
+			}, KeepFailed: true, Environment: []string{"NIX_STORE_DIR=/x", "NIX_CONF_DIR=/y"},
 		}}}},
 		{"nothing set", (&Hello{}).encode(), &dispatchv1.HookRequest{Message: &dispatchv1.HookRequest_Hello{
 			Hello: &dispatchv1.Hello{Limits: &dispatchv1.Limits{}}}}},
@@ -110,7 +111,7 @@ func TestResponsesAreThoseOfTheGeneratedCode(t *testing.T) {
 func TestNoFieldIsForgotten(t *testing.T) {
 	known := map[protoreflect.Name]string{
 		"HookRequest":  "hello try start handed_over ",
-		"Hello":        "builders builders_use_substitutes store local_systems local_features max_jobs limits keep_failed ",
+		"Hello":        "builders builders_use_substitutes store local_systems local_features max_jobs limits keep_failed environment ",
 		"Limits":       "timeout max_silent_time max_log_size ",
 		"Try":          "am_willing system drv_path required_features ",
 		"Start":        "inputs wanted_outputs ",

@@ -16,6 +16,7 @@ type Hello struct {
 	Timeout, MaxSilentTime time.Duration
 	MaxLogSize             uint64
 	KeepFailed             bool
+	Environment            []string
 }
 
 // Try asks whether the daemon will build a derivation.

@@ -31,6 +31,7 @@ func helloOf(s *hook.Settings) *hookcall.Hello {
 		MaxSilentTime:          s.MaxSilentTime,
 		MaxLogSize:             s.MaxBuildLogSize,
 		KeepFailed:             s.KeepFailed,
+		Environment:            nix.StoreEnvironment(os.Getenv),
 	}
 }
 

@@ -110,6 +110,7 @@ func (n *fakeNix) startHook(env []string) {
 	errR, errW := pipe(t)
 	logR, logW := pipe(t)
 	n.cmd.Env = append(os.Environ(), hookStateEnv+"="+filepath.Join(n.storeDir, "hook-state"))
+	n.cmd.Env = append(n.cmd.Env, "NIX_STORE_DIR="+n.storeDir)
 	n.cmd.Env = append(n.cmd.Env, env...)
 	n.cmd.Dir = "/"
 	n.cmd.Stdin, n.cmd.Stdout, n.cmd.Stderr = stdinR, errW, errW

@@ -200,7 +200,11 @@ func (h *hookProcess) decide(try *hook.Try) (d decision) {
 
 // prepare takes hold of the output locks, which the asking Nix has now.
 func (h *hookProcess) prepare(try *hook.Try, d decision) decision {
-	locks, err := openOutputLocks(try.DrvPath)
+	where, err := nix.FindLocalStore(h.settings.Store, nix.ThisStoreHost(os.Getenv))
+	var locks *outputLocks
+	if err == nil {
+		locks, err = openOutputLocks(where, try.DrvPath)
+	}
 	if err != nil {
 		h.link.reset() // gives the build up
 		return decision{

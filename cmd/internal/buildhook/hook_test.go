@@ -123,6 +123,7 @@ func TestHookForwardsOnlyWhatTheDaemonNeeds(t *testing.T) {
 	want := [2]*dispatchv1.HookRequest{
 		{Message: &dispatchv1.HookRequest_Hello{Hello: &dispatchv1.Hello{
 			Builders: "@/etc/nix/machines", BuildersUseSubstitutes: true, Store: "auto",
+			Environment:  []string{"NIX_STORE_DIR=" + n.storeDir},
 			LocalSystems: []string{testSystem, "i686-linux"}, LocalFeatures: []string{"benchmark", "kvm"}, MaxJobs: 4,
 			Limits: &dispatchv1.Limits{
 				Timeout: durationpb.New(time.Minute), MaxSilentTime: durationpb.New(7 * time.Second), MaxLogSize: 99,

@@ -21,16 +21,18 @@ type outputLocks struct {
 
 type outputLock struct {
 	output nix.StorePath
+	path   string
 	file   *os.File
 }
 
-func (l outputLock) path() string { return string(l.output) + ".lock" }
-
-// openOutputLocks opens the lock file of each output of drvPath whose path is
-// known. A lock that does not exist is nobody's. The caller must have been asked
+// openOutputLocks opens the lock file of each output of drvPath in a store whose path
+// is known. A lock that does not exist is nobody's. The caller must have been asked
 // by a Nix that still waits for the answer: it holds them.
-func openOutputLocks(drvPath nix.StorePath) (*outputLocks, error) {
-	drv, err := readDerivation(drvPath)
+func openOutputLocks(store nix.LocalStore, drvPath nix.StorePath) (*outputLocks, error) {
+	if drvPath.Dir() != store.Dir {
+		return nil, fmt.Errorf("it is not in the store %s", store.Dir)
+	}
+	drv, err := readDerivation(store.Real(drvPath))
 	if err != nil {
 		return nil, err
 	}
@@ -39,8 +41,8 @@ func openOutputLocks(drvPath nix.StorePath) (*outputLocks, error) {
 		if out.Path == "" {
 			continue
 		}
-		lock := outputLock{output: out.Path}
-		lock.file, err = os.OpenFile(lock.path(), os.O_WRONLY|syscall.O_NOFOLLOW|syscall.O_NONBLOCK, 0)
+		lock := outputLock{output: out.Path, path: store.Real(out.Path) + ".lock"}
+		lock.file, err = os.OpenFile(lock.path, os.O_WRONLY|syscall.O_NOFOLLOW|syscall.O_NONBLOCK, 0)
 		if os.IsNotExist(err) {
 			continue
 		}
@@ -53,8 +55,8 @@ func openOutputLocks(drvPath nix.StorePath) (*outputLocks, error) {
 	return l, nil
 }
 
-func readDerivation(path nix.StorePath) (*nix.Derivation, error) {
-	f, err := os.Open(string(path))
+func readDerivation(path string) (*nix.Derivation, error) {
+	f, err := os.Open(path)
 	if err != nil {
 		return nil, fmt.Errorf("read derivation: %w", err)
 	}
@@ -90,7 +92,7 @@ func (l *outputLocks) handOver(outputs []string) error {
 }
 
 func (l outputLock) free() error {
-	there, err := os.Lstat(l.path())
+	there, err := os.Lstat(l.path)
 	if os.IsNotExist(err) {
 		return nil
 	}
@@ -104,7 +106,7 @@ func (l outputLock) free() error {
 	if !os.SameFile(held, there) {
 		return nil
 	}
-	if err := os.Remove(l.path()); err != nil {
+	if err := os.Remove(l.path); err != nil {
 		return err
 	}
 	_, err = l.file.WriteString("d") // Nix's mark, see deleteLockFile

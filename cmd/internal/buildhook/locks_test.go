@@ -137,13 +137,11 @@ func TestHookSaysWhenItCannotHandOver(t *testing.T) {
 		t.Fatal(err)
 	}
 	f.Close() // so that looking at it fails
-	l.locks = []outputLock{{output: "/x", file: f}}
-	l.locks[0].output = "x"
-	t.Chdir(dir)
+	l.locks = []outputLock{{output: "x", path: dir + "/x.lock", file: f}}
 	if err := l.handOver([]string{"x"}); err == nil {
 		t.Error("no error for a lock that cannot be looked at")
 	}
-	if !exists("x.lock") {
+	if !exists(dir + "/x.lock") {
 		t.Error("the file was removed without knowing whose it is")
 	}
 }

@@ -466,7 +466,12 @@ type BuildRequest struct {
 	// daemon's own; with "" there are none, and the local Nix builds. Unset: the
 	// daemon's own. Only root, the daemon's user and an explicitly configured group
 	// may name machines.
-	Builders      *string `protobuf:"bytes,6,opt,name=builders,proto3,oneof" json:"builders,omitempty"`
+	Builders *string `protobuf:"bytes,6,opt,name=builders,proto3,oneof" json:"builders,omitempty"`
+	// The store of this host that it is about, as in Nix's store setting, and the
+	// environment variables that say more of it (see Hello). Without either, the
+	// daemon's own; only a user's own daemon serves others.
+	Store         string   `protobuf:"bytes,7,opt,name=store,proto3" json:"store,omitempty"`
+	Environment   []string `protobuf:"bytes,8,rep,name=environment,proto3" json:"environment,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -541,6 +546,20 @@ func (x *BuildRequest) GetBuilders() string {
 		return *x.Builders
 	}
 	return ""
+}
+
+func (x *BuildRequest) GetStore() string {
+	if x != nil {
+		return x.Store
+	}
+	return ""
+}
+
+func (x *BuildRequest) GetEnvironment() []string {
+	if x != nil {
+		return x.Environment
+	}
+	return nil
 }
 
 // Limits are enforced by the daemon, whatever the machine does.
@@ -1642,9 +1661,12 @@ type Hello struct {
 	// The local machine's system-features.
 	LocalFeatures []string `protobuf:"bytes,5,rep,name=local_features,json=localFeatures,proto3" json:"local_features,omitempty"`
 	// The max-jobs setting.
-	MaxJobs       uint64  `protobuf:"varint,6,opt,name=max_jobs,json=maxJobs,proto3" json:"max_jobs,omitempty"`
-	Limits        *Limits `protobuf:"bytes,7,opt,name=limits,proto3" json:"limits,omitempty"`
-	KeepFailed    bool    `protobuf:"varint,8,opt,name=keep_failed,json=keepFailed,proto3" json:"keep_failed,omitempty"`
+	MaxJobs    uint64  `protobuf:"varint,6,opt,name=max_jobs,json=maxJobs,proto3" json:"max_jobs,omitempty"`
+	Limits     *Limits `protobuf:"bytes,7,opt,name=limits,proto3" json:"limits,omitempty"`
+	KeepFailed bool    `protobuf:"varint,8,opt,name=keep_failed,json=keepFailed,proto3" json:"keep_failed,omitempty"`
+	// Those environment variables of the asking Nix that say where its store is,
+	// each as NAME=VALUE: NIX_STORE_DIR, NIX_STATE_DIR, NIX_CONF_DIR and the like.
+	Environment   []string `protobuf:"bytes,9,rep,name=environment,proto3" json:"environment,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1733,6 +1755,13 @@ func (x *Hello) GetKeepFailed() bool {
 		return x.KeepFailed
 	}
 	return false
+}
+
+func (x *Hello) GetEnvironment() []string {
+	if x != nil {
+		return x.Environment
+	}
+	return nil
 }
 
 // Nix's question whether the hook will build a derivation.
@@ -2903,7 +2932,10 @@ type ExplainRequest struct {
 	// Such as "x86_64-linux"; counts only without a derivation.
 	System string `protobuf:"bytes,2,opt,name=system,proto3" json:"system,omitempty"`
 	// Required system features; count only without a derivation.
-	Features      []string `protobuf:"bytes,3,rep,name=features,proto3" json:"features,omitempty"`
+	Features []string `protobuf:"bytes,3,rep,name=features,proto3" json:"features,omitempty"`
+	// The derivation's store, as in BuildRequest.
+	Store         string   `protobuf:"bytes,4,opt,name=store,proto3" json:"store,omitempty"`
+	Environment   []string `protobuf:"bytes,5,rep,name=environment,proto3" json:"environment,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2955,6 +2987,20 @@ func (x *ExplainRequest) GetSystem() string {
 func (x *ExplainRequest) GetFeatures() []string {
 	if x != nil {
 		return x.Features
+	}
+	return nil
+}
+
+func (x *ExplainRequest) GetStore() string {
+	if x != nil {
+		return x.Store
+	}
+	return ""
+}
+
+func (x *ExplainRequest) GetEnvironment() []string {
+	if x != nil {
+		return x.Environment
 	}
 	return nil
 }
@@ -3925,7 +3971,7 @@ var File_dispatch_v1_dispatch_proto protoreflect.FileDescriptor
 
 const file_dispatch_v1_dispatch_proto_rawDesc = "" +
 	"\n" +
-	"\x1adispatch/v1/dispatch.proto\x12\x0enixdispatch.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x86\x02\n" +
+	"\x1adispatch/v1/dispatch.proto\x12\x0enixdispatch.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xbe\x02\n" +
 	"\fBuildRequest\x12 \n" +
 	"\vderivations\x18\x01 \x03(\tR\vderivations\x12.\n" +
 	"\x06limits\x18\x02 \x01(\v2\x16.nixdispatch.v1.LimitsR\x06limits\x128\n" +
@@ -3934,7 +3980,9 @@ const file_dispatch_v1_dispatch_proto_rawDesc = "" +
 	"keep_going\x18\x04 \x01(\bR\tkeepGoing\x12\x1d\n" +
 	"\n" +
 	"hold_roots\x18\x05 \x01(\bR\tholdRoots\x12\x1f\n" +
-	"\bbuilders\x18\x06 \x01(\tH\x00R\bbuilders\x88\x01\x01B\v\n" +
+	"\bbuilders\x18\x06 \x01(\tH\x00R\bbuilders\x88\x01\x01\x12\x14\n" +
+	"\x05store\x18\a \x01(\tR\x05store\x12 \n" +
+	"\venvironment\x18\b \x03(\tR\venvironmentB\v\n" +
 	"\t_builders\"\xa2\x01\n" +
 	"\x06Limits\x123\n" +
 	"\atimeout\x18\x01 \x01(\v2\x19.google.protobuf.DurationR\atimeout\x12A\n" +
@@ -4005,7 +4053,7 @@ const file_dispatch_v1_dispatch_proto_rawDesc = "" +
 	"\x05start\x18\x03 \x01(\v2\x15.nixdispatch.v1.StartH\x00R\x05start\x12=\n" +
 	"\vhanded_over\x18\x04 \x01(\v2\x1a.nixdispatch.v1.HandedOverH\x00R\n" +
 	"handedOverB\t\n" +
-	"\amessage\"\xab\x02\n" +
+	"\amessage\"\xcd\x02\n" +
 	"\x05Hello\x12\x1a\n" +
 	"\bbuilders\x18\x01 \x01(\tR\bbuilders\x128\n" +
 	"\x18builders_use_substitutes\x18\x02 \x01(\bR\x16buildersUseSubstitutes\x12\x14\n" +
@@ -4015,7 +4063,8 @@ const file_dispatch_v1_dispatch_proto_rawDesc = "" +
 	"\bmax_jobs\x18\x06 \x01(\x04R\amaxJobs\x12.\n" +
 	"\x06limits\x18\a \x01(\v2\x16.nixdispatch.v1.LimitsR\x06limits\x12\x1f\n" +
 	"\vkeep_failed\x18\b \x01(\bR\n" +
-	"keepFailed\"\x84\x01\n" +
+	"keepFailed\x12 \n" +
+	"\venvironment\x18\t \x03(\tR\venvironment\"\x84\x01\n" +
 	"\x03Try\x12\x1d\n" +
 	"\n" +
 	"am_willing\x18\x01 \x01(\bR\tamWilling\x12\x16\n" +
@@ -4101,11 +4150,13 @@ const file_dispatch_v1_dispatch_proto_rawDesc = "" +
 	"\amessage\x18\x03 \x01(\tR\amessage\"*\n" +
 	"\rCancelRequest\x12\x19\n" +
 	"\bbuild_id\x18\x01 \x01(\x04R\abuildId\"\x10\n" +
-	"\x0eCancelResponse\"_\n" +
+	"\x0eCancelResponse\"\x97\x01\n" +
 	"\x0eExplainRequest\x12\x19\n" +
 	"\bdrv_path\x18\x01 \x01(\tR\adrvPath\x12\x16\n" +
 	"\x06system\x18\x02 \x01(\tR\x06system\x12\x1a\n" +
-	"\bfeatures\x18\x03 \x03(\tR\bfeatures\"\xef\x01\n" +
+	"\bfeatures\x18\x03 \x03(\tR\bfeatures\x12\x14\n" +
+	"\x05store\x18\x04 \x01(\tR\x05store\x12 \n" +
+	"\venvironment\x18\x05 \x03(\tR\venvironment\"\xef\x01\n" +
 	"\x0fExplainResponse\x12\x16\n" +
 	"\x06system\x18\x01 \x01(\tR\x06system\x12\x1a\n" +
 	"\bfeatures\x18\x02 \x03(\tR\bfeatures\x12\x1a\n" +
