@@ -92,10 +92,13 @@ check-generated: generate ## Check that the committed Go code is what generate m
 	git diff --exit-code -- proto/dispatch/v1
 
 install: build ## Install programs and systemd units (PREFIX=/usr/local, DESTDIR=).
-	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/lib/systemd/system $(DESTDIR)$(PREFIX)/lib/sysusers.d
+	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/lib/systemd/system $(DESTDIR)$(PREFIX)/lib/systemd/user $(DESTDIR)$(PREFIX)/lib/sysusers.d
 	install -m 755 $(BIN)/nix-dispatchd $(BIN)/nix-dispatch $(BIN)/nix-dispatch-hook $(DESTDIR)$(PREFIX)/bin/
-	sed 's|/usr/local/|$(PREFIX)/|' deploy/systemd/nix-dispatchd.service >$(DESTDIR)$(PREFIX)/lib/systemd/system/nix-dispatchd.service
-	install -m 644 deploy/systemd/nix-dispatchd.socket $(DESTDIR)$(PREFIX)/lib/systemd/system/
+	for dir in system user; do \
+		unit=deploy/systemd/nix-dispatchd; test $$dir = system || unit=deploy/systemd/user/nix-dispatchd; \
+		sed 's|/usr/local/|$(PREFIX)/|' $$unit.service >$(DESTDIR)$(PREFIX)/lib/systemd/$$dir/nix-dispatchd.service && \
+		install -m 644 $$unit.socket $(DESTDIR)$(PREFIX)/lib/systemd/$$dir/ || exit 1; \
+	done
 	install -m 644 deploy/systemd/nix-dispatch.sysusers $(DESTDIR)$(PREFIX)/lib/sysusers.d/nix-dispatch.conf
 
 clean: ## Remove what was built.

@@ -59,16 +59,21 @@ func hookRules(version string) rules {
 
 // howTo says how nix-dispatch is switched on.
 func (v rules) howTo() string {
-	hook := "/usr/local/bin/nix-dispatch-hook"
-	if self, err := os.Executable(); err == nil {
-		if beside := filepath.Join(filepath.Dir(self), "nix-dispatch-hook"); runnable(beside) {
-			hook = beside
-		}
-	}
+	hook := hookBeside()
 	if v.ignoresFile {
 		return fmt.Sprintf("put NIX_CONFIG=build-hook = %s into nix-daemon's environment, and restart it", hook)
 	}
 	return fmt.Sprintf("put build-hook = %s into /etc/nix/nix.conf, and restart nix-daemon", hook)
+}
+
+// hookBeside is the hook's program beside this one.
+func hookBeside() string {
+	if self, err := os.Executable(); err == nil {
+		if beside := filepath.Join(filepath.Dir(self), "nix-dispatch-hook"); runnable(beside) {
+			return beside
+		}
+	}
+	return "/usr/local/bin/nix-dispatch-hook"
 }
 
 func runnable(path string) bool {
@@ -142,17 +147,9 @@ func (h *host) daemonHook(d *nixDaemon, v rules) (hookSetting, error) {
 func (h *host) lookAtRoot(v rules, tell func(finding)) {
 	env := map[string]string{}
 	if h.uid == 0 {
-		for _, name := range []string{"NIX_CONFIG", "NIX_CONF_DIR", "NIX_USER_CONF_FILES", "XDG_CONFIG_HOME", "XDG_CONFIG_DIRS"} {
-			env[name] = h.getenv(name)
-		}
+		env = h.confEnvironment()
 	}
-	set, err := h.environmentHook(env, "your")
-	if err == nil && set.value == "" {
-		set, err = h.userHook(env, h.rootHome)
-	}
-	if err == nil && set.value == "" && !v.ignoresFile {
-		set, err = h.fileHook(env)
-	}
+	set, err := h.directHook(env, h.rootHome, v)
 	_, ours, _ := hookProgram(set.value)
 	switch {
 	case err != nil:
@@ -165,6 +162,28 @@ func (h *host) lookAtRoot(v rules, tell func(finding)) {
 		tell(warning(rootSubject, fmt.Sprintf("put build-hook = ... into %s/.config/nix/nix.conf, too", h.rootHome),
 			"they do not pass nix-daemon, and do not use nix-dispatch"))
 	}
+}
+
+// confEnvironment are the variables of our own environment that Nix's configuration
+// depends on.
+func (h *host) confEnvironment() map[string]string {
+	env := make(map[string]string)
+	for _, name := range []string{"NIX_CONFIG", "NIX_CONF_DIR", "NIX_USER_CONF_FILES", "XDG_CONFIG_HOME", "XDG_CONFIG_DIRS"} {
+		env[name] = h.getenv(name)
+	}
+	return env
+}
+
+// directHook is the value that counts for a Nix that opens the store itself.
+func (h *host) directHook(env map[string]string, home string, v rules) (hookSetting, error) {
+	set, err := h.environmentHook(env, "your")
+	if err == nil && set.value == "" {
+		set, err = h.userHook(env, home)
+	}
+	if err == nil && set.value == "" && !v.ignoresFile {
+		set, err = h.fileHook(env)
+	}
+	return set, err
 }
 
 // conf is Nix's configuration with some environment, without the files that skip
@@ -197,7 +216,7 @@ func (h *host) environmentHook(env map[string]string, whose string) (hookSetting
 func (h *host) userHook(env map[string]string, home string) (hookSetting, error) {
 	system := systemConf(env)
 	env = without(env, "NIX_CONFIG")
-	return setting(h.conf(env, cmp.Or(env["HOME"], home), func(path string) bool { return path == system }), "root's nix.conf")
+	return setting(h.conf(env, cmp.Or(env["HOME"], home), func(path string) bool { return path == system }), cmp.Or(env["HOME"], home)+"/.config/nix/nix.conf")
 }
 
 // fileHook is the value that the system's configuration file gives.

@@ -17,6 +17,7 @@ import (
 	"time"
 
 	"nixdispatch/cmd/internal/buildhook"
+	"nixdispatch/cmd/internal/daemonsocket"
 	"nixdispatch/proto/nix"
 	"nixdispatch/proto/nix/worker"
 )
@@ -28,13 +29,14 @@ type host struct {
 	// proc is the directory /proc.
 	proc     string
 	readFile func(string) ([]byte, error)
-	// askNix asks the local nix-daemon who it is.
-	askNix    func() (localNix, error)
-	findStock func() (string, error)
-	group     func(name string) (*user.Group, error)
-	// rootHome and rootUID are root's home directory and number.
-	rootHome string
-	rootUID  int
+	// askNix asks the local nix-daemon who it is; askOwn asks the Nix of a store that
+	// this user opens without it.
+	askNix, askOwn func() (localNix, error)
+	findStock      func() (string, error)
+	group          func(name string) (*user.Group, error)
+	// home is the user's directory; rootHome and rootUID are root's home directory and number.
+	home, rootHome string
+	rootUID        int
 }
 
 // A localNix is a running nix-daemon. The caller must close it.
@@ -47,7 +49,7 @@ type localNix struct {
 func thisHost() *host {
 	return &host{
 		uid: os.Getuid(), getenv: os.Getenv, proc: "/proc", readFile: readConfFile,
-		askNix: askNix, findStock: buildhook.FindStock, group: user.LookupGroup, rootHome: "/root",
+		askNix: askNix, askOwn: askOwn, home: os.Getenv("HOME"), findStock: buildhook.FindStock, group: user.LookupGroup, rootHome: "/root",
 	}
 }
 
@@ -55,10 +57,14 @@ func thisHost() *host {
 const askTimeout = 10 * time.Second
 
 func askNix() (localNix, error) {
-	socket := os.Getenv("NIX_DAEMON_SOCKET_PATH")
-	if socket == "" {
-		socket = "/nix/var/nix/daemon-socket/socket"
+	store, err := nix.FindLocalStore("daemon", nix.ThisStoreHost(os.Getenv))
+	if err != nil {
+		return localNix{}, err
 	}
+	return askSocket(store.Socket)
+}
+
+func askSocket(socket string) (localNix, error) {
 	conn, err := net.DialTimeout("unix", socket, askTimeout)
 	if err != nil {
 		return localNix{}, err
@@ -90,6 +96,10 @@ func readConfFile(name string) ([]byte, error) {
 // look tells of all there is to see on this host.
 func (h *host) look(socket string, tell func(finding)) {
 	owner := h.lookAtSocket(socket, tell)
+	if owner == h.uid && socket == daemonsocket.User() {
+		h.lookAtOwn(tell)
+		return
+	}
 	local, err := h.askNix()
 	if err != nil {
 		tell(problem("nix-daemon", "start it, or see whether this user may use it (allowed-users)",

@@ -108,7 +108,7 @@ func TestDoctorOnBuildHook(t *testing.T) {
 			"ok: nix-daemon runs " + hook + " (set by NIX_CONFIG in nix-daemon's environment)",
 			"warning: they do not pass nix-daemon, and do not use nix-dispatch; put build-hook = ... into /root/.config/nix/nix.conf"},
 		{"in both", fakeHost{version: "2.26.3", args: daemon, env: []string{"NIX_CONFIG=" + line}, files: map[string]string{rootConf: line}},
-			"ok: ", "ok: they run " + hook + " (set by root's nix.conf)"},
+			"ok: ", "ok: they run " + hook + " (set by /root/.config/nix/nix.conf)"},
 		{"on the command line", fakeHost{version: "2.26.3", args: []string{"nix-daemon", "--option", "build-hook", both + " hook"}, env: []string{"NIX_CONFIG=build-hook = /other"}},
 			"ok: nix-daemon runs " + both + " hook (set by nix-daemon's command line)", "warning: "},
 		{"nowhere", fakeHost{version: "2.34.8", args: daemon}, "problem: it is not set: ", "warning: "},

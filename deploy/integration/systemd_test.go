@@ -184,6 +184,37 @@ func TestUnderSystemd(t *testing.T) {
 	if !h.listed("ssh://kitty") {
 		t.Error("a question does not start the stopped daemon")
 	}
+	h.runsUserUnits()
+}
+
+// runsUserUnits has a user's own systemd run a user's own daemon.
+func (h *systemdHost) runsUserUnits() {
+	h.t.Helper()
+	h.mustRun("useradd", "--create-home", "--uid", "4711", "carol")
+	h.mustRun("install", "-d", "-o", "carol", "-m", "700", "/run/user/4711")
+	for _, unit := range []string{"nix-dispatchd.service", "nix-dispatchd.socket"} {
+		h.put("/etc/systemd/user/"+unit, "../systemd/user/"+unit, "644")
+	}
+	h.write("/home/carol/.config/nix/nix.conf", []byte("builders = ssh://carols x86_64-linux - 2\n"))
+	h.mustRun("systemd-run", "--unit=carols", "-p", "User=carol", "-p", "Delegate=yes",
+		"-p", "Environment=XDG_RUNTIME_DIR=/run/user/4711", "/lib/systemd/systemd", "--user")
+	carol := func(argv ...string) (string, error) {
+		return h.run(append([]string{"setpriv", "--reuid=carol", "--regid=carol", "--init-groups",
+			"env", "HOME=/home/carol", "XDG_RUNTIME_DIR=/run/user/4711"}, argv...)...)
+	}
+	h.eventually("the user's units can be started", func() bool {
+		_, err := carol("systemctl", "--user", "start", "nix-dispatchd.socket")
+		return err == nil
+	})
+	if out, err := carol("nix-dispatch", "status"); err != nil || !strings.Contains(out, "ssh://carols") {
+		h.t.Errorf("the user's own daemon: %v, %s", err, out)
+	}
+	if out, err := carol("systemctl", "--user", "reload", "nix-dispatchd"); err != nil {
+		h.t.Errorf("reload: %v, %s", err, out)
+	}
+	if got := h.mustRun("stat", "-c", "%a %U", "/run/user/4711/nix-dispatch/socket"); got != "600 carol\n" {
+		h.t.Errorf("the user's socket: %s", got)
+	}
 }
 
 // TestWatchdogOfSystemd stops the daemon's process, which then tells nothing.
