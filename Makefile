@@ -28,14 +28,14 @@ TEST_TOOLS = gcc=gcc as=binutils git=git ssh=openssh-client ssh-keygen=openssh-c
 	ssh-agent=openssh-client sshd=openssh-server nix-store=nix-bin systemctl=systemd
 
 # Tests for who asks for them with an environment variable: see docs/hacking.md.
-OPT_IN = ^TestGolden
+OPT_IN = ^TestGolden|^TestChaos(|DaemonKilled|DeadMachineCostsNothing)$$
 
 TOOLS           = $(CURDIR)/bin/tools
 RACE_RUN        = CGO_ENABLED=1 go test -race -count=1 -timeout 15m
 # Those that run in parallel mostly wait.
 INTEGRATION_RUN = go test -count=1 -timeout 40m -parallel 4
 
-.PHONY: help build demo test unit race integration fuzz lint staticcheck generate check-generated install clean
+.PHONY: help build demo test unit race integration chaos fuzz lint staticcheck generate check-generated install clean
 .PHONY: tools prepare prepare-tests
 .DEFAULT_GOAL := help
 
@@ -63,6 +63,9 @@ race: ## The same with the race detector.
 
 integration: prepare-tests ## The tests on real Nix machines made here. Needs root.
 	NIX_DISPATCH_REQUIRE_FLEET=1 $(INTEGRATION_RUN) $(INTEGRATION)
+
+chaos: prepare-tests ## Everything that can go wrong with machines, callers and the daemon. Needs root.
+	NIX_DISPATCH_CHAOS=1 NIX_DISPATCH_CHAOS_SEED=$(SEED) NIX_DISPATCH_REQUIRE_FLEET=1 $(INTEGRATION_RUN) -v -run '^TestChaos' $(INTEGRATION)
 
 fuzz: ## Run every fuzz target for a while (FUZZTIME=30s).
 	@set -e; grep -rn --include='*_test.go' '^func Fuzz' . | \

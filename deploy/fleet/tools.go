@@ -14,7 +14,7 @@ import (
 type tool struct{ program, pkg string }
 
 var (
-	runTools   = []tool{{"ip", "iproute2"}, {"bridge", "iproute2"}, {"nsenter", "util-linux"}, {"pivot_root", "util-linux"}, {"mount", "mount"}}
+	runTools   = []tool{{"ip", "iproute2"}, {"bridge", "iproute2"}, {"tc", "iproute2"}, {"nsenter", "util-linux"}, {"pivot_root", "util-linux"}, {"mount", "mount"}}
 	buildTools = []tool{{"debootstrap", "debootstrap"}}
 )
 

@@ -82,6 +82,8 @@ type siteConfig struct {
 	nixConf  string // more of the client's nix.conf
 	machines []machineConfig
 	daemon   []string // nix-dispatchd's arguments
+	// files are put on the client before its daemon starts: path -> text.
+	files map[string]string
 }
 
 // A site is a client host with a running nix-dispatchd, whose Nix builds through
@@ -134,6 +136,9 @@ func newSite(t *testing.T, cfg siteConfig) *site {
 	}
 	s.write("/etc/nix/machines", lines.String())
 	s.write("/root/.config/nix/nix.conf", "build-hook = "+hookSetting(cfg.client)+"\n")
+	for name, text := range cfg.files {
+		s.write(name, text)
+	}
 	s.startDaemon()
 	t.Cleanup(s.report)
 	return s
@@ -263,8 +268,13 @@ func (s *site) nixBuild(user, expr string, args ...string) (fleet.Output, error)
 // so far.
 func (s *site) nixBuildCommand(ctx context.Context, user, expr string, args ...string) (cmd *exec.Cmd, out func() fleet.Output) {
 	s.t.Helper()
+	return s.capture(ctx, user, append([]string{"nix-build", "--no-out-link", "--expr", expr}, args...)...)
+}
+
+// capture prepares a command on the client; out gives what it printed so far.
+func (s *site) capture(ctx context.Context, user string, argv ...string) (cmd *exec.Cmd, out func() fleet.Output) {
 	var stdout, stderr syncBuffer
-	cmd = s.client.Command(ctx, user, append([]string{"nix-build", "--no-out-link", "--expr", expr}, args...)...)
+	cmd = s.client.Command(ctx, user, argv...)
 	cmd.Stdout, cmd.Stderr = &stdout, &stderr
 	return cmd, func() fleet.Output { return fleet.Output{Stdout: stdout.String(), Stderr: stderr.String()} }
 }

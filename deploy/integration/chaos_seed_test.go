@@ -1,0 +1,17 @@
+package integration
+
+import (
+	"math/rand/v2"
+	"os"
+	"strconv"
+	"sync"
+)
+
+// chaosSeed is the seed of all that is random here: NIX_DISPATCH_CHAOS_SEED, or
+// another one for each process.
+var chaosSeed = sync.OnceValue(func() uint64 {
+	if seed, err := strconv.ParseUint(os.Getenv("NIX_DISPATCH_CHAOS_SEED"), 10, 64); err == nil {
+		return seed
+	}
+	return rand.Uint64N(1_000_000)
+})
