@@ -154,8 +154,10 @@ func (s *site) checkImpossible() {
 
 // TestLocalMachineShares checks the replies to a client that may build itself.
 func TestLocalMachineShares(t *testing.T) {
+	t.Parallel()
 	for _, client := range suites {
 		t.Run("client="+client, func(t *testing.T) {
+			t.Parallel()
 			s := newSite(t, siteConfig{client: client, jobs: 2, machines: []machineConfig{
 				{name: "mac", columns: "x86_64-linux - 2"},
 			}})
