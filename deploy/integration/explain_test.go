@@ -30,6 +30,7 @@ func (s *site) explain(args ...string) (e explanation, reasons map[string]string
 
 // TestExplain asks why builds go where they go, of machines in every state.
 func TestExplain(t *testing.T) {
+	t.Parallel()
 	s := newSite(t, siteConfig{machines: []machineConfig{
 		{name: "mac", columns: "x86_64-linux - 1 2 kvm", host: feature("kvm")},
 		{name: "kitty", scheme: "ssh-ng", columns: "x86_64-linux - 1 1 kvm", host: feature("kvm")},

@@ -15,6 +15,7 @@ import (
 // TestListsGivenPerRequest names machines with --builders, in every form, with
 // real Nix and with nix-dispatch build. The daemon serves them.
 func TestListsGivenPerRequest(t *testing.T) {
+	t.Parallel()
 	for _, client := range suites {
 		t.Run("client="+client, func(t *testing.T) {
 			s := newSite(t, siteConfig{client: client, jobs: 2, machines: []machineConfig{
@@ -81,6 +82,7 @@ func (s *site) mustBuildOn(user, name string, args ...string) fleet.Output {
 
 // TestWhoMayNameMachines asks as members of groups.
 func TestWhoMayNameMachines(t *testing.T) {
+	t.Parallel()
 	s := newSite(t, siteConfig{daemon: []string{"--machines-group", "machinists"}, machines: []machineConfig{
 		{name: "mac", columns: "x86_64-linux - 4"}, {name: "kitty", columns: "x86_64-linux - 2"},
 	}})
@@ -113,6 +115,7 @@ func TestWhoMayNameMachines(t *testing.T) {
 // TestListFromNixConf has the setting in nix.conf, which both Nix and the daemon
 // go by.
 func TestListFromNixConf(t *testing.T) {
+	t.Parallel()
 	s := newSite(t, siteConfig{
 		nixConf:  "builders = ssh://root@mac x86_64-linux - 3 ; ssh-ng://root@kitty x86_64-linux - 2 9\n",
 		machines: []machineConfig{{name: "mac"}, {name: "kitty", scheme: "ssh-ng"}},

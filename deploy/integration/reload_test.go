@@ -144,6 +144,7 @@ func keys(m map[string]string) func(func(string) bool) {
 // TestReloadBySignalAndLink changes the file as NixOS does, by another link, and
 // as a person does, with a signal.
 func TestReloadBySignalAndLink(t *testing.T) {
+	t.Parallel()
 	s := newSite(t, siteConfig{machines: []machineConfig{{name: "mac"}, {name: "kitty"}}})
 	if _, err := s.client.Run(t.Context(), "sh", "-ec", `
 		mkdir -p /srv/1 /srv/2
@@ -167,6 +168,7 @@ func TestReloadBySignalAndLink(t *testing.T) {
 
 // TestDrainSurvivesRestart drains a machine, restarts the daemon, and undrains it.
 func TestDrainSurvivesRestart(t *testing.T) {
+	t.Parallel()
 	s := newSite(t, siteConfig{machines: []machineConfig{
 		{name: "mac", columns: "x86_64-linux - 4 2"}, {name: "kitty", columns: "x86_64-linux - 4"},
 	}})
@@ -201,6 +203,7 @@ func TestDrainSurvivesRestart(t *testing.T) {
 
 // TestLinesWithOneURI has two lines for one machine, which counts what runs there.
 func TestLinesWithOneURI(t *testing.T) {
+	t.Parallel()
 	s := newSite(t, siteConfig{machines: []machineConfig{
 		{name: "mac", columns: "x86_64-linux - 2", host: feature("big")},
 	}})
@@ -241,6 +244,7 @@ func TestLinesWithOneURI(t *testing.T) {
 // TestLineThatLeadsBack has lines that lead to the client's own store, with ssh
 // and without. A build sent there would wait for the locks of its own caller.
 func TestLineThatLeadsBack(t *testing.T) {
+	t.Parallel()
 	s := newSite(t, siteConfig{machines: []machineConfig{{name: "mac", columns: "x86_64-linux - 1 1"}}})
 	own := []string{"ssh://localhost", "ssh-ng://localhost", "ssh://root@client", "ssh-ng://root@client"}
 	for _, uri := range own {

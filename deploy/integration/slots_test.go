@@ -55,6 +55,7 @@ func feature(names ...string) fleet.HostConfig { return fleet.HostConfig{SystemF
 // TestManualsExample builds on the machines of the example in the chapter
 // "Remote Builds" of the Nix manual.
 func TestManualsExample(t *testing.T) {
+	t.Parallel()
 	s := newSite(t, siteConfig{machines: []machineConfig{
 		{name: "scratchy", columns: "x86_64-linux - 8 1 kvm", host: feature("kvm")},
 		{name: "itchy", suite: fleet.Bookworm, columns: "x86_64-linux - 8 2"},

@@ -61,6 +61,7 @@ func aliases(changed string) []alias {
 // TestSSHConfig reaches machines in the ways people have set up for stock Nix, in
 // root's ssh_config and on the machine.
 func TestSSHConfig(t *testing.T) {
+	t.Parallel()
 	all := aliases("/root/changed")
 	var names []string
 	for _, a := range all {
@@ -273,6 +274,7 @@ func (s *site) followsSSHOpts() {
 // TestSessionLimits has machines with many slots whose sshd allows few sessions on
 // a connection.
 func TestSessionLimits(t *testing.T) {
+	t.Parallel()
 	s := newSite(t, siteConfig{machines: []machineConfig{
 		{name: "one", suite: fleet.Sid, columns: "x86_64-linux - 16 1 - one", host: fleet.HostConfig{
 			SystemFeatures: []string{"one"}, SSHDConfig: "MaxSessions 1"}},
