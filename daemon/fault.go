@@ -48,6 +48,9 @@ type outcome struct {
 	err      string // "" on success
 	machine  string // store URI; "" if none built it
 	duration time.Duration
+	// unfinished is set when the daemon's own end cut the build off: another daemon
+	// may build it.
+	unfinished bool
 }
 
 // buildStatus is Nix's status in the API's numbering, which keeps 0 free. A
@@ -65,6 +68,7 @@ func outcomeOf(err error) outcome {
 	if errors.Is(err, errCancelled) || errors.Is(err, errShutdown) {
 		o.status = dispatchv1.BuildStatus_BUILD_STATUS_CANCELLED
 	}
+	o.unfinished = errors.Is(err, errShutdown)
 	if over, ok := errors.AsType[*limitError](err); ok {
 		o.status = over.status
 	}

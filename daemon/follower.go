@@ -43,7 +43,8 @@ const logChunk = 64 << 10
 // follow passes the build's news to send until the build has ended or one of the
 // caller's limits is passed, and returns how it ended for this caller. A slow
 // send delays this follower alone. handOver is called once, when the outputs are
-// about to be imported; nil if the caller holds no locks.
+// about to be imported; nil if the caller holds no locks. The error is errShutdown for
+// a build that only the daemon's end has ended.
 func (f *follower) follow(ctx context.Context, send func(*dispatchv1.BuildEvent) error, handOver func(paths []string) error) (outcome, error) {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
@@ -65,6 +66,9 @@ func (f *follower) follow(ctx context.Context, send func(*dispatchv1.BuildEvent)
 		}
 		if err := f.pass(ctx, r, buf, send); err != nil {
 			return outcome{}, err
+		}
+		if r.outcome != nil && r.outcome.unfinished {
+			return outcome{}, errShutdown
 		}
 		if r.outcome != nil {
 			return *r.outcome, nil

@@ -74,6 +74,9 @@ func (g *goal) realise(ctx context.Context) (ok bool) {
 	b.lease = g.r.lease
 	followed, o, err := g.build(ctx, b)
 	if err != nil {
+		if errors.Is(err, errShutdown) {
+			g.r.cancel(err)
+		}
 		if ctx.Err() != nil {
 			return true
 		}

@@ -3,6 +3,7 @@ package daemon
 import (
 	"cmp"
 	"context"
+	"errors"
 	"strings"
 	"sync"
 	"time"
@@ -130,6 +131,9 @@ func (h *hookConversation) follow(f *hookFollower, accept *dispatchv1.Reply) err
 			Message: &dispatchv1.HookResponse_HandOver{HandOver: &dispatchv1.HandOver{Paths: paths}}})
 	}
 	o, err := f.follow(ctx, send, handOver)
+	if errors.Is(err, errShutdown) {
+		return toStatus(err) // the hook asks the next daemon
+	}
 	if err != nil {
 		return err
 	}
@@ -261,7 +265,7 @@ func (h *hookConversation) useList() error {
 // offer puts the derivation to the scheduler.
 func (h *hookConversation) offer(try *dispatchv1.Try, drvPath nix.StorePath, drv *nix.Derivation) (*dispatchv1.Reply, *hookFollower) {
 	b := h.d.newBuild(h.store, drvPath, drv, h.settings.GetBuildersUseSubstitutes(), h.caller)
-	b.local, b.lease = h.couldBuildLocally(drv), h.lease
+	b.local, b.lease = !try.GetTaken() && h.couldBuildLocally(drv), h.lease
 	if b.local && h.d.leftLocal.has(b.drvKey()) {
 		return reply(dispatchv1.Reply_ACTION_DECLINE, "nix-dispatch build left it to the local Nix"), nil
 	}

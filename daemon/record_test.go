@@ -71,6 +71,7 @@ func TestHistoryOfBuilds(t *testing.T) {
 	good := s.drv("good", drvConfig{srcs: []nix.StorePath{s.source("src")}})
 	good.log = []string{"one", "two"}
 	s.mustBuild(good)
+	s.ended(1, &dispatchv1.HistoryRequest{}) // rows come in the order of their ends
 	bad := s.drv("bad", drvConfig{})
 	bad.log = []string{"oh no"}
 	bad.fail = &nix.BuildResult{Status: nix.PermanentFailure, ErrorMsg: "exit code 3"}

@@ -35,15 +35,11 @@ func runBuild(ctx context.Context, args []string, std stdio) int {
 	}
 	ctx, stop := interruptible(ctx)
 	defer stop()
-	conn, err := dialReady(ctx, opts.socket)
+	summary, conn, err := buildThrough(ctx, opts, std)
 	if err != nil {
 		return reportCallError(std.err, opts.socket, err)
 	}
-	defer conn.Close()
-	summary, err := followBuild(ctx, conn, opts, std)
-	if err != nil {
-		return reportCallError(std.err, opts.socket, err)
-	}
+	defer conn.Close() // until then the outputs are safe
 	if !summary.GetSuccess() {
 		return exitFailed
 	}

@@ -89,6 +89,7 @@ func (t *Try) encode() fields {
 	m.string(2, t.System)
 	m.string(3, t.DrvPath)
 	m.strings(4, t.RequiredFeatures)
+	m.bool(5, t.Taken)
 	return request(2, m)
 }
 

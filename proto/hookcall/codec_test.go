@@ -33,9 +33,9 @@ func TestRequestsAreThoseOfTheGeneratedCode(t *testing.T) {
 		}}}},
 		{"nothing set", (&Hello{}).encode(), &dispatchv1.HookRequest{Message: &dispatchv1.HookRequest_Hello{
 			Hello: &dispatchv1.Hello{Limits: &dispatchv1.Limits{}}}}},
-		{"try", (&Try{AmWilling: true, System: "builtin", DrvPath: "/nix/store/x.drv", RequiredFeatures: []string{"a", "b"}}).encode(),
+		{"try", (&Try{AmWilling: true, System: "builtin", DrvPath: "/nix/store/x.drv", RequiredFeatures: []string{"a", "b"}, Taken: true}).encode(),
 			&dispatchv1.HookRequest{Message: &dispatchv1.HookRequest_Try{Try: &dispatchv1.Try{
-				AmWilling: true, System: "builtin", DrvPath: "/nix/store/x.drv", RequiredFeatures: []string{"a", "b"}}}}},
+				AmWilling: true, System: "builtin", DrvPath: "/nix/store/x.drv", RequiredFeatures: []string{"a", "b"}, Taken: true}}}},
 		{"start", (&Start{Inputs: []string{"/nix/store/a", "/nix/store/b"}, WantedOutputs: []string{"out"}}).encode(),
 			&dispatchv1.HookRequest{Message: &dispatchv1.HookRequest_Start{Start: &dispatchv1.Start{
 				Inputs: []string{"/nix/store/a", "/nix/store/b"}, WantedOutputs: []string{"out"}}}}},
@@ -113,7 +113,7 @@ func TestNoFieldIsForgotten(t *testing.T) {
 		"HookRequest":  "hello try start handed_over ",
 		"Hello":        "builders builders_use_substitutes store local_systems local_features max_jobs limits keep_failed environment ",
 		"Limits":       "timeout max_silent_time max_log_size ",
-		"Try":          "am_willing system drv_path required_features ",
+		"Try":          "am_willing system drv_path required_features taken ",
 		"Start":        "inputs wanted_outputs ",
 		"HandedOver":   "",
 		"HookResponse": "reply event hand_over ",

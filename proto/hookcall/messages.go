@@ -25,6 +25,7 @@ type Try struct {
 	System           string
 	DrvPath          string
 	RequiredFeatures []string
+	Taken            bool
 }
 
 // Start goes on after acceptance.

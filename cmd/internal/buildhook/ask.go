@@ -54,7 +54,7 @@ func (l *daemonLink) reset() {
 // everything. A call that broke since the last question is made anew: the
 // daemon may have been restarted meanwhile. After an error the link must be
 // reset.
-func (l *daemonLink) ask(try *hook.Try, timeout time.Duration) (*hookcall.Reply, error) {
+func (l *daemonLink) ask(try *hookcall.Try, timeout time.Duration) (*hookcall.Reply, error) {
 	deadline := time.Now().Add(timeout)
 	stale := l.call != nil
 	reply, err := l.askOnce(try, deadline)
@@ -65,7 +65,7 @@ func (l *daemonLink) ask(try *hook.Try, timeout time.Duration) (*hookcall.Reply,
 	return reply, err
 }
 
-func (l *daemonLink) askOnce(try *hook.Try, deadline time.Time) (*hookcall.Reply, error) {
+func (l *daemonLink) askOnce(try *hookcall.Try, deadline time.Time) (*hookcall.Reply, error) {
 	if l.call == nil {
 		call, err := hookcall.Dial(l.socket, deadline)
 		if err != nil {
@@ -76,12 +76,17 @@ func (l *daemonLink) askOnce(try *hook.Try, deadline time.Time) (*hookcall.Reply
 			return nil, err
 		}
 	}
-	return l.call.Try(&hookcall.Try{
+	return l.call.Try(try, deadline)
+}
+
+// tryOf is Nix's question for the daemon.
+func tryOf(try *hook.Try) *hookcall.Try {
+	return &hookcall.Try{
 		AmWilling:        try.AmWilling,
 		System:           try.System,
 		DrvPath:          string(try.DrvPath),
 		RequiredFeatures: try.RequiredFeatures,
-	}, deadline)
+	}
 }
 
 // codeOf is the code of a call that the daemon ended, OK if that is not what
@@ -102,7 +107,7 @@ func (h *hookProcess) consult(try *hook.Try) decision {
 	if !h.outage.began.IsZero() {
 		timeout = min(timeout, askAgainTimeout)
 	}
-	reply, err := h.link.ask(try, timeout)
+	reply, err := h.link.ask(tryOf(try), timeout)
 	if err != nil {
 		h.link.reset()
 		return h.failedToAsk(try, err)

@@ -57,53 +57,63 @@ func (h *hookProcess) build(try *hook.Try, d decision) (status int) {
 	for i, path := range start.Inputs {
 		msg.Inputs[i] = string(path)
 	}
-	if err := h.link.call.Start(msg); err != nil {
-		h.fail(acts, lostDaemon(err))
-		return hookFailed
+	for taken := 1; ; taken++ {
+		status, err := h.relay(acts, msg, d.locks)
+		if err != nil && taken < maxTaken && codeOf(err) == hookcall.Unavailable {
+			if err = h.offerAgain(try, acts, err); err == nil {
+				continue
+			}
+		}
+		if err != nil {
+			h.fail(acts, err.Error())
+			return hookFailed
+		}
+		return status
 	}
-	return h.relay(acts, d.locks)
 }
 
-// relay passes on what the daemon says until the build is finished. It reads
-// from the daemon only as fast as Nix reads from it: nothing is kept here.
-func (h *hookProcess) relay(acts *activities, locks *outputLocks) int {
+// relay tells the daemon what to build with and passes on what it says until the
+// build is finished, and returns the exit status. It reads from the daemon only
+// as fast as Nix reads from it: nothing is kept here. The error has the code
+// Unavailable if the daemon went away.
+func (h *hookProcess) relay(acts *activities, start *hookcall.Start, locks *outputLocks) (int, error) {
+	if err := h.link.call.Start(start); err != nil {
+		return 0, lostDaemon(err)
+	}
 	for {
 		if !h.link.call.Ready() {
 			h.log.Flush()
 		}
 		message, err := h.link.call.Next()
 		if err != nil {
-			h.fail(acts, lostDaemon(err))
-			return hookFailed
+			return 0, lostDaemon(err)
 		}
 		switch m := message.(type) {
 		case hookcall.HandOver:
 			if err := locks.handOver(m.Paths); err != nil {
-				h.fail(acts, err.Error())
-				return hookFailed
+				return 0, err
 			}
 			if err := h.link.call.HandedOver(); err != nil {
-				h.fail(acts, lostDaemon(err))
-				return hookFailed
+				return 0, lostDaemon(err)
 			}
 		case hookcall.Log:
 			h.log.Flush()
 			if _, err := h.buildLog.Write(m.Data); err != nil {
-				return hookFailed // Nix is gone
+				return hookFailed, nil // Nix is gone
 			}
 		case hookcall.Finished:
-			return h.finish(acts, m)
+			return h.finish(acts, m), nil
 		default:
 			acts.event(m)
 		}
 	}
 }
 
-func lostDaemon(err error) string {
+func lostDaemon(err error) error {
 	if e, ok := errors.AsType[*hookcall.StatusError](err); ok && e.Code == hookcall.OK {
-		return "nix-dispatchd ended the build without a result"
+		return errors.New("nix-dispatchd ended the build without a result")
 	}
-	return fmt.Sprintf("nix-dispatchd went away or gave the build up (%v); see its log", err)
+	return fmt.Errorf("nix-dispatchd went away or gave the build up (%w); see its log", err)
 }
 
 func (h *hookProcess) finish(acts *activities, f hookcall.Finished) int {

@@ -9,6 +9,8 @@ import (
 	"testing"
 
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/health"
+	healthpb "google.golang.org/grpc/health/grpc_health_v1"
 
 	dispatchv1 "nixdispatch/proto/dispatch/v1"
 )
@@ -24,6 +26,7 @@ func Serve(t testing.TB, impl dispatchv1.DispatchServiceServer) (socket string, 
 	}
 	server = grpc.NewServer(grpc.MaxRecvMsgSize(64 << 20))
 	dispatchv1.RegisterDispatchServiceServer(server, impl)
+	healthpb.RegisterHealthServer(server, health.NewServer()) // says that all is well
 	done := make(chan struct{})
 	go func() {
 		defer close(done)

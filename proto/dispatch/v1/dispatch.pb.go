@@ -1773,8 +1773,11 @@ type Try struct {
 	DrvPath   string `protobuf:"bytes,3,opt,name=drv_path,json=drvPath,proto3" json:"drv_path,omitempty"`
 	// Among them "ca-derivations" when output paths are not known beforehand.
 	RequiredFeatures []string `protobuf:"bytes,4,rep,name=required_features,json=requiredFeatures,proto3" json:"required_features,omitempty"`
-	unknownFields    protoimpl.UnknownFields
-	sizeCache        protoimpl.SizeCache
+	// Whether Nix was told already that it is being built: the daemon that had
+	// accepted it has ended. Nix does not build it itself any more.
+	Taken         bool `protobuf:"varint,5,opt,name=taken,proto3" json:"taken,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Try) Reset() {
@@ -1833,6 +1836,13 @@ func (x *Try) GetRequiredFeatures() []string {
 		return x.RequiredFeatures
 	}
 	return nil
+}
+
+func (x *Try) GetTaken() bool {
+	if x != nil {
+		return x.Taken
+	}
+	return false
 }
 
 // Nix's words after acceptance.
@@ -4064,13 +4074,14 @@ const file_dispatch_v1_dispatch_proto_rawDesc = "" +
 	"\x06limits\x18\a \x01(\v2\x16.nixdispatch.v1.LimitsR\x06limits\x12\x1f\n" +
 	"\vkeep_failed\x18\b \x01(\bR\n" +
 	"keepFailed\x12 \n" +
-	"\venvironment\x18\t \x03(\tR\venvironment\"\x84\x01\n" +
+	"\venvironment\x18\t \x03(\tR\venvironment\"\x9a\x01\n" +
 	"\x03Try\x12\x1d\n" +
 	"\n" +
 	"am_willing\x18\x01 \x01(\bR\tamWilling\x12\x16\n" +
 	"\x06system\x18\x02 \x01(\tR\x06system\x12\x19\n" +
 	"\bdrv_path\x18\x03 \x01(\tR\adrvPath\x12+\n" +
-	"\x11required_features\x18\x04 \x03(\tR\x10requiredFeatures\"F\n" +
+	"\x11required_features\x18\x04 \x03(\tR\x10requiredFeatures\x12\x14\n" +
+	"\x05taken\x18\x05 \x01(\bR\x05taken\"F\n" +
 	"\x05Start\x12\x16\n" +
 	"\x06inputs\x18\x01 \x03(\tR\x06inputs\x12%\n" +
 	"\x0ewanted_outputs\x18\x02 \x03(\tR\rwantedOutputs\"\f\n" +

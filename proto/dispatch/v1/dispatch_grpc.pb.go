@@ -63,7 +63,8 @@ type DispatchServiceClient interface {
 	//	FAILED_PRECONDITION: the local store cannot be used; the message says
 	//	  why. Mend the host, then retry.
 	//	PERMISSION_DENIED: the caller names machines and may not.
-	//	UNAVAILABLE: the daemon is shutting down. Retry with backoff.
+	//	UNAVAILABLE: the daemon is shutting down. Retry with backoff, also after the
+	//	  call had begun: what is built is found there by the next one.
 	Build(ctx context.Context, in *BuildRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[BuildResponse], error)
 	// Hook is one build-hook process's conversation. The caller sends Hello, then
 	// any number of Try, each answered by exactly one Reply. After a Reply of
@@ -76,7 +77,8 @@ type DispatchServiceClient interface {
 	//	INVALID_ARGUMENT: messages out of this order, or a malformed one. A bug
 	//	  of the caller.
 	//	UNAVAILABLE: the daemon is shutting down. Treat as a Reply of
-	//	  ACTION_POSTPONE before acceptance, as a failed build after it.
+	//	  ACTION_POSTPONE before acceptance; after it, ask the next daemon, with Try's
+	//	  taken set.
 	Hook(ctx context.Context, opts ...grpc.CallOption) (grpc.BidiStreamingClient[HookRequest, HookResponse], error)
 	// Status is a snapshot of machines and builds.
 	Status(ctx context.Context, in *StatusRequest, opts ...grpc.CallOption) (*StatusResponse, error)
@@ -334,7 +336,8 @@ type DispatchServiceServer interface {
 	//	FAILED_PRECONDITION: the local store cannot be used; the message says
 	//	  why. Mend the host, then retry.
 	//	PERMISSION_DENIED: the caller names machines and may not.
-	//	UNAVAILABLE: the daemon is shutting down. Retry with backoff.
+	//	UNAVAILABLE: the daemon is shutting down. Retry with backoff, also after the
+	//	  call had begun: what is built is found there by the next one.
 	Build(*BuildRequest, grpc.ServerStreamingServer[BuildResponse]) error
 	// Hook is one build-hook process's conversation. The caller sends Hello, then
 	// any number of Try, each answered by exactly one Reply. After a Reply of
@@ -347,7 +350,8 @@ type DispatchServiceServer interface {
 	//	INVALID_ARGUMENT: messages out of this order, or a malformed one. A bug
 	//	  of the caller.
 	//	UNAVAILABLE: the daemon is shutting down. Treat as a Reply of
-	//	  ACTION_POSTPONE before acceptance, as a failed build after it.
+	//	  ACTION_POSTPONE before acceptance; after it, ask the next daemon, with Try's
+	//	  taken set.
 	Hook(grpc.BidiStreamingServer[HookRequest, HookResponse]) error
 	// Status is a snapshot of machines and builds.
 	Status(context.Context, *StatusRequest) (*StatusResponse, error)
