@@ -443,7 +443,7 @@ func (x Reply_Action) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Reply_Action.Descriptor instead.
 func (Reply_Action) EnumDescriptor() ([]byte, []int) {
-	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{21, 0}
+	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{24, 0}
 }
 
 // What to build and within which limits.
@@ -470,8 +470,14 @@ type BuildRequest struct {
 	// The store of this host that it is about, as in Nix's store setting, and the
 	// environment variables that say more of it (see Hello). Without either, the
 	// daemon's own; only a user's own daemon serves others.
-	Store         string   `protobuf:"bytes,7,opt,name=store,proto3" json:"store,omitempty"`
-	Environment   []string `protobuf:"bytes,8,rep,name=environment,proto3" json:"environment,omitempty"`
+	Store       string   `protobuf:"bytes,7,opt,name=store,proto3" json:"store,omitempty"`
+	Environment []string `protobuf:"bytes,8,rep,name=environment,proto3" json:"environment,omitempty"`
+	// Whether to build without the caller: see Attach. The outputs are safe from the
+	// garbage collector for a week. Only for builds on the daemon's own machines.
+	Detach bool `protobuf:"varint,9,opt,name=detach,proto3" json:"detach,omitempty"`
+	// Which builds go first: from -10 to 10, the highest, whosever they are. Only root
+	// and the daemon's user may ask for more than 0.
+	Priority      int32 `protobuf:"zigzag32,10,opt,name=priority,proto3" json:"priority,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -562,6 +568,75 @@ func (x *BuildRequest) GetEnvironment() []string {
 	return nil
 }
 
+func (x *BuildRequest) GetDetach() bool {
+	if x != nil {
+		return x.Detach
+	}
+	return false
+}
+
+func (x *BuildRequest) GetPriority() int32 {
+	if x != nil {
+		return x.Priority
+	}
+	return 0
+}
+
+// Which build to follow.
+type AttachRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The id of a detached build, or of any that is in progress.
+	BuildId uint64 `protobuf:"varint,1,opt,name=build_id,json=buildId,proto3" json:"build_id,omitempty"`
+	// As in BuildRequest.
+	HoldRoots     bool `protobuf:"varint,2,opt,name=hold_roots,json=holdRoots,proto3" json:"hold_roots,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AttachRequest) Reset() {
+	*x = AttachRequest{}
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[1]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AttachRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AttachRequest) ProtoMessage() {}
+
+func (x *AttachRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[1]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AttachRequest.ProtoReflect.Descriptor instead.
+func (*AttachRequest) Descriptor() ([]byte, []int) {
+	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{1}
+}
+
+func (x *AttachRequest) GetBuildId() uint64 {
+	if x != nil {
+		return x.BuildId
+	}
+	return 0
+}
+
+func (x *AttachRequest) GetHoldRoots() bool {
+	if x != nil {
+		return x.HoldRoots
+	}
+	return false
+}
+
 // Limits are enforced by the daemon, whatever the machine does.
 type Limits struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -577,7 +652,7 @@ type Limits struct {
 
 func (x *Limits) Reset() {
 	*x = Limits{}
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[1]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[2]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -589,7 +664,7 @@ func (x *Limits) String() string {
 func (*Limits) ProtoMessage() {}
 
 func (x *Limits) ProtoReflect() protoreflect.Message {
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[1]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[2]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -602,7 +677,7 @@ func (x *Limits) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Limits.ProtoReflect.Descriptor instead.
 func (*Limits) Descriptor() ([]byte, []int) {
-	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{1}
+	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{2}
 }
 
 func (x *Limits) GetTimeout() *durationpb.Duration {
@@ -634,6 +709,7 @@ type BuildResponse struct {
 	//	*BuildResponse_Plan
 	//	*BuildResponse_Event
 	//	*BuildResponse_Summary
+	//	*BuildResponse_Detached
 	Message       isBuildResponse_Message `protobuf_oneof:"message"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -641,7 +717,7 @@ type BuildResponse struct {
 
 func (x *BuildResponse) Reset() {
 	*x = BuildResponse{}
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[2]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[3]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -653,7 +729,7 @@ func (x *BuildResponse) String() string {
 func (*BuildResponse) ProtoMessage() {}
 
 func (x *BuildResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[2]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[3]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -666,7 +742,7 @@ func (x *BuildResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BuildResponse.ProtoReflect.Descriptor instead.
 func (*BuildResponse) Descriptor() ([]byte, []int) {
-	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{2}
+	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{3}
 }
 
 func (x *BuildResponse) GetMessage() isBuildResponse_Message {
@@ -703,6 +779,15 @@ func (x *BuildResponse) GetSummary() *Summary {
 	return nil
 }
 
+func (x *BuildResponse) GetDetached() *Detached {
+	if x != nil {
+		if x, ok := x.Message.(*BuildResponse_Detached); ok {
+			return x.Detached
+		}
+	}
+	return nil
+}
+
 type isBuildResponse_Message interface {
 	isBuildResponse_Message()
 }
@@ -722,11 +807,64 @@ type BuildResponse_Summary struct {
 	Summary *Summary `protobuf:"bytes,3,opt,name=summary,proto3,oneof"`
 }
 
+type BuildResponse_Detached struct {
+	// The build goes on without the caller. Sent last, once, in place of Summary.
+	Detached *Detached `protobuf:"bytes,4,opt,name=detached,proto3,oneof"`
+}
+
 func (*BuildResponse_Plan) isBuildResponse_Message() {}
 
 func (*BuildResponse_Event) isBuildResponse_Message() {}
 
 func (*BuildResponse_Summary) isBuildResponse_Message() {}
+
+func (*BuildResponse_Detached) isBuildResponse_Message() {}
+
+// A build that goes on without its caller.
+type Detached struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// What Attach and Cancel know it by. No other build has the same.
+	BuildId       uint64 `protobuf:"varint,1,opt,name=build_id,json=buildId,proto3" json:"build_id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Detached) Reset() {
+	*x = Detached{}
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[4]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Detached) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Detached) ProtoMessage() {}
+
+func (x *Detached) ProtoReflect() protoreflect.Message {
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[4]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Detached.ProtoReflect.Descriptor instead.
+func (*Detached) Descriptor() ([]byte, []int) {
+	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{4}
+}
+
+func (x *Detached) GetBuildId() uint64 {
+	if x != nil {
+		return x.BuildId
+	}
+	return 0
+}
 
 // What a realisation consists of.
 type Plan struct {
@@ -741,7 +879,7 @@ type Plan struct {
 
 func (x *Plan) Reset() {
 	*x = Plan{}
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[3]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -753,7 +891,7 @@ func (x *Plan) String() string {
 func (*Plan) ProtoMessage() {}
 
 func (x *Plan) ProtoReflect() protoreflect.Message {
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[3]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -766,7 +904,7 @@ func (x *Plan) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Plan.ProtoReflect.Descriptor instead.
 func (*Plan) Descriptor() ([]byte, []int) {
-	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{3}
+	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *Plan) GetWillBuild() []string {
@@ -798,7 +936,7 @@ type Summary struct {
 
 func (x *Summary) Reset() {
 	*x = Summary{}
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[4]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -810,7 +948,7 @@ func (x *Summary) String() string {
 func (*Summary) ProtoMessage() {}
 
 func (x *Summary) ProtoReflect() protoreflect.Message {
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[4]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -823,7 +961,7 @@ func (x *Summary) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Summary.ProtoReflect.Descriptor instead.
 func (*Summary) Descriptor() ([]byte, []int) {
-	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{4}
+	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *Summary) GetSuccess() bool {
@@ -859,7 +997,7 @@ type Output struct {
 
 func (x *Output) Reset() {
 	*x = Output{}
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[5]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -871,7 +1009,7 @@ func (x *Output) String() string {
 func (*Output) ProtoMessage() {}
 
 func (x *Output) ProtoReflect() protoreflect.Message {
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[5]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -884,7 +1022,7 @@ func (x *Output) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Output.ProtoReflect.Descriptor instead.
 func (*Output) Descriptor() ([]byte, []int) {
-	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{5}
+	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *Output) GetDrvPath() string {
@@ -934,7 +1072,7 @@ type BuildEvent struct {
 
 func (x *BuildEvent) Reset() {
 	*x = BuildEvent{}
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[6]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -946,7 +1084,7 @@ func (x *BuildEvent) String() string {
 func (*BuildEvent) ProtoMessage() {}
 
 func (x *BuildEvent) ProtoReflect() protoreflect.Message {
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[6]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -959,7 +1097,7 @@ func (x *BuildEvent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BuildEvent.ProtoReflect.Descriptor instead.
 func (*BuildEvent) Descriptor() ([]byte, []int) {
-	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{6}
+	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *BuildEvent) GetBuildId() uint64 {
@@ -1103,7 +1241,7 @@ type Queued struct {
 
 func (x *Queued) Reset() {
 	*x = Queued{}
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[7]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1115,7 +1253,7 @@ func (x *Queued) String() string {
 func (*Queued) ProtoMessage() {}
 
 func (x *Queued) ProtoReflect() protoreflect.Message {
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[7]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1128,7 +1266,7 @@ func (x *Queued) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Queued.ProtoReflect.Descriptor instead.
 func (*Queued) Descriptor() ([]byte, []int) {
-	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{7}
+	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *Queued) GetReason() string {
@@ -1151,7 +1289,7 @@ type Placed struct {
 
 func (x *Placed) Reset() {
 	*x = Placed{}
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[8]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1163,7 +1301,7 @@ func (x *Placed) String() string {
 func (*Placed) ProtoMessage() {}
 
 func (x *Placed) ProtoReflect() protoreflect.Message {
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[8]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1176,7 +1314,7 @@ func (x *Placed) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Placed.ProtoReflect.Descriptor instead.
 func (*Placed) Descriptor() ([]byte, []int) {
-	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{8}
+	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *Placed) GetMachine() string {
@@ -1203,7 +1341,7 @@ type Copying struct {
 
 func (x *Copying) Reset() {
 	*x = Copying{}
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[9]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1215,7 +1353,7 @@ func (x *Copying) String() string {
 func (*Copying) ProtoMessage() {}
 
 func (x *Copying) ProtoReflect() protoreflect.Message {
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[9]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1228,7 +1366,7 @@ func (x *Copying) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Copying.ProtoReflect.Descriptor instead.
 func (*Copying) Descriptor() ([]byte, []int) {
-	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{9}
+	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *Copying) GetTransfer() *Transfer {
@@ -1247,7 +1385,7 @@ type Building struct {
 
 func (x *Building) Reset() {
 	*x = Building{}
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[10]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1259,7 +1397,7 @@ func (x *Building) String() string {
 func (*Building) ProtoMessage() {}
 
 func (x *Building) ProtoReflect() protoreflect.Message {
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[10]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1272,7 +1410,7 @@ func (x *Building) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Building.ProtoReflect.Descriptor instead.
 func (*Building) Descriptor() ([]byte, []int) {
-	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{10}
+	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{12}
 }
 
 // Bytes of the builder's log, as they came.
@@ -1285,7 +1423,7 @@ type Log struct {
 
 func (x *Log) Reset() {
 	*x = Log{}
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[11]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1297,7 +1435,7 @@ func (x *Log) String() string {
 func (*Log) ProtoMessage() {}
 
 func (x *Log) ProtoReflect() protoreflect.Message {
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[11]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1310,7 +1448,7 @@ func (x *Log) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Log.ProtoReflect.Descriptor instead.
 func (*Log) Descriptor() ([]byte, []int) {
-	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{11}
+	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *Log) GetData() []byte {
@@ -1330,7 +1468,7 @@ type Fetching struct {
 
 func (x *Fetching) Reset() {
 	*x = Fetching{}
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[12]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1342,7 +1480,7 @@ func (x *Fetching) String() string {
 func (*Fetching) ProtoMessage() {}
 
 func (x *Fetching) ProtoReflect() protoreflect.Message {
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[12]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1355,7 +1493,7 @@ func (x *Fetching) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Fetching.ProtoReflect.Descriptor instead.
 func (*Fetching) Descriptor() ([]byte, []int) {
-	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{12}
+	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *Fetching) GetTransfer() *Transfer {
@@ -1383,7 +1521,7 @@ type Transfer struct {
 
 func (x *Transfer) Reset() {
 	*x = Transfer{}
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[13]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1395,7 +1533,7 @@ func (x *Transfer) String() string {
 func (*Transfer) ProtoMessage() {}
 
 func (x *Transfer) ProtoReflect() protoreflect.Message {
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[13]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1408,7 +1546,7 @@ func (x *Transfer) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Transfer.ProtoReflect.Descriptor instead.
 func (*Transfer) Descriptor() ([]byte, []int) {
-	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{13}
+	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *Transfer) GetPath() string {
@@ -1476,7 +1614,7 @@ type Finished struct {
 
 func (x *Finished) Reset() {
 	*x = Finished{}
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[14]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1488,7 +1626,7 @@ func (x *Finished) String() string {
 func (*Finished) ProtoMessage() {}
 
 func (x *Finished) ProtoReflect() protoreflect.Message {
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[14]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1501,7 +1639,7 @@ func (x *Finished) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Finished.ProtoReflect.Descriptor instead.
 func (*Finished) Descriptor() ([]byte, []int) {
-	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{14}
+	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *Finished) GetStatus() BuildStatus {
@@ -1548,7 +1686,7 @@ type HookRequest struct {
 
 func (x *HookRequest) Reset() {
 	*x = HookRequest{}
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[15]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1560,7 +1698,7 @@ func (x *HookRequest) String() string {
 func (*HookRequest) ProtoMessage() {}
 
 func (x *HookRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[15]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1573,7 +1711,7 @@ func (x *HookRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HookRequest.ProtoReflect.Descriptor instead.
 func (*HookRequest) Descriptor() ([]byte, []int) {
-	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{15}
+	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *HookRequest) GetMessage() isHookRequest_Message {
@@ -1666,14 +1804,18 @@ type Hello struct {
 	KeepFailed bool    `protobuf:"varint,8,opt,name=keep_failed,json=keepFailed,proto3" json:"keep_failed,omitempty"`
 	// Those environment variables of the asking Nix that say where its store is,
 	// each as NAME=VALUE: NIX_STORE_DIR, NIX_STATE_DIR, NIX_CONF_DIR and the like.
-	Environment   []string `protobuf:"bytes,9,rep,name=environment,proto3" json:"environment,omitempty"`
+	Environment []string `protobuf:"bytes,9,rep,name=environment,proto3" json:"environment,omitempty"`
+	// Whose connection the asking Nix daemon serves; unset if it is none. It counts for
+	// turns and to be shown, never for rights, and only if root or the daemon's user
+	// says it.
+	Client        *Client `protobuf:"bytes,10,opt,name=client,proto3" json:"client,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Hello) Reset() {
 	*x = Hello{}
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[16]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1685,7 +1827,7 @@ func (x *Hello) String() string {
 func (*Hello) ProtoMessage() {}
 
 func (x *Hello) ProtoReflect() protoreflect.Message {
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[16]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1698,7 +1840,7 @@ func (x *Hello) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Hello.ProtoReflect.Descriptor instead.
 func (*Hello) Descriptor() ([]byte, []int) {
-	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{16}
+	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *Hello) GetBuilders() string {
@@ -1764,6 +1906,68 @@ func (x *Hello) GetEnvironment() []string {
 	return nil
 }
 
+func (x *Hello) GetClient() *Client {
+	if x != nil {
+		return x.Client
+	}
+	return nil
+}
+
+// A client of the Nix daemon.
+type Client struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Its user; unset if that is not known.
+	Uid *uint32 `protobuf:"varint,1,opt,name=uid,proto3,oneof" json:"uid,omitempty"`
+	// The process, or if that is not known, the one of the Nix daemon that serves it.
+	Pid           uint32 `protobuf:"varint,2,opt,name=pid,proto3" json:"pid,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Client) Reset() {
+	*x = Client{}
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[19]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Client) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Client) ProtoMessage() {}
+
+func (x *Client) ProtoReflect() protoreflect.Message {
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[19]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Client.ProtoReflect.Descriptor instead.
+func (*Client) Descriptor() ([]byte, []int) {
+	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{19}
+}
+
+func (x *Client) GetUid() uint32 {
+	if x != nil && x.Uid != nil {
+		return *x.Uid
+	}
+	return 0
+}
+
+func (x *Client) GetPid() uint32 {
+	if x != nil {
+		return x.Pid
+	}
+	return 0
+}
+
 // Nix's question whether the hook will build a derivation.
 type Try struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -1782,7 +1986,7 @@ type Try struct {
 
 func (x *Try) Reset() {
 	*x = Try{}
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[17]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1794,7 +1998,7 @@ func (x *Try) String() string {
 func (*Try) ProtoMessage() {}
 
 func (x *Try) ProtoReflect() protoreflect.Message {
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[17]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1807,7 +2011,7 @@ func (x *Try) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Try.ProtoReflect.Descriptor instead.
 func (*Try) Descriptor() ([]byte, []int) {
-	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{17}
+	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *Try) GetAmWilling() bool {
@@ -1858,7 +2062,7 @@ type Start struct {
 
 func (x *Start) Reset() {
 	*x = Start{}
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[18]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1870,7 +2074,7 @@ func (x *Start) String() string {
 func (*Start) ProtoMessage() {}
 
 func (x *Start) ProtoReflect() protoreflect.Message {
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[18]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1883,7 +2087,7 @@ func (x *Start) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Start.ProtoReflect.Descriptor instead.
 func (*Start) Descriptor() ([]byte, []int) {
-	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{18}
+	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *Start) GetInputs() []string {
@@ -1909,7 +2113,7 @@ type HandedOver struct {
 
 func (x *HandedOver) Reset() {
 	*x = HandedOver{}
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[19]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1921,7 +2125,7 @@ func (x *HandedOver) String() string {
 func (*HandedOver) ProtoMessage() {}
 
 func (x *HandedOver) ProtoReflect() protoreflect.Message {
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[19]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1934,7 +2138,7 @@ func (x *HandedOver) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HandedOver.ProtoReflect.Descriptor instead.
 func (*HandedOver) Descriptor() ([]byte, []int) {
-	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{19}
+	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{22}
 }
 
 // What the daemon says to a hook process.
@@ -1952,7 +2156,7 @@ type HookResponse struct {
 
 func (x *HookResponse) Reset() {
 	*x = HookResponse{}
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[20]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1964,7 +2168,7 @@ func (x *HookResponse) String() string {
 func (*HookResponse) ProtoMessage() {}
 
 func (x *HookResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[20]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1977,7 +2181,7 @@ func (x *HookResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HookResponse.ProtoReflect.Descriptor instead.
 func (*HookResponse) Descriptor() ([]byte, []int) {
-	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{20}
+	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *HookResponse) GetMessage() isHookResponse_Message {
@@ -2055,7 +2259,7 @@ type Reply struct {
 
 func (x *Reply) Reset() {
 	*x = Reply{}
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[21]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2067,7 +2271,7 @@ func (x *Reply) String() string {
 func (*Reply) ProtoMessage() {}
 
 func (x *Reply) ProtoReflect() protoreflect.Message {
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[21]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2080,7 +2284,7 @@ func (x *Reply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Reply.ProtoReflect.Descriptor instead.
 func (*Reply) Descriptor() ([]byte, []int) {
-	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{21}
+	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *Reply) GetAction() Reply_Action {
@@ -2130,7 +2334,7 @@ type HandOver struct {
 
 func (x *HandOver) Reset() {
 	*x = HandOver{}
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[22]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2142,7 +2346,7 @@ func (x *HandOver) String() string {
 func (*HandOver) ProtoMessage() {}
 
 func (x *HandOver) ProtoReflect() protoreflect.Message {
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[22]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2155,7 +2359,7 @@ func (x *HandOver) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HandOver.ProtoReflect.Descriptor instead.
 func (*HandOver) Descriptor() ([]byte, []int) {
-	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{22}
+	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *HandOver) GetPaths() []string {
@@ -2173,7 +2377,7 @@ type StatusRequest struct {
 
 func (x *StatusRequest) Reset() {
 	*x = StatusRequest{}
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[23]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2185,7 +2389,7 @@ func (x *StatusRequest) String() string {
 func (*StatusRequest) ProtoMessage() {}
 
 func (x *StatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[23]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2198,7 +2402,7 @@ func (x *StatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatusRequest.ProtoReflect.Descriptor instead.
 func (*StatusRequest) Descriptor() ([]byte, []int) {
-	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{23}
+	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{26}
 }
 
 // A snapshot of everything in progress.
@@ -2215,14 +2419,16 @@ type StatusResponse struct {
 	// before the first.
 	Reload *ReloadStatus `protobuf:"bytes,6,opt,name=reload,proto3" json:"reload,omitempty"`
 	// How many of the builds no machine can ever run, as the machines are now.
-	Unplaceable   uint32 `protobuf:"varint,7,opt,name=unplaceable,proto3" json:"unplaceable,omitempty"`
+	Unplaceable uint32 `protobuf:"varint,7,opt,name=unplaceable,proto3" json:"unplaceable,omitempty"`
+	// Detached builds, by id.
+	Detached      []*DetachedBuild `protobuf:"bytes,8,rep,name=detached,proto3" json:"detached,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *StatusResponse) Reset() {
 	*x = StatusResponse{}
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[24]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2234,7 +2440,7 @@ func (x *StatusResponse) String() string {
 func (*StatusResponse) ProtoMessage() {}
 
 func (x *StatusResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[24]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2247,7 +2453,7 @@ func (x *StatusResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatusResponse.ProtoReflect.Descriptor instead.
 func (*StatusResponse) Descriptor() ([]byte, []int) {
-	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{24}
+	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *StatusResponse) GetVersion() string {
@@ -2299,6 +2505,13 @@ func (x *StatusResponse) GetUnplaceable() uint32 {
 	return 0
 }
 
+func (x *StatusResponse) GetDetached() []*DetachedBuild {
+	if x != nil {
+		return x.Detached
+	}
+	return nil
+}
+
 // What became of an attempt to read the builders setting anew.
 type ReloadStatus struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -2314,7 +2527,7 @@ type ReloadStatus struct {
 
 func (x *ReloadStatus) Reset() {
 	*x = ReloadStatus{}
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[25]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2326,7 +2539,7 @@ func (x *ReloadStatus) String() string {
 func (*ReloadStatus) ProtoMessage() {}
 
 func (x *ReloadStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[25]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2339,7 +2552,7 @@ func (x *ReloadStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReloadStatus.ProtoReflect.Descriptor instead.
 func (*ReloadStatus) Descriptor() ([]byte, []int) {
-	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{25}
+	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *ReloadStatus) GetTime() *timestamppb.Timestamp {
@@ -2391,7 +2604,7 @@ type MachineStatus struct {
 
 func (x *MachineStatus) Reset() {
 	*x = MachineStatus{}
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[26]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2403,7 +2616,7 @@ func (x *MachineStatus) String() string {
 func (*MachineStatus) ProtoMessage() {}
 
 func (x *MachineStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[26]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2416,7 +2629,7 @@ func (x *MachineStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MachineStatus.ProtoReflect.Descriptor instead.
 func (*MachineStatus) Descriptor() ([]byte, []int) {
-	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{26}
+	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *MachineStatus) GetUri() string {
@@ -2505,14 +2718,18 @@ type BuildInfo struct {
 	Reason string `protobuf:"bytes,7,opt,name=reason,proto3" json:"reason,omitempty"`
 	System string `protobuf:"bytes,8,opt,name=system,proto3" json:"system,omitempty"`
 	// Whether no machine can ever run it, as the machines are now.
-	Unplaceable   bool `protobuf:"varint,9,opt,name=unplaceable,proto3" json:"unplaceable,omitempty"`
+	Unplaceable bool `protobuf:"varint,9,opt,name=unplaceable,proto3" json:"unplaceable,omitempty"`
+	// Who asked for it first, in words for a person: a user's name, or what is known.
+	User string `protobuf:"bytes,10,opt,name=user,proto3" json:"user,omitempty"`
+	// See BuildRequest.
+	Priority      int32 `protobuf:"zigzag32,11,opt,name=priority,proto3" json:"priority,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *BuildInfo) Reset() {
 	*x = BuildInfo{}
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[27]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2524,7 +2741,7 @@ func (x *BuildInfo) String() string {
 func (*BuildInfo) ProtoMessage() {}
 
 func (x *BuildInfo) ProtoReflect() protoreflect.Message {
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[27]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2537,7 +2754,7 @@ func (x *BuildInfo) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BuildInfo.ProtoReflect.Descriptor instead.
 func (*BuildInfo) Descriptor() ([]byte, []int) {
-	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{27}
+	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *BuildInfo) GetId() uint64 {
@@ -2603,6 +2820,144 @@ func (x *BuildInfo) GetUnplaceable() bool {
 	return false
 }
 
+func (x *BuildInfo) GetUser() string {
+	if x != nil {
+		return x.User
+	}
+	return ""
+}
+
+func (x *BuildInfo) GetPriority() int32 {
+	if x != nil {
+		return x.Priority
+	}
+	return 0
+}
+
+// A detached build, in progress or ended some days ago at most.
+type DetachedBuild struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Id    uint64                 `protobuf:"varint,1,opt,name=id,proto3" json:"id,omitempty"`
+	// The derivations asked for, the first hundred of them.
+	Derivations []string `protobuf:"bytes,2,rep,name=derivations,proto3" json:"derivations,omitempty"`
+	// Who asked for it, as in BuildInfo.
+	User string `protobuf:"bytes,3,opt,name=user,proto3" json:"user,omitempty"`
+	// When it was asked for, and when it ended; the latter is unset while it goes on.
+	Since *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=since,proto3" json:"since,omitempty"`
+	Ended *timestamppb.Timestamp `protobuf:"bytes,5,opt,name=ended,proto3" json:"ended,omitempty"`
+	// How many derivations there are to build; and how many of them have been, and
+	// have failed.
+	Planned uint32 `protobuf:"varint,6,opt,name=planned,proto3" json:"planned,omitempty"`
+	Built   uint32 `protobuf:"varint,7,opt,name=built,proto3" json:"built,omitempty"`
+	Failed  uint32 `protobuf:"varint,8,opt,name=failed,proto3" json:"failed,omitempty"`
+	// Whether it ended and the outputs wanted are there.
+	Success bool `protobuf:"varint,9,opt,name=success,proto3" json:"success,omitempty"`
+	// What went wrong beside failed derivations, in words for a person.
+	Error         string `protobuf:"bytes,10,opt,name=error,proto3" json:"error,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DetachedBuild) Reset() {
+	*x = DetachedBuild{}
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[31]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DetachedBuild) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DetachedBuild) ProtoMessage() {}
+
+func (x *DetachedBuild) ProtoReflect() protoreflect.Message {
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[31]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DetachedBuild.ProtoReflect.Descriptor instead.
+func (*DetachedBuild) Descriptor() ([]byte, []int) {
+	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{31}
+}
+
+func (x *DetachedBuild) GetId() uint64 {
+	if x != nil {
+		return x.Id
+	}
+	return 0
+}
+
+func (x *DetachedBuild) GetDerivations() []string {
+	if x != nil {
+		return x.Derivations
+	}
+	return nil
+}
+
+func (x *DetachedBuild) GetUser() string {
+	if x != nil {
+		return x.User
+	}
+	return ""
+}
+
+func (x *DetachedBuild) GetSince() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Since
+	}
+	return nil
+}
+
+func (x *DetachedBuild) GetEnded() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Ended
+	}
+	return nil
+}
+
+func (x *DetachedBuild) GetPlanned() uint32 {
+	if x != nil {
+		return x.Planned
+	}
+	return 0
+}
+
+func (x *DetachedBuild) GetBuilt() uint32 {
+	if x != nil {
+		return x.Built
+	}
+	return 0
+}
+
+func (x *DetachedBuild) GetFailed() uint32 {
+	if x != nil {
+		return x.Failed
+	}
+	return 0
+}
+
+func (x *DetachedBuild) GetSuccess() bool {
+	if x != nil {
+		return x.Success
+	}
+	return false
+}
+
+func (x *DetachedBuild) GetError() string {
+	if x != nil {
+		return x.Error
+	}
+	return ""
+}
+
 type MachinesRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -2611,7 +2966,7 @@ type MachinesRequest struct {
 
 func (x *MachinesRequest) Reset() {
 	*x = MachinesRequest{}
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[28]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2623,7 +2978,7 @@ func (x *MachinesRequest) String() string {
 func (*MachinesRequest) ProtoMessage() {}
 
 func (x *MachinesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[28]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2636,7 +2991,7 @@ func (x *MachinesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MachinesRequest.ProtoReflect.Descriptor instead.
 func (*MachinesRequest) Descriptor() ([]byte, []int) {
-	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{28}
+	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{32}
 }
 
 type MachinesResponse struct {
@@ -2649,7 +3004,7 @@ type MachinesResponse struct {
 
 func (x *MachinesResponse) Reset() {
 	*x = MachinesResponse{}
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[29]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2661,7 +3016,7 @@ func (x *MachinesResponse) String() string {
 func (*MachinesResponse) ProtoMessage() {}
 
 func (x *MachinesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[29]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2674,7 +3029,7 @@ func (x *MachinesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MachinesResponse.ProtoReflect.Descriptor instead.
 func (*MachinesResponse) Descriptor() ([]byte, []int) {
-	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{29}
+	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *MachinesResponse) GetMachines() []*Machine {
@@ -2708,7 +3063,7 @@ type Machine struct {
 
 func (x *Machine) Reset() {
 	*x = Machine{}
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[30]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2720,7 +3075,7 @@ func (x *Machine) String() string {
 func (*Machine) ProtoMessage() {}
 
 func (x *Machine) ProtoReflect() protoreflect.Message {
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[30]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2733,7 +3088,7 @@ func (x *Machine) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Machine.ProtoReflect.Descriptor instead.
 func (*Machine) Descriptor() ([]byte, []int) {
-	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{30}
+	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *Machine) GetStoreUri() string {
@@ -2804,7 +3159,7 @@ type MachineError struct {
 
 func (x *MachineError) Reset() {
 	*x = MachineError{}
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[31]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2816,7 +3171,7 @@ func (x *MachineError) String() string {
 func (*MachineError) ProtoMessage() {}
 
 func (x *MachineError) ProtoReflect() protoreflect.Message {
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[31]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2829,7 +3184,7 @@ func (x *MachineError) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MachineError.ProtoReflect.Descriptor instead.
 func (*MachineError) Descriptor() ([]byte, []int) {
-	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{31}
+	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *MachineError) GetFile() string {
@@ -2862,7 +3217,7 @@ type CancelRequest struct {
 
 func (x *CancelRequest) Reset() {
 	*x = CancelRequest{}
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[32]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2874,7 +3229,7 @@ func (x *CancelRequest) String() string {
 func (*CancelRequest) ProtoMessage() {}
 
 func (x *CancelRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[32]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2887,7 +3242,7 @@ func (x *CancelRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CancelRequest.ProtoReflect.Descriptor instead.
 func (*CancelRequest) Descriptor() ([]byte, []int) {
-	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{32}
+	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *CancelRequest) GetBuildId() uint64 {
@@ -2905,7 +3260,7 @@ type CancelResponse struct {
 
 func (x *CancelResponse) Reset() {
 	*x = CancelResponse{}
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[33]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2917,7 +3272,7 @@ func (x *CancelResponse) String() string {
 func (*CancelResponse) ProtoMessage() {}
 
 func (x *CancelResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[33]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2930,7 +3285,7 @@ func (x *CancelResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CancelResponse.ProtoReflect.Descriptor instead.
 func (*CancelResponse) Descriptor() ([]byte, []int) {
-	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{33}
+	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{37}
 }
 
 // A build to be explained: a derivation, or a system and features.
@@ -2952,7 +3307,7 @@ type ExplainRequest struct {
 
 func (x *ExplainRequest) Reset() {
 	*x = ExplainRequest{}
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[34]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2964,7 +3319,7 @@ func (x *ExplainRequest) String() string {
 func (*ExplainRequest) ProtoMessage() {}
 
 func (x *ExplainRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[34]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2977,7 +3332,7 @@ func (x *ExplainRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExplainRequest.ProtoReflect.Descriptor instead.
 func (*ExplainRequest) Descriptor() ([]byte, []int) {
-	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{34}
+	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *ExplainRequest) GetDrvPath() string {
@@ -3039,7 +3394,7 @@ type ExplainResponse struct {
 
 func (x *ExplainResponse) Reset() {
 	*x = ExplainResponse{}
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[35]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3051,7 +3406,7 @@ func (x *ExplainResponse) String() string {
 func (*ExplainResponse) ProtoMessage() {}
 
 func (x *ExplainResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[35]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3064,7 +3419,7 @@ func (x *ExplainResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExplainResponse.ProtoReflect.Descriptor instead.
 func (*ExplainResponse) Descriptor() ([]byte, []int) {
-	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{35}
+	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *ExplainResponse) GetSystem() string {
@@ -3137,7 +3492,7 @@ type Verdict struct {
 
 func (x *Verdict) Reset() {
 	*x = Verdict{}
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[36]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3149,7 +3504,7 @@ func (x *Verdict) String() string {
 func (*Verdict) ProtoMessage() {}
 
 func (x *Verdict) ProtoReflect() protoreflect.Message {
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[36]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3162,7 +3517,7 @@ func (x *Verdict) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Verdict.ProtoReflect.Descriptor instead.
 func (*Verdict) Descriptor() ([]byte, []int) {
-	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{36}
+	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *Verdict) GetMachine() string {
@@ -3196,7 +3551,7 @@ type DrainRequest struct {
 
 func (x *DrainRequest) Reset() {
 	*x = DrainRequest{}
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[37]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3208,7 +3563,7 @@ func (x *DrainRequest) String() string {
 func (*DrainRequest) ProtoMessage() {}
 
 func (x *DrainRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[37]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3221,7 +3576,7 @@ func (x *DrainRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DrainRequest.ProtoReflect.Descriptor instead.
 func (*DrainRequest) Descriptor() ([]byte, []int) {
-	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{37}
+	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *DrainRequest) GetMachine() string {
@@ -3243,7 +3598,7 @@ type DrainResponse struct {
 
 func (x *DrainResponse) Reset() {
 	*x = DrainResponse{}
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[38]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3255,7 +3610,7 @@ func (x *DrainResponse) String() string {
 func (*DrainResponse) ProtoMessage() {}
 
 func (x *DrainResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[38]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3268,7 +3623,7 @@ func (x *DrainResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DrainResponse.ProtoReflect.Descriptor instead.
 func (*DrainResponse) Descriptor() ([]byte, []int) {
-	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{38}
+	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *DrainResponse) GetMachine() string {
@@ -3295,7 +3650,7 @@ type UndrainRequest struct {
 
 func (x *UndrainRequest) Reset() {
 	*x = UndrainRequest{}
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[39]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3307,7 +3662,7 @@ func (x *UndrainRequest) String() string {
 func (*UndrainRequest) ProtoMessage() {}
 
 func (x *UndrainRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[39]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3320,7 +3675,7 @@ func (x *UndrainRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UndrainRequest.ProtoReflect.Descriptor instead.
 func (*UndrainRequest) Descriptor() ([]byte, []int) {
-	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{39}
+	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *UndrainRequest) GetMachine() string {
@@ -3340,7 +3695,7 @@ type UndrainResponse struct {
 
 func (x *UndrainResponse) Reset() {
 	*x = UndrainResponse{}
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[40]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3352,7 +3707,7 @@ func (x *UndrainResponse) String() string {
 func (*UndrainResponse) ProtoMessage() {}
 
 func (x *UndrainResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[40]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3365,7 +3720,7 @@ func (x *UndrainResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UndrainResponse.ProtoReflect.Descriptor instead.
 func (*UndrainResponse) Descriptor() ([]byte, []int) {
-	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{40}
+	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *UndrainResponse) GetMachine() string {
@@ -3383,7 +3738,7 @@ type ReloadRequest struct {
 
 func (x *ReloadRequest) Reset() {
 	*x = ReloadRequest{}
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[41]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3395,7 +3750,7 @@ func (x *ReloadRequest) String() string {
 func (*ReloadRequest) ProtoMessage() {}
 
 func (x *ReloadRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[41]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3408,7 +3763,7 @@ func (x *ReloadRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReloadRequest.ProtoReflect.Descriptor instead.
 func (*ReloadRequest) Descriptor() ([]byte, []int) {
-	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{41}
+	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{45}
 }
 
 type ReloadResponse struct {
@@ -3423,7 +3778,7 @@ type ReloadResponse struct {
 
 func (x *ReloadResponse) Reset() {
 	*x = ReloadResponse{}
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[42]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3435,7 +3790,7 @@ func (x *ReloadResponse) String() string {
 func (*ReloadResponse) ProtoMessage() {}
 
 func (x *ReloadResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[42]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3448,7 +3803,7 @@ func (x *ReloadResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReloadResponse.ProtoReflect.Descriptor instead.
 func (*ReloadResponse) Descriptor() ([]byte, []int) {
-	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{42}
+	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *ReloadResponse) GetErrors() []*MachineError {
@@ -3480,7 +3835,7 @@ type PingRequest struct {
 
 func (x *PingRequest) Reset() {
 	*x = PingRequest{}
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[43]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3492,7 +3847,7 @@ func (x *PingRequest) String() string {
 func (*PingRequest) ProtoMessage() {}
 
 func (x *PingRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[43]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3505,7 +3860,7 @@ func (x *PingRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PingRequest.ProtoReflect.Descriptor instead.
 func (*PingRequest) Descriptor() ([]byte, []int) {
-	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{43}
+	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *PingRequest) GetMachine() string {
@@ -3553,7 +3908,7 @@ type PingResponse struct {
 
 func (x *PingResponse) Reset() {
 	*x = PingResponse{}
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[44]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3565,7 +3920,7 @@ func (x *PingResponse) String() string {
 func (*PingResponse) ProtoMessage() {}
 
 func (x *PingResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[44]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3578,7 +3933,7 @@ func (x *PingResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PingResponse.ProtoReflect.Descriptor instead.
 func (*PingResponse) Descriptor() ([]byte, []int) {
-	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{44}
+	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *PingResponse) GetStep() string {
@@ -3640,7 +3995,7 @@ type HistoryRequest struct {
 
 func (x *HistoryRequest) Reset() {
 	*x = HistoryRequest{}
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[45]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3652,7 +4007,7 @@ func (x *HistoryRequest) String() string {
 func (*HistoryRequest) ProtoMessage() {}
 
 func (x *HistoryRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[45]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3665,7 +4020,7 @@ func (x *HistoryRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HistoryRequest.ProtoReflect.Descriptor instead.
 func (*HistoryRequest) Descriptor() ([]byte, []int) {
-	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{45}
+	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *HistoryRequest) GetSince() *timestamppb.Timestamp {
@@ -3729,7 +4084,7 @@ type FinishedBuild struct {
 
 func (x *FinishedBuild) Reset() {
 	*x = FinishedBuild{}
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[46]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3741,7 +4096,7 @@ func (x *FinishedBuild) String() string {
 func (*FinishedBuild) ProtoMessage() {}
 
 func (x *FinishedBuild) ProtoReflect() protoreflect.Message {
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[46]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3754,7 +4109,7 @@ func (x *FinishedBuild) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FinishedBuild.ProtoReflect.Descriptor instead.
 func (*FinishedBuild) Descriptor() ([]byte, []int) {
-	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{46}
+	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *FinishedBuild) GetId() uint64 {
@@ -3884,7 +4239,7 @@ type LogRequest struct {
 
 func (x *LogRequest) Reset() {
 	*x = LogRequest{}
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[47]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3896,7 +4251,7 @@ func (x *LogRequest) String() string {
 func (*LogRequest) ProtoMessage() {}
 
 func (x *LogRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[47]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3909,7 +4264,7 @@ func (x *LogRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogRequest.ProtoReflect.Descriptor instead.
 func (*LogRequest) Descriptor() ([]byte, []int) {
-	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{47}
+	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{51}
 }
 
 func (x *LogRequest) GetBuildId() uint64 {
@@ -3942,7 +4297,7 @@ type LogResponse struct {
 
 func (x *LogResponse) Reset() {
 	*x = LogResponse{}
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[48]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3954,7 +4309,7 @@ func (x *LogResponse) String() string {
 func (*LogResponse) ProtoMessage() {}
 
 func (x *LogResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[48]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3967,7 +4322,7 @@ func (x *LogResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogResponse.ProtoReflect.Descriptor instead.
 func (*LogResponse) Descriptor() ([]byte, []int) {
-	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{48}
+	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{52}
 }
 
 func (x *LogResponse) GetData() []byte {
@@ -3981,7 +4336,7 @@ var File_dispatch_v1_dispatch_proto protoreflect.FileDescriptor
 
 const file_dispatch_v1_dispatch_proto_rawDesc = "" +
 	"\n" +
-	"\x1adispatch/v1/dispatch.proto\x12\x0enixdispatch.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xbe\x02\n" +
+	"\x1adispatch/v1/dispatch.proto\x12\x0enixdispatch.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xf2\x02\n" +
 	"\fBuildRequest\x12 \n" +
 	"\vderivations\x18\x01 \x03(\tR\vderivations\x12.\n" +
 	"\x06limits\x18\x02 \x01(\v2\x16.nixdispatch.v1.LimitsR\x06limits\x128\n" +
@@ -3992,18 +4347,28 @@ const file_dispatch_v1_dispatch_proto_rawDesc = "" +
 	"hold_roots\x18\x05 \x01(\bR\tholdRoots\x12\x1f\n" +
 	"\bbuilders\x18\x06 \x01(\tH\x00R\bbuilders\x88\x01\x01\x12\x14\n" +
 	"\x05store\x18\a \x01(\tR\x05store\x12 \n" +
-	"\venvironment\x18\b \x03(\tR\venvironmentB\v\n" +
-	"\t_builders\"\xa2\x01\n" +
+	"\venvironment\x18\b \x03(\tR\venvironment\x12\x16\n" +
+	"\x06detach\x18\t \x01(\bR\x06detach\x12\x1a\n" +
+	"\bpriority\x18\n" +
+	" \x01(\x11R\bpriorityB\v\n" +
+	"\t_builders\"I\n" +
+	"\rAttachRequest\x12\x19\n" +
+	"\bbuild_id\x18\x01 \x01(\x04R\abuildId\x12\x1d\n" +
+	"\n" +
+	"hold_roots\x18\x02 \x01(\bR\tholdRoots\"\xa2\x01\n" +
 	"\x06Limits\x123\n" +
 	"\atimeout\x18\x01 \x01(\v2\x19.google.protobuf.DurationR\atimeout\x12A\n" +
 	"\x0fmax_silent_time\x18\x02 \x01(\v2\x19.google.protobuf.DurationR\rmaxSilentTime\x12 \n" +
 	"\fmax_log_size\x18\x03 \x01(\x04R\n" +
-	"maxLogSize\"\xaf\x01\n" +
+	"maxLogSize\"\xe7\x01\n" +
 	"\rBuildResponse\x12*\n" +
 	"\x04plan\x18\x01 \x01(\v2\x14.nixdispatch.v1.PlanH\x00R\x04plan\x122\n" +
 	"\x05event\x18\x02 \x01(\v2\x1a.nixdispatch.v1.BuildEventH\x00R\x05event\x123\n" +
-	"\asummary\x18\x03 \x01(\v2\x17.nixdispatch.v1.SummaryH\x00R\asummaryB\t\n" +
-	"\amessage\"N\n" +
+	"\asummary\x18\x03 \x01(\v2\x17.nixdispatch.v1.SummaryH\x00R\asummary\x126\n" +
+	"\bdetached\x18\x04 \x01(\v2\x18.nixdispatch.v1.DetachedH\x00R\bdetachedB\t\n" +
+	"\amessage\"%\n" +
+	"\bDetached\x12\x19\n" +
+	"\bbuild_id\x18\x01 \x01(\x04R\abuildId\"N\n" +
 	"\x04Plan\x12\x1d\n" +
 	"\n" +
 	"will_build\x18\x01 \x03(\tR\twillBuild\x12'\n" +
@@ -4063,7 +4428,7 @@ const file_dispatch_v1_dispatch_proto_rawDesc = "" +
 	"\x05start\x18\x03 \x01(\v2\x15.nixdispatch.v1.StartH\x00R\x05start\x12=\n" +
 	"\vhanded_over\x18\x04 \x01(\v2\x1a.nixdispatch.v1.HandedOverH\x00R\n" +
 	"handedOverB\t\n" +
-	"\amessage\"\xcd\x02\n" +
+	"\amessage\"\xfd\x02\n" +
 	"\x05Hello\x12\x1a\n" +
 	"\bbuilders\x18\x01 \x01(\tR\bbuilders\x128\n" +
 	"\x18builders_use_substitutes\x18\x02 \x01(\bR\x16buildersUseSubstitutes\x12\x14\n" +
@@ -4074,7 +4439,13 @@ const file_dispatch_v1_dispatch_proto_rawDesc = "" +
 	"\x06limits\x18\a \x01(\v2\x16.nixdispatch.v1.LimitsR\x06limits\x12\x1f\n" +
 	"\vkeep_failed\x18\b \x01(\bR\n" +
 	"keepFailed\x12 \n" +
-	"\venvironment\x18\t \x03(\tR\venvironment\"\x9a\x01\n" +
+	"\venvironment\x18\t \x03(\tR\venvironment\x12.\n" +
+	"\x06client\x18\n" +
+	" \x01(\v2\x16.nixdispatch.v1.ClientR\x06client\"9\n" +
+	"\x06Client\x12\x15\n" +
+	"\x03uid\x18\x01 \x01(\rH\x00R\x03uid\x88\x01\x01\x12\x10\n" +
+	"\x03pid\x18\x02 \x01(\rR\x03pidB\x06\n" +
+	"\x04_uid\"\x9a\x01\n" +
 	"\x03Try\x12\x1d\n" +
 	"\n" +
 	"am_willing\x18\x01 \x01(\bR\tamWilling\x12\x16\n" +
@@ -4107,7 +4478,7 @@ const file_dispatch_v1_dispatch_proto_rawDesc = "" +
 	"\fACTION_STOCK\x10\x05\" \n" +
 	"\bHandOver\x12\x14\n" +
 	"\x05paths\x18\x01 \x03(\tR\x05paths\"\x0f\n" +
-	"\rStatusRequest\"\xdc\x02\n" +
+	"\rStatusRequest\"\x97\x03\n" +
 	"\x0eStatusResponse\x12\x18\n" +
 	"\aversion\x18\x01 \x01(\tR\aversion\x124\n" +
 	"\astarted\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\astarted\x129\n" +
@@ -4115,7 +4486,8 @@ const file_dispatch_v1_dispatch_proto_rawDesc = "" +
 	"\x06builds\x18\x04 \x03(\v2\x19.nixdispatch.v1.BuildInfoR\x06builds\x124\n" +
 	"\x06errors\x18\x05 \x03(\v2\x1c.nixdispatch.v1.MachineErrorR\x06errors\x124\n" +
 	"\x06reload\x18\x06 \x01(\v2\x1c.nixdispatch.v1.ReloadStatusR\x06reload\x12 \n" +
-	"\vunplaceable\x18\a \x01(\rR\vunplaceable\"\x8e\x01\n" +
+	"\vunplaceable\x18\a \x01(\rR\vunplaceable\x129\n" +
+	"\bdetached\x18\b \x03(\v2\x1d.nixdispatch.v1.DetachedBuildR\bdetached\"\x8e\x01\n" +
 	"\fReloadStatus\x12.\n" +
 	"\x04time\x18\x01 \x01(\v2\x1a.google.protobuf.TimestampR\x04time\x12\x18\n" +
 	"\asuccess\x18\x02 \x01(\bR\asuccess\x124\n" +
@@ -4131,7 +4503,7 @@ const file_dispatch_v1_dispatch_proto_rawDesc = "" +
 	"\vconnections\x18\b \x01(\rR\vconnections\x12\x18\n" +
 	"\adrained\x18\t \x01(\bR\adrained\x12\x18\n" +
 	"\aremoved\x18\n" +
-	" \x01(\bR\aremoved\"\x9b\x02\n" +
+	" \x01(\bR\aremoved\"\xcb\x02\n" +
 	"\tBuildInfo\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\x04R\x02id\x12\x19\n" +
 	"\bdrv_path\x18\x02 \x01(\tR\adrvPath\x12+\n" +
@@ -4141,7 +4513,22 @@ const file_dispatch_v1_dispatch_proto_rawDesc = "" +
 	"\acallers\x18\x06 \x01(\rR\acallers\x12\x16\n" +
 	"\x06reason\x18\a \x01(\tR\x06reason\x12\x16\n" +
 	"\x06system\x18\b \x01(\tR\x06system\x12 \n" +
-	"\vunplaceable\x18\t \x01(\bR\vunplaceable\"\x11\n" +
+	"\vunplaceable\x18\t \x01(\bR\vunplaceable\x12\x12\n" +
+	"\x04user\x18\n" +
+	" \x01(\tR\x04user\x12\x1a\n" +
+	"\bpriority\x18\v \x01(\x11R\bpriority\"\xb1\x02\n" +
+	"\rDetachedBuild\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\x04R\x02id\x12 \n" +
+	"\vderivations\x18\x02 \x03(\tR\vderivations\x12\x12\n" +
+	"\x04user\x18\x03 \x01(\tR\x04user\x120\n" +
+	"\x05since\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\x05since\x120\n" +
+	"\x05ended\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\x05ended\x12\x18\n" +
+	"\aplanned\x18\x06 \x01(\rR\aplanned\x12\x14\n" +
+	"\x05built\x18\a \x01(\rR\x05built\x12\x16\n" +
+	"\x06failed\x18\b \x01(\rR\x06failed\x12\x18\n" +
+	"\asuccess\x18\t \x01(\bR\asuccess\x12\x14\n" +
+	"\x05error\x18\n" +
+	" \x01(\tR\x05error\"\x11\n" +
 	"\x0fMachinesRequest\"}\n" +
 	"\x10MachinesResponse\x123\n" +
 	"\bmachines\x18\x01 \x03(\v2\x17.nixdispatch.v1.MachineR\bmachines\x124\n" +
@@ -4287,9 +4674,10 @@ const file_dispatch_v1_dispatch_proto_rawDesc = "" +
 	"\x18PING_VERDICT_UNSPECIFIED\x10\x00\x12\x13\n" +
 	"\x0fPING_VERDICT_OK\x10\x01\x12\x18\n" +
 	"\x14PING_VERDICT_WARNING\x10\x02\x12\x17\n" +
-	"\x13PING_VERDICT_FAILED\x10\x032\xfb\x06\n" +
+	"\x13PING_VERDICT_FAILED\x10\x032\xc5\a\n" +
 	"\x0fDispatchService\x12F\n" +
-	"\x05Build\x12\x1c.nixdispatch.v1.BuildRequest\x1a\x1d.nixdispatch.v1.BuildResponse0\x01\x12E\n" +
+	"\x05Build\x12\x1c.nixdispatch.v1.BuildRequest\x1a\x1d.nixdispatch.v1.BuildResponse0\x01\x12H\n" +
+	"\x06Attach\x12\x1d.nixdispatch.v1.AttachRequest\x1a\x1d.nixdispatch.v1.BuildResponse0\x01\x12E\n" +
 	"\x04Hook\x12\x1b.nixdispatch.v1.HookRequest\x1a\x1c.nixdispatch.v1.HookResponse(\x010\x01\x12G\n" +
 	"\x06Status\x12\x1d.nixdispatch.v1.StatusRequest\x1a\x1e.nixdispatch.v1.StatusResponse\x12M\n" +
 	"\bMachines\x12\x1f.nixdispatch.v1.MachinesRequest\x1a .nixdispatch.v1.MachinesResponse\x12G\n" +
@@ -4315,7 +4703,7 @@ func file_dispatch_v1_dispatch_proto_rawDescGZIP() []byte {
 }
 
 var file_dispatch_v1_dispatch_proto_enumTypes = make([]protoimpl.EnumInfo, 6)
-var file_dispatch_v1_dispatch_proto_msgTypes = make([]protoimpl.MessageInfo, 49)
+var file_dispatch_v1_dispatch_proto_msgTypes = make([]protoimpl.MessageInfo, 53)
 var file_dispatch_v1_dispatch_proto_goTypes = []any{
 	(BuildStatus)(0),              // 0: nixdispatch.v1.BuildStatus
 	(MachineState)(0),             // 1: nixdispatch.v1.MachineState
@@ -4324,139 +4712,150 @@ var file_dispatch_v1_dispatch_proto_goTypes = []any{
 	(PingVerdict)(0),              // 4: nixdispatch.v1.PingVerdict
 	(Reply_Action)(0),             // 5: nixdispatch.v1.Reply.Action
 	(*BuildRequest)(nil),          // 6: nixdispatch.v1.BuildRequest
-	(*Limits)(nil),                // 7: nixdispatch.v1.Limits
-	(*BuildResponse)(nil),         // 8: nixdispatch.v1.BuildResponse
-	(*Plan)(nil),                  // 9: nixdispatch.v1.Plan
-	(*Summary)(nil),               // 10: nixdispatch.v1.Summary
-	(*Output)(nil),                // 11: nixdispatch.v1.Output
-	(*BuildEvent)(nil),            // 12: nixdispatch.v1.BuildEvent
-	(*Queued)(nil),                // 13: nixdispatch.v1.Queued
-	(*Placed)(nil),                // 14: nixdispatch.v1.Placed
-	(*Copying)(nil),               // 15: nixdispatch.v1.Copying
-	(*Building)(nil),              // 16: nixdispatch.v1.Building
-	(*Log)(nil),                   // 17: nixdispatch.v1.Log
-	(*Fetching)(nil),              // 18: nixdispatch.v1.Fetching
-	(*Transfer)(nil),              // 19: nixdispatch.v1.Transfer
-	(*Finished)(nil),              // 20: nixdispatch.v1.Finished
-	(*HookRequest)(nil),           // 21: nixdispatch.v1.HookRequest
-	(*Hello)(nil),                 // 22: nixdispatch.v1.Hello
-	(*Try)(nil),                   // 23: nixdispatch.v1.Try
-	(*Start)(nil),                 // 24: nixdispatch.v1.Start
-	(*HandedOver)(nil),            // 25: nixdispatch.v1.HandedOver
-	(*HookResponse)(nil),          // 26: nixdispatch.v1.HookResponse
-	(*Reply)(nil),                 // 27: nixdispatch.v1.Reply
-	(*HandOver)(nil),              // 28: nixdispatch.v1.HandOver
-	(*StatusRequest)(nil),         // 29: nixdispatch.v1.StatusRequest
-	(*StatusResponse)(nil),        // 30: nixdispatch.v1.StatusResponse
-	(*ReloadStatus)(nil),          // 31: nixdispatch.v1.ReloadStatus
-	(*MachineStatus)(nil),         // 32: nixdispatch.v1.MachineStatus
-	(*BuildInfo)(nil),             // 33: nixdispatch.v1.BuildInfo
-	(*MachinesRequest)(nil),       // 34: nixdispatch.v1.MachinesRequest
-	(*MachinesResponse)(nil),      // 35: nixdispatch.v1.MachinesResponse
-	(*Machine)(nil),               // 36: nixdispatch.v1.Machine
-	(*MachineError)(nil),          // 37: nixdispatch.v1.MachineError
-	(*CancelRequest)(nil),         // 38: nixdispatch.v1.CancelRequest
-	(*CancelResponse)(nil),        // 39: nixdispatch.v1.CancelResponse
-	(*ExplainRequest)(nil),        // 40: nixdispatch.v1.ExplainRequest
-	(*ExplainResponse)(nil),       // 41: nixdispatch.v1.ExplainResponse
-	(*Verdict)(nil),               // 42: nixdispatch.v1.Verdict
-	(*DrainRequest)(nil),          // 43: nixdispatch.v1.DrainRequest
-	(*DrainResponse)(nil),         // 44: nixdispatch.v1.DrainResponse
-	(*UndrainRequest)(nil),        // 45: nixdispatch.v1.UndrainRequest
-	(*UndrainResponse)(nil),       // 46: nixdispatch.v1.UndrainResponse
-	(*ReloadRequest)(nil),         // 47: nixdispatch.v1.ReloadRequest
-	(*ReloadResponse)(nil),        // 48: nixdispatch.v1.ReloadResponse
-	(*PingRequest)(nil),           // 49: nixdispatch.v1.PingRequest
-	(*PingResponse)(nil),          // 50: nixdispatch.v1.PingResponse
-	(*HistoryRequest)(nil),        // 51: nixdispatch.v1.HistoryRequest
-	(*FinishedBuild)(nil),         // 52: nixdispatch.v1.FinishedBuild
-	(*LogRequest)(nil),            // 53: nixdispatch.v1.LogRequest
-	(*LogResponse)(nil),           // 54: nixdispatch.v1.LogResponse
-	(*durationpb.Duration)(nil),   // 55: google.protobuf.Duration
-	(*timestamppb.Timestamp)(nil), // 56: google.protobuf.Timestamp
+	(*AttachRequest)(nil),         // 7: nixdispatch.v1.AttachRequest
+	(*Limits)(nil),                // 8: nixdispatch.v1.Limits
+	(*BuildResponse)(nil),         // 9: nixdispatch.v1.BuildResponse
+	(*Detached)(nil),              // 10: nixdispatch.v1.Detached
+	(*Plan)(nil),                  // 11: nixdispatch.v1.Plan
+	(*Summary)(nil),               // 12: nixdispatch.v1.Summary
+	(*Output)(nil),                // 13: nixdispatch.v1.Output
+	(*BuildEvent)(nil),            // 14: nixdispatch.v1.BuildEvent
+	(*Queued)(nil),                // 15: nixdispatch.v1.Queued
+	(*Placed)(nil),                // 16: nixdispatch.v1.Placed
+	(*Copying)(nil),               // 17: nixdispatch.v1.Copying
+	(*Building)(nil),              // 18: nixdispatch.v1.Building
+	(*Log)(nil),                   // 19: nixdispatch.v1.Log
+	(*Fetching)(nil),              // 20: nixdispatch.v1.Fetching
+	(*Transfer)(nil),              // 21: nixdispatch.v1.Transfer
+	(*Finished)(nil),              // 22: nixdispatch.v1.Finished
+	(*HookRequest)(nil),           // 23: nixdispatch.v1.HookRequest
+	(*Hello)(nil),                 // 24: nixdispatch.v1.Hello
+	(*Client)(nil),                // 25: nixdispatch.v1.Client
+	(*Try)(nil),                   // 26: nixdispatch.v1.Try
+	(*Start)(nil),                 // 27: nixdispatch.v1.Start
+	(*HandedOver)(nil),            // 28: nixdispatch.v1.HandedOver
+	(*HookResponse)(nil),          // 29: nixdispatch.v1.HookResponse
+	(*Reply)(nil),                 // 30: nixdispatch.v1.Reply
+	(*HandOver)(nil),              // 31: nixdispatch.v1.HandOver
+	(*StatusRequest)(nil),         // 32: nixdispatch.v1.StatusRequest
+	(*StatusResponse)(nil),        // 33: nixdispatch.v1.StatusResponse
+	(*ReloadStatus)(nil),          // 34: nixdispatch.v1.ReloadStatus
+	(*MachineStatus)(nil),         // 35: nixdispatch.v1.MachineStatus
+	(*BuildInfo)(nil),             // 36: nixdispatch.v1.BuildInfo
+	(*DetachedBuild)(nil),         // 37: nixdispatch.v1.DetachedBuild
+	(*MachinesRequest)(nil),       // 38: nixdispatch.v1.MachinesRequest
+	(*MachinesResponse)(nil),      // 39: nixdispatch.v1.MachinesResponse
+	(*Machine)(nil),               // 40: nixdispatch.v1.Machine
+	(*MachineError)(nil),          // 41: nixdispatch.v1.MachineError
+	(*CancelRequest)(nil),         // 42: nixdispatch.v1.CancelRequest
+	(*CancelResponse)(nil),        // 43: nixdispatch.v1.CancelResponse
+	(*ExplainRequest)(nil),        // 44: nixdispatch.v1.ExplainRequest
+	(*ExplainResponse)(nil),       // 45: nixdispatch.v1.ExplainResponse
+	(*Verdict)(nil),               // 46: nixdispatch.v1.Verdict
+	(*DrainRequest)(nil),          // 47: nixdispatch.v1.DrainRequest
+	(*DrainResponse)(nil),         // 48: nixdispatch.v1.DrainResponse
+	(*UndrainRequest)(nil),        // 49: nixdispatch.v1.UndrainRequest
+	(*UndrainResponse)(nil),       // 50: nixdispatch.v1.UndrainResponse
+	(*ReloadRequest)(nil),         // 51: nixdispatch.v1.ReloadRequest
+	(*ReloadResponse)(nil),        // 52: nixdispatch.v1.ReloadResponse
+	(*PingRequest)(nil),           // 53: nixdispatch.v1.PingRequest
+	(*PingResponse)(nil),          // 54: nixdispatch.v1.PingResponse
+	(*HistoryRequest)(nil),        // 55: nixdispatch.v1.HistoryRequest
+	(*FinishedBuild)(nil),         // 56: nixdispatch.v1.FinishedBuild
+	(*LogRequest)(nil),            // 57: nixdispatch.v1.LogRequest
+	(*LogResponse)(nil),           // 58: nixdispatch.v1.LogResponse
+	(*durationpb.Duration)(nil),   // 59: google.protobuf.Duration
+	(*timestamppb.Timestamp)(nil), // 60: google.protobuf.Timestamp
 }
 var file_dispatch_v1_dispatch_proto_depIdxs = []int32{
-	7,  // 0: nixdispatch.v1.BuildRequest.limits:type_name -> nixdispatch.v1.Limits
-	55, // 1: nixdispatch.v1.Limits.timeout:type_name -> google.protobuf.Duration
-	55, // 2: nixdispatch.v1.Limits.max_silent_time:type_name -> google.protobuf.Duration
-	9,  // 3: nixdispatch.v1.BuildResponse.plan:type_name -> nixdispatch.v1.Plan
-	12, // 4: nixdispatch.v1.BuildResponse.event:type_name -> nixdispatch.v1.BuildEvent
-	10, // 5: nixdispatch.v1.BuildResponse.summary:type_name -> nixdispatch.v1.Summary
-	11, // 6: nixdispatch.v1.Summary.outputs:type_name -> nixdispatch.v1.Output
-	13, // 7: nixdispatch.v1.BuildEvent.queued:type_name -> nixdispatch.v1.Queued
-	14, // 8: nixdispatch.v1.BuildEvent.placed:type_name -> nixdispatch.v1.Placed
-	15, // 9: nixdispatch.v1.BuildEvent.copying:type_name -> nixdispatch.v1.Copying
-	16, // 10: nixdispatch.v1.BuildEvent.building:type_name -> nixdispatch.v1.Building
-	17, // 11: nixdispatch.v1.BuildEvent.log:type_name -> nixdispatch.v1.Log
-	18, // 12: nixdispatch.v1.BuildEvent.fetching:type_name -> nixdispatch.v1.Fetching
-	20, // 13: nixdispatch.v1.BuildEvent.finished:type_name -> nixdispatch.v1.Finished
-	19, // 14: nixdispatch.v1.Copying.transfer:type_name -> nixdispatch.v1.Transfer
-	19, // 15: nixdispatch.v1.Fetching.transfer:type_name -> nixdispatch.v1.Transfer
-	0,  // 16: nixdispatch.v1.Finished.status:type_name -> nixdispatch.v1.BuildStatus
-	55, // 17: nixdispatch.v1.Finished.build_duration:type_name -> google.protobuf.Duration
-	22, // 18: nixdispatch.v1.HookRequest.hello:type_name -> nixdispatch.v1.Hello
-	23, // 19: nixdispatch.v1.HookRequest.try:type_name -> nixdispatch.v1.Try
-	24, // 20: nixdispatch.v1.HookRequest.start:type_name -> nixdispatch.v1.Start
-	25, // 21: nixdispatch.v1.HookRequest.handed_over:type_name -> nixdispatch.v1.HandedOver
-	7,  // 22: nixdispatch.v1.Hello.limits:type_name -> nixdispatch.v1.Limits
-	27, // 23: nixdispatch.v1.HookResponse.reply:type_name -> nixdispatch.v1.Reply
-	12, // 24: nixdispatch.v1.HookResponse.event:type_name -> nixdispatch.v1.BuildEvent
-	28, // 25: nixdispatch.v1.HookResponse.hand_over:type_name -> nixdispatch.v1.HandOver
-	5,  // 26: nixdispatch.v1.Reply.action:type_name -> nixdispatch.v1.Reply.Action
-	56, // 27: nixdispatch.v1.StatusResponse.started:type_name -> google.protobuf.Timestamp
-	32, // 28: nixdispatch.v1.StatusResponse.machines:type_name -> nixdispatch.v1.MachineStatus
-	33, // 29: nixdispatch.v1.StatusResponse.builds:type_name -> nixdispatch.v1.BuildInfo
-	37, // 30: nixdispatch.v1.StatusResponse.errors:type_name -> nixdispatch.v1.MachineError
-	31, // 31: nixdispatch.v1.StatusResponse.reload:type_name -> nixdispatch.v1.ReloadStatus
-	56, // 32: nixdispatch.v1.ReloadStatus.time:type_name -> google.protobuf.Timestamp
-	37, // 33: nixdispatch.v1.ReloadStatus.errors:type_name -> nixdispatch.v1.MachineError
-	1,  // 34: nixdispatch.v1.MachineStatus.state:type_name -> nixdispatch.v1.MachineState
-	56, // 35: nixdispatch.v1.MachineStatus.since:type_name -> google.protobuf.Timestamp
-	2,  // 36: nixdispatch.v1.BuildInfo.phase:type_name -> nixdispatch.v1.Phase
-	56, // 37: nixdispatch.v1.BuildInfo.since:type_name -> google.protobuf.Timestamp
-	36, // 38: nixdispatch.v1.MachinesResponse.machines:type_name -> nixdispatch.v1.Machine
-	37, // 39: nixdispatch.v1.MachinesResponse.errors:type_name -> nixdispatch.v1.MachineError
-	42, // 40: nixdispatch.v1.ExplainResponse.machines:type_name -> nixdispatch.v1.Verdict
-	3,  // 41: nixdispatch.v1.Verdict.reason:type_name -> nixdispatch.v1.VerdictReason
-	37, // 42: nixdispatch.v1.ReloadResponse.errors:type_name -> nixdispatch.v1.MachineError
-	55, // 43: nixdispatch.v1.PingRequest.timeout:type_name -> google.protobuf.Duration
-	4,  // 44: nixdispatch.v1.PingResponse.verdict:type_name -> nixdispatch.v1.PingVerdict
-	55, // 45: nixdispatch.v1.PingResponse.took:type_name -> google.protobuf.Duration
-	56, // 46: nixdispatch.v1.HistoryRequest.since:type_name -> google.protobuf.Timestamp
-	56, // 47: nixdispatch.v1.FinishedBuild.ended:type_name -> google.protobuf.Timestamp
-	55, // 48: nixdispatch.v1.FinishedBuild.queued:type_name -> google.protobuf.Duration
-	55, // 49: nixdispatch.v1.FinishedBuild.uploading:type_name -> google.protobuf.Duration
-	55, // 50: nixdispatch.v1.FinishedBuild.building:type_name -> google.protobuf.Duration
-	55, // 51: nixdispatch.v1.FinishedBuild.downloading:type_name -> google.protobuf.Duration
-	6,  // 52: nixdispatch.v1.DispatchService.Build:input_type -> nixdispatch.v1.BuildRequest
-	21, // 53: nixdispatch.v1.DispatchService.Hook:input_type -> nixdispatch.v1.HookRequest
-	29, // 54: nixdispatch.v1.DispatchService.Status:input_type -> nixdispatch.v1.StatusRequest
-	34, // 55: nixdispatch.v1.DispatchService.Machines:input_type -> nixdispatch.v1.MachinesRequest
-	38, // 56: nixdispatch.v1.DispatchService.Cancel:input_type -> nixdispatch.v1.CancelRequest
-	40, // 57: nixdispatch.v1.DispatchService.Explain:input_type -> nixdispatch.v1.ExplainRequest
-	43, // 58: nixdispatch.v1.DispatchService.Drain:input_type -> nixdispatch.v1.DrainRequest
-	45, // 59: nixdispatch.v1.DispatchService.Undrain:input_type -> nixdispatch.v1.UndrainRequest
-	47, // 60: nixdispatch.v1.DispatchService.Reload:input_type -> nixdispatch.v1.ReloadRequest
-	49, // 61: nixdispatch.v1.DispatchService.Ping:input_type -> nixdispatch.v1.PingRequest
-	51, // 62: nixdispatch.v1.DispatchService.History:input_type -> nixdispatch.v1.HistoryRequest
-	53, // 63: nixdispatch.v1.DispatchService.Log:input_type -> nixdispatch.v1.LogRequest
-	8,  // 64: nixdispatch.v1.DispatchService.Build:output_type -> nixdispatch.v1.BuildResponse
-	26, // 65: nixdispatch.v1.DispatchService.Hook:output_type -> nixdispatch.v1.HookResponse
-	30, // 66: nixdispatch.v1.DispatchService.Status:output_type -> nixdispatch.v1.StatusResponse
-	35, // 67: nixdispatch.v1.DispatchService.Machines:output_type -> nixdispatch.v1.MachinesResponse
-	39, // 68: nixdispatch.v1.DispatchService.Cancel:output_type -> nixdispatch.v1.CancelResponse
-	41, // 69: nixdispatch.v1.DispatchService.Explain:output_type -> nixdispatch.v1.ExplainResponse
-	44, // 70: nixdispatch.v1.DispatchService.Drain:output_type -> nixdispatch.v1.DrainResponse
-	46, // 71: nixdispatch.v1.DispatchService.Undrain:output_type -> nixdispatch.v1.UndrainResponse
-	48, // 72: nixdispatch.v1.DispatchService.Reload:output_type -> nixdispatch.v1.ReloadResponse
-	50, // 73: nixdispatch.v1.DispatchService.Ping:output_type -> nixdispatch.v1.PingResponse
-	52, // 74: nixdispatch.v1.DispatchService.History:output_type -> nixdispatch.v1.FinishedBuild
-	54, // 75: nixdispatch.v1.DispatchService.Log:output_type -> nixdispatch.v1.LogResponse
-	64, // [64:76] is the sub-list for method output_type
-	52, // [52:64] is the sub-list for method input_type
-	52, // [52:52] is the sub-list for extension type_name
-	52, // [52:52] is the sub-list for extension extendee
-	0,  // [0:52] is the sub-list for field type_name
+	8,  // 0: nixdispatch.v1.BuildRequest.limits:type_name -> nixdispatch.v1.Limits
+	59, // 1: nixdispatch.v1.Limits.timeout:type_name -> google.protobuf.Duration
+	59, // 2: nixdispatch.v1.Limits.max_silent_time:type_name -> google.protobuf.Duration
+	11, // 3: nixdispatch.v1.BuildResponse.plan:type_name -> nixdispatch.v1.Plan
+	14, // 4: nixdispatch.v1.BuildResponse.event:type_name -> nixdispatch.v1.BuildEvent
+	12, // 5: nixdispatch.v1.BuildResponse.summary:type_name -> nixdispatch.v1.Summary
+	10, // 6: nixdispatch.v1.BuildResponse.detached:type_name -> nixdispatch.v1.Detached
+	13, // 7: nixdispatch.v1.Summary.outputs:type_name -> nixdispatch.v1.Output
+	15, // 8: nixdispatch.v1.BuildEvent.queued:type_name -> nixdispatch.v1.Queued
+	16, // 9: nixdispatch.v1.BuildEvent.placed:type_name -> nixdispatch.v1.Placed
+	17, // 10: nixdispatch.v1.BuildEvent.copying:type_name -> nixdispatch.v1.Copying
+	18, // 11: nixdispatch.v1.BuildEvent.building:type_name -> nixdispatch.v1.Building
+	19, // 12: nixdispatch.v1.BuildEvent.log:type_name -> nixdispatch.v1.Log
+	20, // 13: nixdispatch.v1.BuildEvent.fetching:type_name -> nixdispatch.v1.Fetching
+	22, // 14: nixdispatch.v1.BuildEvent.finished:type_name -> nixdispatch.v1.Finished
+	21, // 15: nixdispatch.v1.Copying.transfer:type_name -> nixdispatch.v1.Transfer
+	21, // 16: nixdispatch.v1.Fetching.transfer:type_name -> nixdispatch.v1.Transfer
+	0,  // 17: nixdispatch.v1.Finished.status:type_name -> nixdispatch.v1.BuildStatus
+	59, // 18: nixdispatch.v1.Finished.build_duration:type_name -> google.protobuf.Duration
+	24, // 19: nixdispatch.v1.HookRequest.hello:type_name -> nixdispatch.v1.Hello
+	26, // 20: nixdispatch.v1.HookRequest.try:type_name -> nixdispatch.v1.Try
+	27, // 21: nixdispatch.v1.HookRequest.start:type_name -> nixdispatch.v1.Start
+	28, // 22: nixdispatch.v1.HookRequest.handed_over:type_name -> nixdispatch.v1.HandedOver
+	8,  // 23: nixdispatch.v1.Hello.limits:type_name -> nixdispatch.v1.Limits
+	25, // 24: nixdispatch.v1.Hello.client:type_name -> nixdispatch.v1.Client
+	30, // 25: nixdispatch.v1.HookResponse.reply:type_name -> nixdispatch.v1.Reply
+	14, // 26: nixdispatch.v1.HookResponse.event:type_name -> nixdispatch.v1.BuildEvent
+	31, // 27: nixdispatch.v1.HookResponse.hand_over:type_name -> nixdispatch.v1.HandOver
+	5,  // 28: nixdispatch.v1.Reply.action:type_name -> nixdispatch.v1.Reply.Action
+	60, // 29: nixdispatch.v1.StatusResponse.started:type_name -> google.protobuf.Timestamp
+	35, // 30: nixdispatch.v1.StatusResponse.machines:type_name -> nixdispatch.v1.MachineStatus
+	36, // 31: nixdispatch.v1.StatusResponse.builds:type_name -> nixdispatch.v1.BuildInfo
+	41, // 32: nixdispatch.v1.StatusResponse.errors:type_name -> nixdispatch.v1.MachineError
+	34, // 33: nixdispatch.v1.StatusResponse.reload:type_name -> nixdispatch.v1.ReloadStatus
+	37, // 34: nixdispatch.v1.StatusResponse.detached:type_name -> nixdispatch.v1.DetachedBuild
+	60, // 35: nixdispatch.v1.ReloadStatus.time:type_name -> google.protobuf.Timestamp
+	41, // 36: nixdispatch.v1.ReloadStatus.errors:type_name -> nixdispatch.v1.MachineError
+	1,  // 37: nixdispatch.v1.MachineStatus.state:type_name -> nixdispatch.v1.MachineState
+	60, // 38: nixdispatch.v1.MachineStatus.since:type_name -> google.protobuf.Timestamp
+	2,  // 39: nixdispatch.v1.BuildInfo.phase:type_name -> nixdispatch.v1.Phase
+	60, // 40: nixdispatch.v1.BuildInfo.since:type_name -> google.protobuf.Timestamp
+	60, // 41: nixdispatch.v1.DetachedBuild.since:type_name -> google.protobuf.Timestamp
+	60, // 42: nixdispatch.v1.DetachedBuild.ended:type_name -> google.protobuf.Timestamp
+	40, // 43: nixdispatch.v1.MachinesResponse.machines:type_name -> nixdispatch.v1.Machine
+	41, // 44: nixdispatch.v1.MachinesResponse.errors:type_name -> nixdispatch.v1.MachineError
+	46, // 45: nixdispatch.v1.ExplainResponse.machines:type_name -> nixdispatch.v1.Verdict
+	3,  // 46: nixdispatch.v1.Verdict.reason:type_name -> nixdispatch.v1.VerdictReason
+	41, // 47: nixdispatch.v1.ReloadResponse.errors:type_name -> nixdispatch.v1.MachineError
+	59, // 48: nixdispatch.v1.PingRequest.timeout:type_name -> google.protobuf.Duration
+	4,  // 49: nixdispatch.v1.PingResponse.verdict:type_name -> nixdispatch.v1.PingVerdict
+	59, // 50: nixdispatch.v1.PingResponse.took:type_name -> google.protobuf.Duration
+	60, // 51: nixdispatch.v1.HistoryRequest.since:type_name -> google.protobuf.Timestamp
+	60, // 52: nixdispatch.v1.FinishedBuild.ended:type_name -> google.protobuf.Timestamp
+	59, // 53: nixdispatch.v1.FinishedBuild.queued:type_name -> google.protobuf.Duration
+	59, // 54: nixdispatch.v1.FinishedBuild.uploading:type_name -> google.protobuf.Duration
+	59, // 55: nixdispatch.v1.FinishedBuild.building:type_name -> google.protobuf.Duration
+	59, // 56: nixdispatch.v1.FinishedBuild.downloading:type_name -> google.protobuf.Duration
+	6,  // 57: nixdispatch.v1.DispatchService.Build:input_type -> nixdispatch.v1.BuildRequest
+	7,  // 58: nixdispatch.v1.DispatchService.Attach:input_type -> nixdispatch.v1.AttachRequest
+	23, // 59: nixdispatch.v1.DispatchService.Hook:input_type -> nixdispatch.v1.HookRequest
+	32, // 60: nixdispatch.v1.DispatchService.Status:input_type -> nixdispatch.v1.StatusRequest
+	38, // 61: nixdispatch.v1.DispatchService.Machines:input_type -> nixdispatch.v1.MachinesRequest
+	42, // 62: nixdispatch.v1.DispatchService.Cancel:input_type -> nixdispatch.v1.CancelRequest
+	44, // 63: nixdispatch.v1.DispatchService.Explain:input_type -> nixdispatch.v1.ExplainRequest
+	47, // 64: nixdispatch.v1.DispatchService.Drain:input_type -> nixdispatch.v1.DrainRequest
+	49, // 65: nixdispatch.v1.DispatchService.Undrain:input_type -> nixdispatch.v1.UndrainRequest
+	51, // 66: nixdispatch.v1.DispatchService.Reload:input_type -> nixdispatch.v1.ReloadRequest
+	53, // 67: nixdispatch.v1.DispatchService.Ping:input_type -> nixdispatch.v1.PingRequest
+	55, // 68: nixdispatch.v1.DispatchService.History:input_type -> nixdispatch.v1.HistoryRequest
+	57, // 69: nixdispatch.v1.DispatchService.Log:input_type -> nixdispatch.v1.LogRequest
+	9,  // 70: nixdispatch.v1.DispatchService.Build:output_type -> nixdispatch.v1.BuildResponse
+	9,  // 71: nixdispatch.v1.DispatchService.Attach:output_type -> nixdispatch.v1.BuildResponse
+	29, // 72: nixdispatch.v1.DispatchService.Hook:output_type -> nixdispatch.v1.HookResponse
+	33, // 73: nixdispatch.v1.DispatchService.Status:output_type -> nixdispatch.v1.StatusResponse
+	39, // 74: nixdispatch.v1.DispatchService.Machines:output_type -> nixdispatch.v1.MachinesResponse
+	43, // 75: nixdispatch.v1.DispatchService.Cancel:output_type -> nixdispatch.v1.CancelResponse
+	45, // 76: nixdispatch.v1.DispatchService.Explain:output_type -> nixdispatch.v1.ExplainResponse
+	48, // 77: nixdispatch.v1.DispatchService.Drain:output_type -> nixdispatch.v1.DrainResponse
+	50, // 78: nixdispatch.v1.DispatchService.Undrain:output_type -> nixdispatch.v1.UndrainResponse
+	52, // 79: nixdispatch.v1.DispatchService.Reload:output_type -> nixdispatch.v1.ReloadResponse
+	54, // 80: nixdispatch.v1.DispatchService.Ping:output_type -> nixdispatch.v1.PingResponse
+	56, // 81: nixdispatch.v1.DispatchService.History:output_type -> nixdispatch.v1.FinishedBuild
+	58, // 82: nixdispatch.v1.DispatchService.Log:output_type -> nixdispatch.v1.LogResponse
+	70, // [70:83] is the sub-list for method output_type
+	57, // [57:70] is the sub-list for method input_type
+	57, // [57:57] is the sub-list for extension type_name
+	57, // [57:57] is the sub-list for extension extendee
+	0,  // [0:57] is the sub-list for field type_name
 }
 
 func init() { file_dispatch_v1_dispatch_proto_init() }
@@ -4465,12 +4864,13 @@ func file_dispatch_v1_dispatch_proto_init() {
 		return
 	}
 	file_dispatch_v1_dispatch_proto_msgTypes[0].OneofWrappers = []any{}
-	file_dispatch_v1_dispatch_proto_msgTypes[2].OneofWrappers = []any{
+	file_dispatch_v1_dispatch_proto_msgTypes[3].OneofWrappers = []any{
 		(*BuildResponse_Plan)(nil),
 		(*BuildResponse_Event)(nil),
 		(*BuildResponse_Summary)(nil),
+		(*BuildResponse_Detached)(nil),
 	}
-	file_dispatch_v1_dispatch_proto_msgTypes[6].OneofWrappers = []any{
+	file_dispatch_v1_dispatch_proto_msgTypes[8].OneofWrappers = []any{
 		(*BuildEvent_Queued)(nil),
 		(*BuildEvent_Placed)(nil),
 		(*BuildEvent_Copying)(nil),
@@ -4479,13 +4879,14 @@ func file_dispatch_v1_dispatch_proto_init() {
 		(*BuildEvent_Fetching)(nil),
 		(*BuildEvent_Finished)(nil),
 	}
-	file_dispatch_v1_dispatch_proto_msgTypes[15].OneofWrappers = []any{
+	file_dispatch_v1_dispatch_proto_msgTypes[17].OneofWrappers = []any{
 		(*HookRequest_Hello)(nil),
 		(*HookRequest_Try)(nil),
 		(*HookRequest_Start)(nil),
 		(*HookRequest_HandedOver)(nil),
 	}
-	file_dispatch_v1_dispatch_proto_msgTypes[20].OneofWrappers = []any{
+	file_dispatch_v1_dispatch_proto_msgTypes[19].OneofWrappers = []any{}
+	file_dispatch_v1_dispatch_proto_msgTypes[23].OneofWrappers = []any{
 		(*HookResponse_Reply)(nil),
 		(*HookResponse_Event)(nil),
 		(*HookResponse_HandOver)(nil),
@@ -4496,7 +4897,7 @@ func file_dispatch_v1_dispatch_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_dispatch_v1_dispatch_proto_rawDesc), len(file_dispatch_v1_dispatch_proto_rawDesc)),
 			NumEnums:      6,
-			NumMessages:   49,
+			NumMessages:   53,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -29,6 +29,7 @@ const _ = grpc.SupportPackageIsVersion9
 
 const (
 	DispatchService_Build_FullMethodName    = "/nixdispatch.v1.DispatchService/Build"
+	DispatchService_Attach_FullMethodName   = "/nixdispatch.v1.DispatchService/Attach"
 	DispatchService_Hook_FullMethodName     = "/nixdispatch.v1.DispatchService/Hook"
 	DispatchService_Status_FullMethodName   = "/nixdispatch.v1.DispatchService/Status"
 	DispatchService_Machines_FullMethodName = "/nixdispatch.v1.DispatchService/Machines"
@@ -65,7 +66,27 @@ type DispatchServiceClient interface {
 	//	PERMISSION_DENIED: the caller names machines and may not.
 	//	UNAVAILABLE: the daemon is shutting down. Retry with backoff, also after the
 	//	  call had begun: what is built is found there by the next one.
+	//
+	// With detach the call ends once the build has begun, after Detached; it goes on
+	// without a caller.
+	//
+	// Further errors:
+	//
+	//	PERMISSION_DENIED: the caller wants a priority above 0 and may not.
+	//	RESOURCE_EXHAUSTED: the caller has too many detached builds in progress. Wait
+	//	  for one, or cancel it.
 	Build(ctx context.Context, in *BuildRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[BuildResponse], error)
+	// Attach follows a detached build to its end, or tells of one how it has ended: the
+	// last one of the stream is a Summary, as with Build. Of any other build in progress
+	// the caller becomes one more of those who wait for it.
+	// Ending the call leaves a detached build as it is.
+	//
+	// Errors:
+	//
+	//	NOT_FOUND: there is no such build. It may have ended too long ago.
+	//	UNAVAILABLE: the daemon is shutting down. Retry with backoff: the next one goes
+	//	  on with detached builds, under the same ids.
+	Attach(ctx context.Context, in *AttachRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[BuildResponse], error)
 	// Hook is one build-hook process's conversation. The caller sends Hello, then
 	// any number of Try, each answered by exactly one Reply. After a Reply of
 	// ACTION_ACCEPT it sends one Start; the daemon then sends events and HandOver
@@ -85,7 +106,7 @@ type DispatchServiceClient interface {
 	// Machines lists the machines as the daemon understood its builders setting,
 	// and the entries it had to leave out.
 	Machines(ctx context.Context, in *MachinesRequest, opts ...grpc.CallOption) (*MachinesResponse, error)
-	// Cancel ends a build for all who wait for it.
+	// Cancel ends a build for all who wait for it, or a detached build.
 	//
 	// Errors:
 	//
@@ -175,9 +196,28 @@ func (c *dispatchServiceClient) Build(ctx context.Context, in *BuildRequest, opt
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type DispatchService_BuildClient = grpc.ServerStreamingClient[BuildResponse]
 
+func (c *dispatchServiceClient) Attach(ctx context.Context, in *AttachRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[BuildResponse], error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	stream, err := c.cc.NewStream(ctx, &DispatchService_ServiceDesc.Streams[1], DispatchService_Attach_FullMethodName, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	x := &grpc.GenericClientStream[AttachRequest, BuildResponse]{ClientStream: stream}
+	if err := x.ClientStream.SendMsg(in); err != nil {
+		return nil, err
+	}
+	if err := x.ClientStream.CloseSend(); err != nil {
+		return nil, err
+	}
+	return x, nil
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type DispatchService_AttachClient = grpc.ServerStreamingClient[BuildResponse]
+
 func (c *dispatchServiceClient) Hook(ctx context.Context, opts ...grpc.CallOption) (grpc.BidiStreamingClient[HookRequest, HookResponse], error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
-	stream, err := c.cc.NewStream(ctx, &DispatchService_ServiceDesc.Streams[1], DispatchService_Hook_FullMethodName, cOpts...)
+	stream, err := c.cc.NewStream(ctx, &DispatchService_ServiceDesc.Streams[2], DispatchService_Hook_FullMethodName, cOpts...)
 	if err != nil {
 		return nil, err
 	}
@@ -260,7 +300,7 @@ func (c *dispatchServiceClient) Reload(ctx context.Context, in *ReloadRequest, o
 
 func (c *dispatchServiceClient) Ping(ctx context.Context, in *PingRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[PingResponse], error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
-	stream, err := c.cc.NewStream(ctx, &DispatchService_ServiceDesc.Streams[2], DispatchService_Ping_FullMethodName, cOpts...)
+	stream, err := c.cc.NewStream(ctx, &DispatchService_ServiceDesc.Streams[3], DispatchService_Ping_FullMethodName, cOpts...)
 	if err != nil {
 		return nil, err
 	}
@@ -279,7 +319,7 @@ type DispatchService_PingClient = grpc.ServerStreamingClient[PingResponse]
 
 func (c *dispatchServiceClient) History(ctx context.Context, in *HistoryRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[FinishedBuild], error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
-	stream, err := c.cc.NewStream(ctx, &DispatchService_ServiceDesc.Streams[3], DispatchService_History_FullMethodName, cOpts...)
+	stream, err := c.cc.NewStream(ctx, &DispatchService_ServiceDesc.Streams[4], DispatchService_History_FullMethodName, cOpts...)
 	if err != nil {
 		return nil, err
 	}
@@ -298,7 +338,7 @@ type DispatchService_HistoryClient = grpc.ServerStreamingClient[FinishedBuild]
 
 func (c *dispatchServiceClient) Log(ctx context.Context, in *LogRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[LogResponse], error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
-	stream, err := c.cc.NewStream(ctx, &DispatchService_ServiceDesc.Streams[4], DispatchService_Log_FullMethodName, cOpts...)
+	stream, err := c.cc.NewStream(ctx, &DispatchService_ServiceDesc.Streams[5], DispatchService_Log_FullMethodName, cOpts...)
 	if err != nil {
 		return nil, err
 	}
@@ -338,7 +378,27 @@ type DispatchServiceServer interface {
 	//	PERMISSION_DENIED: the caller names machines and may not.
 	//	UNAVAILABLE: the daemon is shutting down. Retry with backoff, also after the
 	//	  call had begun: what is built is found there by the next one.
+	//
+	// With detach the call ends once the build has begun, after Detached; it goes on
+	// without a caller.
+	//
+	// Further errors:
+	//
+	//	PERMISSION_DENIED: the caller wants a priority above 0 and may not.
+	//	RESOURCE_EXHAUSTED: the caller has too many detached builds in progress. Wait
+	//	  for one, or cancel it.
 	Build(*BuildRequest, grpc.ServerStreamingServer[BuildResponse]) error
+	// Attach follows a detached build to its end, or tells of one how it has ended: the
+	// last one of the stream is a Summary, as with Build. Of any other build in progress
+	// the caller becomes one more of those who wait for it.
+	// Ending the call leaves a detached build as it is.
+	//
+	// Errors:
+	//
+	//	NOT_FOUND: there is no such build. It may have ended too long ago.
+	//	UNAVAILABLE: the daemon is shutting down. Retry with backoff: the next one goes
+	//	  on with detached builds, under the same ids.
+	Attach(*AttachRequest, grpc.ServerStreamingServer[BuildResponse]) error
 	// Hook is one build-hook process's conversation. The caller sends Hello, then
 	// any number of Try, each answered by exactly one Reply. After a Reply of
 	// ACTION_ACCEPT it sends one Start; the daemon then sends events and HandOver
@@ -358,7 +418,7 @@ type DispatchServiceServer interface {
 	// Machines lists the machines as the daemon understood its builders setting,
 	// and the entries it had to leave out.
 	Machines(context.Context, *MachinesRequest) (*MachinesResponse, error)
-	// Cancel ends a build for all who wait for it.
+	// Cancel ends a build for all who wait for it, or a detached build.
 	//
 	// Errors:
 	//
@@ -432,6 +492,9 @@ type UnimplementedDispatchServiceServer struct{}
 func (UnimplementedDispatchServiceServer) Build(*BuildRequest, grpc.ServerStreamingServer[BuildResponse]) error {
 	return status.Error(codes.Unimplemented, "method Build not implemented")
 }
+func (UnimplementedDispatchServiceServer) Attach(*AttachRequest, grpc.ServerStreamingServer[BuildResponse]) error {
+	return status.Error(codes.Unimplemented, "method Attach not implemented")
+}
 func (UnimplementedDispatchServiceServer) Hook(grpc.BidiStreamingServer[HookRequest, HookResponse]) error {
 	return status.Error(codes.Unimplemented, "method Hook not implemented")
 }
@@ -496,6 +559,17 @@ func _DispatchService_Build_Handler(srv interface{}, stream grpc.ServerStream) e
 
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type DispatchService_BuildServer = grpc.ServerStreamingServer[BuildResponse]
+
+func _DispatchService_Attach_Handler(srv interface{}, stream grpc.ServerStream) error {
+	m := new(AttachRequest)
+	if err := stream.RecvMsg(m); err != nil {
+		return err
+	}
+	return srv.(DispatchServiceServer).Attach(m, &grpc.GenericServerStream[AttachRequest, BuildResponse]{ServerStream: stream})
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type DispatchService_AttachServer = grpc.ServerStreamingServer[BuildResponse]
 
 func _DispatchService_Hook_Handler(srv interface{}, stream grpc.ServerStream) error {
 	return srv.(DispatchServiceServer).Hook(&grpc.GenericServerStream[HookRequest, HookResponse]{ServerStream: stream})
@@ -703,6 +777,11 @@ var DispatchService_ServiceDesc = grpc.ServiceDesc{
 		{
 			StreamName:    "Build",
 			Handler:       _DispatchService_Build_Handler,
+			ServerStreams: true,
+		},
+		{
+			StreamName:    "Attach",
+			Handler:       _DispatchService_Attach_Handler,
 			ServerStreams: true,
 		},
 		{
