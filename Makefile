@@ -35,7 +35,7 @@ RACE_RUN        = CGO_ENABLED=1 go test -race -count=1 -timeout 15m
 # Those that run in parallel mostly wait.
 INTEGRATION_RUN = go test -count=1 -timeout 40m -parallel 4
 
-.PHONY: help build demo test unit race integration chaos fuzz lint staticcheck generate check-generated install clean
+.PHONY: help build demo bench test unit race integration chaos fuzz lint staticcheck generate check-generated install clean
 .PHONY: tools prepare prepare-tests
 .DEFAULT_GOAL := help
 
@@ -47,6 +47,12 @@ build: ## Build the programs into bin/ (BIN=).
 
 demo: build tools prepare ## See it work: real builds on three real machines, made here. Needs root.
 	@$(TOOLS)/demo -bin $(BIN)
+
+# ONLY=dispatch,accept measures these rows; RECORD=yes writes them into docs/performance.md.
+BENCH_RECORD = $(if $(RECORD),-json docs/performance.json -into docs/performance.md,-json $(BIN)/bench.json)
+
+bench: build tools prepare ## Measure us, the stock hook and the limits: ONLY=row,row RECORD=yes. Needs root.
+	@$(TOOLS)/bench -bin $(BIN) -only '$(ONLY)' $(BENCH_RECORD)
 
 test: prepare-tests ## Everything: checks, unit tests with the race detector, integration. Needs root.
 	@NIX_DISPATCH_REQUIRE_FLEET=1 $(TOOLS)/testreport -opt-in '$(OPT_IN)' \
