@@ -191,6 +191,8 @@ func TestHookRepliesWhenNoMachineIsUp(t *testing.T) {
 	coming := s.hook()
 	wantReply(t, coming.try(s.drv("early", drvConfig{}), false), accept, "")
 	wantReply(t, s.hook(locally).try(s.drv("local", drvConfig{}), true), decline, "")
+	// What could be built locally is not bound to a machine that may not come.
+	wantReply(t, s.hook(locally).try(s.drv("local-busy", drvConfig{}), false), postpone, "")
 	coming.leave()
 
 	s.stop()

@@ -241,6 +241,8 @@ func (s Situation) text(t tally) string {
 		return "no machine can build it"
 	case FullLocalFree:
 		return t.full() + ", and a local slot is free"
+	case ComingLocal:
+		return t.full() + ", and no local slot is free"
 	case FullLocalBusy:
 		return "waits: " + t.full() + ", and no local slot is free"
 	case FullLocalQueued:

@@ -390,13 +390,16 @@ func (n *naive) Remove(id BuildID) []Order {
 
 // Offer is the table of replies, read from top to bottom.
 func (n *naive) Offer(r Request, amWilling bool) (Reply, MachineID) {
-	matching, alive, slots, queued, local := 0, 0, 0, 0, 0
+	matching, alive, up, slots, queued, local := 0, 0, 0, 0, 0, 0
 	most := map[string]int{}
 	for _, m := range n.listed {
 		if could(m.Machine, r) {
 			matching++
 			if m.state == Up || m.state == Connecting {
 				alive++
+				if m.state == Up {
+					up++
+				}
 				uri := m.ID.URI()
 				most[uri] = max(most[uri], m.MaxJobs)
 			}
@@ -428,6 +431,8 @@ func (n *naive) Offer(r Request, amWilling bool) (Reply, MachineID) {
 		return Postpone, ""
 	case here && amWilling:
 		return Decline, ""
+	case here && up == 0:
+		return Postpone, ""
 	case here && local < slots:
 		return AcceptQueued, ""
 	case here:

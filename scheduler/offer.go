@@ -49,6 +49,10 @@ const (
 	// FullLocalFree: full, and a local slot is free for it. Decline: the local
 	// machine shares the load, as with the stock hook.
 	FullLocalFree
+	// ComingLocal: the matching machines are on their first connection attempt, none
+	// is up, and it could be built locally, where no slot is free. Postpone: it would
+	// be bound to machines that may not come.
+	ComingLocal
 	// FullLocalBusy: full, and no local slot is free for it, though it could be built
 	// locally. AcceptQueued while fewer such builds than remote slots are queued, so
 	// that no remote slot idles through the seconds a postponed caller waits.
@@ -105,6 +109,8 @@ func (q *Queue) Offer(r Request, amWilling bool) Decision {
 		return t.decide(Decline, NoneUpLocal)
 	case r.CouldBuildLocally && amWilling:
 		return t.decide(Decline, FullLocalFree)
+	case r.CouldBuildLocally && t.up == 0:
+		return t.decide(Postpone, ComingLocal)
 	}
 	var queued, local int
 	if s := q.systems[systemKey{r.List, r.System}]; s != nil {

@@ -59,7 +59,7 @@ func TestOfferFollowsTheTableOfReplies(t *testing.T) {
 		{"none up, not local", []m{{Down, 2, 0}, {Draining, 2, 0}}, 0, 0, remote, unwilling, AcceptQueued, NoneUp, "", "waits: no matching machine is up"},
 		{"none up, not local, 512 queued", []m{{Down, 2, 0}}, 0, 512, remote, unwilling, Postpone, FullQueue, "", ""},
 		{"coming is not down, not local", []m{{Connecting, 2, 0}}, 0, 0, remote, unwilling, AcceptQueued, Full, "", "waits: no matching machine is up, but some are still connecting"},
-		{"coming is not down, local", []m{{Connecting, 2, 0}}, 0, 0, local, unwilling, AcceptQueued, FullLocalBusy, "", ""},
+		{"coming is not down, local", []m{{Connecting, 2, 0}, {Down, 2, 0}}, 0, 0, local, unwilling, Postpone, ComingLocal, "", "no matching machine is up, but some are still connecting, and no local slot is free"},
 		{"coming is not down, local slot free", []m{{Connecting, 2, 0}}, 0, 0, local, willing, Decline, FullLocalFree, "", ""},
 	}
 	for _, tt := range tests {
