@@ -19,6 +19,7 @@ type identities struct {
 	unused  []string // what could not be used, and why
 	missing []string // default files that do not exist
 	agent   net.Conn // nil if there is none
+	untried []string // Target.Untried
 	used    string   // of offered, what was last signed with
 	broken  badKeys  // those that could not sign
 }
@@ -33,7 +34,7 @@ type identities struct {
 // beside it. The agent stands in for a file it holds the key of, which is how a
 // key with a passphrase or on a token is used.
 func loadIdentities(t *Target, deadline time.Time) *identities {
-	ids := new(identities)
+	ids := &identities{untried: t.Untried}
 	if t.NoPublicKeys != "" {
 		ids.unused = append(ids.unused, t.NoPublicKeys+" is set, and nothing but public keys is offered here")
 		return ids
@@ -263,6 +264,9 @@ func (ids *identities) explain(user string, err error) (Cause, error, string) {
 	}
 	if len(ids.offered) == 0 && len(ids.missing) > 0 {
 		fmt.Fprintf(&b, "not there: %s; ", strings.Join(ids.missing, ", "))
+	}
+	if len(ids.untried) > 0 {
+		fmt.Fprintf(&b, "%s is set, and not tried here; ", strings.Join(ids.untried, ", "))
 	}
 	if len(ids.offered) > 1 && strings.Contains(err.Error(), "Too many authentication failures") {
 		fix = "the machine takes no more tries: name the right key with IdentityFile and set IdentitiesOnly"

@@ -24,13 +24,20 @@ type hostKeys struct {
 	files      []string        // that were read or found missing, for messages
 	warnings   []error         // lines that were ignored
 	revoked    []knownKey      // of RevokedHostKeys
-	accepted   string          // why the key was, for messages
+	revokedBy  []namedRevocations
+	accepted   string // why the key was, for messages
 	log        *slog.Logger
 
 	// algorithms are what to ask the host for: first those of its known keys,
 	// then all others, so that a host that now has a key of another type is
 	// recognised as changed. See order_hostkeyalgs in OpenSSH's sshconnect2.c.
 	algorithms []string
+}
+
+// namedRevocations are a list of RevokedHostKeys and its file.
+type namedRevocations struct {
+	file string
+	list *revocationList
 }
 
 // loadHostKeys finds what the host may identify itself with.
@@ -77,16 +84,23 @@ func (k *hostKeys) readFiles() error {
 	return nil
 }
 
-// readRevoked reads a file of RevokedHostKeys: public keys, one a line. ssh also
-// takes key revocation lists, which are not understood here; as in ssh, a file
-// that cannot be read makes all keys refused.
+// maxRevoked bounds a file of RevokedHostKeys.
+const maxRevoked = 16 << 20
+
+// readRevoked reads a file of RevokedHostKeys: public keys, one a line, or a key
+// revocation list. As in ssh, a file that cannot be read makes all keys refused.
 func (k *hostKeys) readRevoked(name string) error {
-	text, err := readRegular(name, 1<<20)
+	text, err := readRegular(name, maxRevoked)
 	if err != nil {
 		return fmt.Errorf("RevokedHostKeys: %w", err)
 	}
-	if bytes.HasPrefix(text, []byte("SSHKRL\n\x00")) {
-		return fmt.Errorf("RevokedHostKeys %s: key revocation lists in binary form cannot be read here", name)
+	if isRevocationList(text) {
+		list, err := parseRevocationList(text)
+		if err != nil {
+			return fmt.Errorf("RevokedHostKeys %s: %w", name, err)
+		}
+		k.revokedBy = append(k.revokedBy, namedRevocations{name, list})
+		return nil
 	}
 	n := 0
 	for line := range bytes.Lines(text) {
@@ -209,7 +223,7 @@ func (k *hostKeys) check(remote net.Addr, key ssh.PublicKey) error {
 	}
 	if e := k.findRevoked(key); e != nil {
 		return &hostKeyError{keyVerdict{cause: CauseHostKeyRevoked, at: []knownKey{*e},
-			err: fmt.Errorf("the host's key %s is marked @revoked at %s", describe(key), e.place()),
+			err: fmt.Errorf("the host's key %s is revoked at %s", describe(key), e.place()),
 			fix: "give the machine a new host key, and find out why this one was revoked"}}
 	}
 	if k.fixed != nil {
@@ -265,6 +279,11 @@ func (k *hostKeys) findRevoked(key ssh.PublicKey) *knownKey {
 		blob := e.key.Marshal()
 		if e.marker == markRevoked && slices.ContainsFunc(keys, func(b []byte) bool { return bytes.Equal(b, blob) }) {
 			return &e
+		}
+	}
+	for _, r := range k.revokedBy {
+		if r.list.revokes(key) {
+			return &knownKey{file: r.file, marker: markRevoked}
 		}
 	}
 	return nil

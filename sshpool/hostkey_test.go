@@ -90,7 +90,7 @@ func TestKnownHosts(t *testing.T) {
 		{name: "changed, place", files: []string{"pc " + goodLine + "\n\nmac " + otherLine}, want: "expected the key at FILE0:3"},
 		{name: "key of another type", files: []string{"mac " + keyLine(rsaKey)}, want: "has changed", first: "rsa-sha2-512"},
 		{name: "rsa", files: []string{"mac " + keyLine(rsaKey)}, key: rsaKey, first: "rsa-sha2-512"},
-		{name: "revoked", files: []string{"mac " + goodLine + "\n@revoked * " + goodLine}, want: "is marked @revoked at FILE0:2"},
+		{name: "revoked", files: []string{"mac " + goodLine + "\n@revoked * " + goodLine}, want: "is revoked at FILE0:2"},
 		{name: "authority", files: []string{"@cert-authority mac " + caLine}, key: cert, first: "ssh-ed25519-cert-v01@openssh.com"},
 		{name: "authority for others", files: []string{"@cert-authority pc " + caLine}, key: cert, want: "is not known"},
 		{name: "authority's name as the host's", addr: "pc:22", files: []string{"@cert-authority pc " + caLine}, key: cert, want: "is not known"},

@@ -41,12 +41,17 @@ const (
 // A knownKey is a line of a known_hosts file that is about the host in question.
 type knownKey struct {
 	file   string
-	line   int
+	line   int // 0: of a file that has none
 	marker string
 	key    ssh.PublicKey
 }
 
-func (k knownKey) place() string { return fmt.Sprintf("%s:%d", k.file, k.line) }
+func (k knownKey) place() string {
+	if k.line == 0 {
+		return k.file
+	}
+	return fmt.Sprintf("%s:%d", k.file, k.line)
+}
 
 // A knownHostsReader collects the lines about a host.
 type knownHostsReader struct {

@@ -118,7 +118,7 @@ func targetOf(o, defaults sshOptions, cfg Config, me *localUser) (*Target, error
 		HostKeyAlgorithms: o.list("hostkeyalgorithms", defaults),
 		PublicKeyAccepted: o.list("pubkeyacceptedalgorithms", defaults),
 		CASignatures:      o.list("casignaturealgorithms", defaults),
-		Env:               sessionEnv(o),
+		Env:               sessionEnv(o, me.environ()),
 		given:             cfg.HostKey,
 	}
 	if t.Port < 1 || t.Port > 65535 {
@@ -137,6 +137,9 @@ func targetOf(o, defaults sshOptions, cfg Config, me *localUser) (*Target, error
 		return nil, err
 	}
 	t.NoPublicKeys = noPublicKeys(o)
+	if o.isSet("gssapiauthentication", defaults) && o.flag("gssapiauthentication") {
+		t.Untried = append(t.Untried, "GSSAPIAuthentication")
+	}
 	if err := t.expand(o, me); err != nil {
 		return nil, err
 	}
@@ -246,11 +249,18 @@ func (me *localUser) agentSocket(value string, homes func([]string) []string) st
 	return ""
 }
 
-// sessionEnv is what SendEnv and SetEnv give to the commands. ssh looks at SetEnv
-// first, and the first value counts.
-func sessionEnv(o sshOptions) []string {
-	return slices.DeleteFunc(slices.Clone(o["setenv"]), func(v string) bool {
+// sessionEnv is what SendEnv and SetEnv give to the commands, in ssh's order: of
+// two with the same name, sshd takes the later.
+func sessionEnv(o sshOptions, environ []string) []string {
+	var env []string
+	for _, v := range environ {
+		name, _, _ := strings.Cut(v, "=")
+		if slices.ContainsFunc(o["sendenv"], func(pattern string) bool { return matchPattern(pattern, name) }) {
+			env = append(env, v)
+		}
+	}
+	return append(env, slices.DeleteFunc(slices.Clone(o["setenv"]), func(v string) bool {
 		name, _, ok := strings.Cut(v, "=")
 		return !ok || name == ""
-	})
+	})...)
 }

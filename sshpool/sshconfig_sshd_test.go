@@ -358,6 +358,8 @@ func TestKnownHostsOfConfigWithSSHD(t *testing.T) {
 		{"alias in other case", []string{"HostKeyAlias Big", "UserKnownHostsFile " + file("bIg "+d.HostKeys()[0])}, ""},
 		{"no such alias", []string{"HostKeyAlias big"}, CauseHostKeyUnknown},
 		{"revoked", []string{"RevokedHostKeys " + file(d.HostKeys()[0])}, CauseHostKeyRevoked},
+		{"revoked in a list", []string{"RevokedHostKeys " + revoking(t, d.HostKeys()[0])}, CauseHostKeyRevoked},
+		{"others revoked in a list", []string{"RevokedHostKeys " + revoking(t, keyLine(sshtest.NewKey().PublicKey()))}, ""},
 		{"other revoked", []string{"RevokedHostKeys " + file(keyLine(sshtest.NewKey().PublicKey()))}, ""},
 		{"list of revoked keys missing", []string{"RevokedHostKeys /no/such/file"}, CauseHostKeyFiles},
 		{"localhost", []string{"UserKnownHostsFile none", "NoHostAuthenticationForLocalhost yes"}, ""},
@@ -373,6 +375,15 @@ func TestKnownHostsOfConfigWithSSHD(t *testing.T) {
 			mustRun(t, Options{}, cfg)
 		})
 	}
+}
+
+// revoking has ssh-keygen make one with a key in it.
+func revoking(t *testing.T, key string) string {
+	t.Helper()
+	dir := t.TempDir()
+	writeFile(t, filepath.Join(dir, "key"), key+"\n")
+	(&krlBench{t, dir}).keygen("-q", "-k", "-f", "list", "key")
+	return filepath.Join(dir, "list")
 }
 
 // KnownHostsCommand prints lines of a known_hosts file.
@@ -506,14 +517,19 @@ func TestRefreshWithSSHD(t *testing.T) {
 }
 
 func TestOtherOptionsWithSSHD(t *testing.T) {
-	t.Parallel()
-	d := sshtest.StartSSHD(t, "AcceptEnv GREETING", "Ciphers aes256-ctr,aes256-gcm@openssh.com")
-	h := upHost(t, Options{}, configured(t, hostBlock(t, "mac", d, "SetEnv GREETING=\"good day\" OTHER=x",
+	t.Setenv("MOOD", "bad")
+	t.Setenv("WEATHER", "fine")
+	d := sshtest.StartSSHD(t, "AcceptEnv GREETING MOOD WEATHER", "Ciphers aes256-ctr,aes256-gcm@openssh.com")
+	h := upHost(t, Options{}, configured(t, hostBlock(t, "mac", d, "SetEnv GREETING=\"good day\" OTHER=x MOOD=good", "SendEnv MOOD WEA*",
 		"BindAddress 127.0.0.1", "AddressFamily inet", "RekeyLimit 1M", "ConnectTimeout 20")))
-	s := mustSession(t, h, `test "$GREETING$OTHER" = "good day"`)
+	s := mustSession(t, h, `test "$GREETING$OTHER, $MOOD, $WEATHER" = "good day, good, fine"`)
 	if err := s.Wait(); err != nil {
-		t.Errorf("SetEnv: %v", err)
+		t.Errorf("SetEnv, SendEnv: %v", err)
 	}
+	other, _ := sshtest.WriteKey(t, t.TempDir())
+	refused := hostBlock(t, "mac", d, "GSSAPIAuthentication yes", "IdentityFile "+other)
+	mustFail(t, configured(t, strings.Replace(refused, "IdentityFile "+d.Identity, "IdentitiesOnly yes", 1)), StepAuthenticate, CauseKeyRefused,
+		"GSSAPIAuthentication is set, and not tried here")
 	mustFail(t, configured(t, hostBlock(t, "mac", d, "Ciphers aes128-ctr")), StepHandshake, CauseNoSSH, "no common algorithm")
 	mustFail(t, configured(t, hostBlock(t, "mac", d, "AddressFamily inet6")), StepConnect, CauseUnreachable)
 	mustFail(t, configured(t, hostBlock(t, "mac", d, "BindAddress no-such-host.invalid")), StepConfig, CauseConfig, "BindAddress")

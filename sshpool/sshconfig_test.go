@@ -32,17 +32,22 @@ func configured(t testing.TB, text string) Config {
 // sshSays is what ssh -G prints for one option.
 func sshSays(t *testing.T, cfg Config, option string) []string {
 	t.Helper()
+	return sshSaysAll(t, cfg)[option]
+}
+
+// sshSaysAll is what ssh -G prints, by option in lower case.
+func sshSaysAll(t *testing.T, cfg Config) map[string][]string {
+	t.Helper()
 	out, err := exec.Command("ssh", sshArguments(cfg)...).Output()
 	if err != nil {
 		t.Fatalf("ssh -G: %v", err)
 	}
-	var values []string
+	says := make(map[string][]string)
 	for line := range strings.Lines(string(out)) {
-		if name, value, _ := strings.Cut(strings.TrimSpace(line), " "); strings.EqualFold(name, option) {
-			values = append(values, value)
-		}
+		name, value, _ := strings.Cut(strings.TrimSpace(line), " ")
+		says[strings.ToLower(name)] = append(says[strings.ToLower(name)], value)
 	}
-	return values
+	return says
 }
 
 // TestEffectiveOptions sets every option that is followed to something that is
@@ -125,6 +130,8 @@ func TestEffectiveOptions(t *testing.T) {
 		{"RequiredRSASize 3000", "requiredrsasize", []string{"3000"}, func(t *Target) any { return t.RequiredRSASize }, 3000},
 		{"RekeyLimit 1G", "rekeylimit", []string{"1073741824 0"}, func(t *Target) any { return t.RekeyBytes }, uint64(1 << 30)},
 		{"SetEnv A=b C=\"d e\"", "setenv", []string{"A=b", "C=d e"}, func(t *Target) any { return t.Env }, []string{"A=b", "C=d e"}},
+		{"SendEnv MY_AG* MY_AGEN?\nSendEnv -MY_AGEN?\nSetEnv A=b", "sendenv", []string{"MY_AG*"}, func(t *Target) any { return t.Env }, []string{"MY_AGENT=/run/my-agent", "A=b"}},
+		{"GSSAPIAuthentication yes", "gssapiauthentication", []string{"yes"}, func(t *Target) any { return t.Untried }, []string{"GSSAPIAuthentication"}},
 		{"PubkeyAuthentication no", "pubkeyauthentication", nil,
 			func(t *Target) any { return strings.Fields(t.NoPublicKeys)[0] }, "PubkeyAuthentication"},
 		{"PreferredAuthentications password", "preferredauthentications", []string{"password"},
@@ -243,7 +250,7 @@ func TestWarningsNameTheOption(t *testing.T) {
 	tests := []struct{ config, want string }{
 		{"Compression yes", "ssh option compression yes is not followed: data is sent uncompressed"},
 		{"ForwardAgent yes", "ssh option forwardagent yes is not followed: no agent is forwarded"},
-		{"ControlPath /run/%C", "ssh option controlpath"},
+		{"ControlMaster auto\nControlPath /run/%C", "ssh option controlpath /run/"},
 		{"VerifyHostKeyDNS yes", "host keys are not looked up in DNS"},
 		{"HostbasedAuthentication yes", "only public keys are offered"},
 		{"LocalForward 1234 localhost:80", "ssh option localforward"},
@@ -377,7 +384,7 @@ func FuzzParseSSHOptions(f *testing.F) {
 	f.Add([]byte("user nix\nhostname mac\nport 22\nidentityfile ~/.ssh/a b\nidentityfile none\n"))
 	f.Add([]byte("user x\nhostname -y\nport 99999\nproxyjump a,b\nuserknownhostsfile /a b /c none\nrekeylimit 1 1"))
 	f.Add([]byte("user x\nhostname y\nport 1\nproxycommand %h%%%p ${X}\nsetenv =\nsetenv A=\nidentityagent $\n"))
-	me := &localUser{name: "me", home: "/home/me", uid: 1, getenv: func(string) string { return "" }}
+	me := &localUser{name: "me", home: "/home/me", uid: 1, getenv: func(string) string { return "" }, environ: os.Environ}
 	f.Fuzz(func(t *testing.T, text []byte) {
 		opts, err := parseSSHOptions(text)
 		if err != nil {

@@ -35,8 +35,9 @@ type Target struct {
 	DefaultFiles    bool // IdentityFiles were not asked for: missing ones are not missed
 	Certificates    []string
 	IdentitiesOnly  bool
-	AgentSocket     string // empty: no agent
-	NoPublicKeys    string // the option that forbids public keys, if one does
+	AgentSocket     string   // empty: no agent
+	NoPublicKeys    string   // the option that forbids public keys, if one does
+	Untried         []string // options that are set, for ways to log in that are not tried here
 	UserKnownHosts  []string
 	OtherKnownHosts []string // GlobalKnownHostsFile
 	HostKeyAlias    string

@@ -15,6 +15,7 @@ type localUser struct {
 	name, home string
 	uid        int
 	getenv     func(string) string
+	environ    func() []string
 }
 
 // currentUser asks the user database, like ssh: a daemon often has no $HOME.
@@ -23,7 +24,7 @@ func currentUser() (*localUser, error) {
 	if err != nil {
 		return nil, fmt.Errorf("find the current user: %w", err)
 	}
-	return &localUser{name: u.Username, home: u.HomeDir, uid: os.Getuid(), getenv: os.Getenv}, nil
+	return &localUser{name: u.Username, home: u.HomeDir, uid: os.Getuid(), getenv: os.Getenv, environ: childEnv}, nil
 }
 
 // expandTilde replaces a leading "~" or "~user" by the home directory, as

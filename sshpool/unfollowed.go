@@ -16,12 +16,13 @@ var followed = strings.Fields(`
 	hashknownhosts host hostkeyalgorithms hostkeyalias hostname identitiesonly identityagent identityfile
 	kexalgorithms knownhostscommand macs nohostauthenticationforlocalhost port preferredauthentications proxycommand proxyjump
 	proxyusefdpass pubkeyacceptedalgorithms pubkeyauthentication requiredrsasize revokedhostkeys
-	serveralivecountmax serveraliveinterval setenv stricthostkeychecking user userknownhostsfile
+	sendenv serveralivecountmax serveraliveinterval setenv stricthostkeychecking user userknownhostsfile
 `)
 
 // immaterial are the options that change nothing for a command without a
 // terminal, asked for by a program, on a connection that stays: or that ssh has
-// followed itself by the time it prints them.
+// followed itself by the time it prints them. GSSAPIAuthentication, which
+// distributions set for everybody, is told of where no key gets in (Target.Untried).
 var immaterial = strings.Fields(`
 	addkeystoagent batchmode canonicaldomains canonicalizefallbacklocal canonicalizehostname canonicalizemaxdots
 	canonicalizepermittedcnames clearallforwardings connectionattempts controlmaster controlpersist
@@ -30,7 +31,7 @@ var immaterial = strings.Fields(`
 	gssapikexalgorithms gssapikeyexchange gssapirenewalforcesrekey gssapitrustdns gssapiclientidentity
 	gssapiserveridentity hostbasedacceptedalgorithms ignoreunknown ipqos kbdinteractiveauthentication
 	kbdinteractivedevices localcommand loglevel logverbose numberofpasswordprompts obscurekeystroketiming
-	passwordauthentication permitlocalcommand permitremoteopen requesttty securitykeyprovider sendenv
+	passwordauthentication permitlocalcommand permitremoteopen requesttty securitykeyprovider
 	streamlocalbindmask streamlocalbindunlink syslogfacility tag tcpkeepalive tunneldevice updatehostkeys
 	versionaddendum visualhostkey warnweakcrypto xauthlocation
 `)
@@ -41,7 +42,7 @@ var meanings = map[string]string{
 	"bindinterface":           "connections leave by the interface the system chooses; BindAddress is followed",
 	"checkhostip":             "the key is looked up by name only",
 	"compression":             "data is sent uncompressed",
-	"controlpath":             "a connection of another ssh is not shared; those made here are kept open anyway",
+	"controlpath":             "a connection of another ssh (ControlMaster) is not shared; those made here are kept open anyway",
 	"dynamicforward":          "nothing is forwarded",
 	"forwardagent":            "no agent is forwarded",
 	"hostbasedauthentication": "only public keys are offered",
