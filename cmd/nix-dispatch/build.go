@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"errors"
+	"flag"
 	"fmt"
 	"io"
 	"path/filepath"
@@ -15,29 +16,78 @@ import (
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/types/known/durationpb"
 
+	"nixdispatch/cmd/internal/cli"
 	dispatchv1 "nixdispatch/proto/dispatch/v1"
 	"nixdispatch/proto/nix"
 )
 
 // buildOptions are the command line of "build".
 type buildOptions struct {
-	socket    string
+	socket    *string
 	json      bool
 	outLink   string
 	printLogs bool
 	request   dispatchv1.BuildRequest
 }
 
-func runBuild(ctx context.Context, args []string, std stdio) int {
-	opts, status, ok := parseBuild(args, std)
-	if !ok {
-		return status
+func buildCommand() *command {
+	c := newCommand("build", "DRV...", "build derivations on the machines", `Builds derivations and whatever they need that is not there yet, and prints the
+paths of their outputs. DRV is the path of a .drv file; DRV^out,doc or DRV!out,doc
+asks for some outputs only. Times are in seconds, or like 1h30m.
+
+Examples:
+  nix-dispatch build -L --out-link result $(nix-instantiate hello.nix)
+  nix-dispatch build --builders 'ssh://mac x86_64-linux - 4' $(nix-instantiate hello.nix)
+  nix-dispatch build --store ~/my-nix $(nix-instantiate --store ~/my-nix hello.nix)`)
+	opts := buildFlags(c.Flags)
+	c.run = func(ctx context.Context, operands []string, std stdio) int {
+		if len(operands) == 0 {
+			return usageError(std, c.Name, "which derivation?")
+		}
+		for _, operand := range operands {
+			drv, err := resolveDerivation(operand)
+			if err != nil {
+				return usageError(std, c.Name, "%v", err)
+			}
+			opts.request.Derivations = append(opts.request.Derivations, drv)
+		}
+		opts.request.HoldRoots = opts.outLink != ""
+		return runBuild(ctx, opts, std)
 	}
+	return c
+}
+
+func buildFlags(flags *flag.FlagSet) *buildOptions {
+	opts := new(buildOptions)
+	req := &opts.request
+	req.Limits = new(dispatchv1.Limits)
+	opts.socket = socketFlag(flags)
+	flags.BoolVar(&opts.json, "json", false, "print the outputs as JSON")
+	flags.StringVar(&opts.outLink, "out-link", "", "make `PATH` a link to the output and keep it from being garbage-collected")
+	cli.Alias(flags, "o", "out-link")
+	flags.BoolVar(&opts.printLogs, "print-build-logs", false, "show the builders' logs")
+	cli.Alias(flags, "L", "print-build-logs")
+	flags.BoolVar(&req.KeepGoing, "keep-going", false, "go on with what can be built after a failure")
+	cli.Alias(flags, "k", "keep-going")
+	flags.BoolVar(&req.BuildersUseSubstitutes, "builders-use-substitutes", false, "let machines fetch inputs from their own substituters")
+	storeFlag(flags, &req.Store)
+	req.Environment = storeEnvironment()
+	flags.Func("builders", "build on these machines, `TEXT` as in Nix's setting builders; '' for none. Root's to say", func(text string) error {
+		req.Builders = &text
+		return nil
+	})
+	flags.Func("timeout", "stop a build after this `TIME`", durationFlag(&req.Limits.Timeout))
+	flags.Func("max-silent-time", "stop a build that prints nothing for this `TIME`", durationFlag(&req.Limits.MaxSilentTime))
+	flags.Uint64Var(&req.Limits.MaxLogSize, "max-build-log-size", 0, "stop a build that prints more than this many `BYTES`")
+	return opts
+}
+
+func runBuild(ctx context.Context, opts *buildOptions, std stdio) int {
 	ctx, stop := interruptible(ctx)
 	defer stop()
 	summary, conn, err := buildThrough(ctx, opts, std)
 	if err != nil {
-		return reportCallError(std.err, opts.socket, err)
+		return reportCallError(std.err, *opts.socket, err)
 	}
 	defer conn.Close() // until then the outputs are safe
 	if !summary.GetSuccess() {
@@ -56,56 +106,6 @@ func runBuild(ctx context.Context, args []string, std stdio) int {
 		fmt.Fprintln(std.out, nix.PlainText(out.GetPath()))
 	}
 	return exitOK
-}
-
-func parseBuild(args []string, std stdio) (opts *buildOptions, status int, ok bool) {
-	opts = new(buildOptions)
-	req := &opts.request
-	req.Limits = new(dispatchv1.Limits)
-	flags := newFlagSet(std, "build", "[OPTION]... DRV...", `Builds derivations and whatever they need that is not there yet, and prints the
-paths of their outputs. DRV is the path of a .drv file; DRV^out,doc or DRV!out,doc
-asks for some outputs only. Times are in seconds, or like 1h30m.
-
-Examples:
-  nix-dispatch build -L --out-link result $(nix-instantiate hello.nix)
-  nix-dispatch build --builders 'ssh://mac x86_64-linux - 4' $(nix-instantiate hello.nix)
-  nix-dispatch build --store ~/my-nix $(nix-instantiate --store ~/my-nix hello.nix)`)
-	socket := socketFlag(flags)
-	flags.BoolVar(&opts.json, "json", false, "print the outputs as JSON")
-	const outLink = "make `PATH` a link to the output and keep it from being garbage-collected"
-	flags.StringVar(&opts.outLink, "out-link", "", outLink)
-	flags.StringVar(&opts.outLink, "o", "", "same as --out-link `PATH`")
-	flags.BoolVar(&opts.printLogs, "print-build-logs", false, "show the builders' logs")
-	flags.BoolVar(&opts.printLogs, "L", false, "same as --print-build-logs")
-	flags.BoolVar(&req.KeepGoing, "keep-going", false, "go on with what can be built after a failure")
-	flags.BoolVar(&req.KeepGoing, "k", false, "same as --keep-going")
-	flags.BoolVar(&req.BuildersUseSubstitutes, "builders-use-substitutes", false, "let machines fetch inputs from their own substituters")
-	storeFlag(flags, &req.Store)
-	req.Environment = storeEnvironment()
-	flags.Func("builders", "build on these machines, `TEXT` as in Nix's setting builders; '' for none. Root's to say", func(text string) error {
-		req.Builders = &text
-		return nil
-	})
-	flags.Func("timeout", "stop a build after this `TIME`", durationFlag(&req.Limits.Timeout))
-	flags.Func("max-silent-time", "stop a build that prints nothing for this `TIME`", durationFlag(&req.Limits.MaxSilentTime))
-	flags.Uint64Var(&req.Limits.MaxLogSize, "max-build-log-size", 0, "stop a build that prints more than this many `BYTES`")
-	operands, status, ok := parseFlags(flags, args)
-	if !ok {
-		return nil, status, false
-	}
-	opts.socket = *socket
-	req.HoldRoots = opts.outLink != ""
-	if len(operands) == 0 {
-		return nil, usageError(std, "build", "which derivation?"), false
-	}
-	for _, operand := range operands {
-		drv, err := resolveDerivation(operand)
-		if err != nil {
-			return nil, usageError(std, "build", "%v", err), false
-		}
-		req.Derivations = append(req.Derivations, drv)
-	}
-	return opts, exitOK, true
 }
 
 // durationFlag reads a time as Nix has it, a number of seconds, or as Go has it.

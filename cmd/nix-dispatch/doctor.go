@@ -63,35 +63,36 @@ func problem(subject, fix, format string, args ...any) finding {
 	return finding{Level: levelProblem, Subject: subject, Text: fmt.Sprintf(format, args...), Fix: fix}
 }
 
-// runDoctor is "nix-dispatch doctor".
-func runDoctor(ctx context.Context, args []string, std stdio) int {
-	flags := newFlagSet(std, "doctor", "[--json]", doctorAbout)
-	socket := socketFlag(flags)
-	timeout := flags.Duration("timeout", 0, "how long a step of the way to a machine may take, a `DURATION`; by default from 15 seconds to a minute")
-	asJSON := flags.Bool("json", false, "print a JSON object")
-	operands, code, ok := parseFlags(flags, args)
-	switch {
-	case !ok:
-		return code
-	case len(operands) > 0:
-		return usageError(std, "doctor", "unexpected argument %q", operands[0])
-	case *timeout < 0:
-		return usageError(std, "doctor", "--timeout must be positive")
+func doctorCommand() *command {
+	c := newCommand("doctor", "", "look for what keeps builds from the machines", doctorAbout)
+	socket := socketFlag(c.Flags)
+	timeout := stepTimeoutFlag(c.Flags)
+	asJSON := c.Flags.Bool("json", false, "print a JSON object")
+	c.run = func(ctx context.Context, _ []string, std stdio) int {
+		if *timeout < 0 {
+			return usageError(std, c.Name, "--timeout must be positive")
+		}
+		ctx, stop := interruptible(ctx)
+		defer stop()
+		p := newPinger(ctx, *socket, *timeout)
+		defer p.close()
+		return p.examine(ctx, *socket, *asJSON, std)
 	}
-	ctx, stop := interruptible(ctx)
-	defer stop()
+	return c
+}
+
+// examine looks at everything and prints what it finds; it returns the exit status.
+func (p *pinger) examine(ctx context.Context, socket string, asJSON bool, std stdio) int {
 	found := []finding{}
 	tell := func(f finding) {
 		found = append(found, f)
-		if !*asJSON {
+		if !asJSON {
 			f.write(std.out)
 		}
 	}
-	p := newPinger(ctx, *socket, *timeout)
-	defer p.close()
 	p.claims = true
-	status := p.lookAtDaemon(ctx, *socket, tell)
-	thisHost().look(*socket, tell)
+	status := p.lookAtDaemon(ctx, socket, tell)
+	thisHost().look(socket, tell)
 	if status != nil {
 		p.lookAtMachines(ctx, status, tell)
 	}
@@ -99,7 +100,7 @@ func runDoctor(ctx context.Context, args []string, std stdio) int {
 		fmt.Fprintln(std.err, "nix-dispatch: interrupted")
 		return exitInterrupted
 	}
-	return endDoctor(std, found, *asJSON)
+	return endDoctor(std, found, asJSON)
 }
 
 func endDoctor(std stdio, found []finding, asJSON bool) int {

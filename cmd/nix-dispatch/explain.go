@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"strings"
 
@@ -27,63 +28,58 @@ type (
 	}
 )
 
-func runExplain(ctx context.Context, args []string, std stdio) int {
-	req, socket, asJSON, status, ok := parseExplain(args, std)
-	if !ok {
-		return status
-	}
-	return withDaemon(ctx, socket, std, func(ctx context.Context, conn *daemonConn) (int, error) {
-		r, err := conn.Explain(ctx, req)
-		if err != nil {
-			return exitFailed, err
-		}
-		if asJSON {
-			return printJSON(std, explainOf(r)), nil
-		}
-		fmt.Fprintln(std.out, nix.PlainText(r.GetText()))
-		return exitOK, nil
-	})
-}
-
-func parseExplain(args []string, std stdio) (req *dispatchv1.ExplainRequest, socketPath string, asJSON bool, status int, ok bool) {
-	flags := newFlagSet(std, "explain", "[--json] DRV | --system SYSTEM [--features A,B]", `Tells of each machine whether a build can go there, or the first reason against it,
+func explainCommand() *command {
+	c := newCommand("explain", "[DRV]", "tell where a build can go, and why not elsewhere", `Tells of each machine whether a build can go there, or the first reason against it,
 and which machine would be chosen now and why. DRV is the path of a .drv file; if a
-build of it is in progress the answer is about that.
+build of it is in progress the answer is about that. Without DRV it is about any
+build for --system.
 
 Examples:
   nix-dispatch explain $(nix-instantiate hello.nix)
   nix-dispatch explain --system x86_64-linux --features kvm,big-parallel`)
-	socket := socketFlag(flags)
-	json := flags.Bool("json", false, "print JSON")
-	var store string
-	storeFlag(flags, &store)
-	system := flags.String("system", "", "ask for any build for this `SYSTEM`")
-	features := flags.String("features", "", "the system features that it requires, with commas between")
-	operands, status, ok := parseFlags(flags, args)
-	if !ok {
-		return nil, "", false, status, false
+	req := new(dispatchv1.ExplainRequest)
+	socket := socketFlag(c.Flags)
+	asJSON := c.Flags.Bool("json", false, "print JSON")
+	storeFlag(c.Flags, &req.Store)
+	req.Environment = storeEnvironment()
+	c.Flags.StringVar(&req.System, "system", "", "ask for any build for this `SYSTEM`")
+	features := c.Flags.String("features", "", "the system `FEATURES` that it requires, with commas between")
+	c.run = func(ctx context.Context, operands []string, std stdio) int {
+		if *features != "" {
+			req.Features = strings.Split(*features, ",")
+		}
+		if err := explained(req, operands); err != nil {
+			return usageError(std, c.Name, "%v", err)
+		}
+		return withDaemon(ctx, *socket, std, func(ctx context.Context, conn *daemonConn) (int, error) {
+			r, err := conn.Explain(ctx, req)
+			if err != nil {
+				return exitFailed, err
+			}
+			if *asJSON {
+				return printJSON(std, explainOf(r)), nil
+			}
+			fmt.Fprintln(std.out, nix.PlainText(r.GetText()))
+			return exitOK, nil
+		})
 	}
-	req = &dispatchv1.ExplainRequest{System: *system, Store: store, Environment: storeEnvironment()}
-	fail := func(format string, a ...any) (*dispatchv1.ExplainRequest, string, bool, int, bool) {
-		return nil, "", false, usageError(std, "explain", format, a...), false
-	}
+	return c
+}
+
+// explained puts the derivation into the request, if it is about one.
+func explained(req *dispatchv1.ExplainRequest, operands []string) (err error) {
 	switch {
 	case len(operands) > 1:
-		return fail("one derivation at a time")
-	case len(operands) == 1 && (*system != "" || *features != ""):
-		return fail("a derivation has its own system and features")
+		return errors.New("one derivation at a time")
+	case len(operands) == 1 && (req.System != "" || len(req.Features) > 0):
+		return errors.New("a derivation has its own system and features")
 	case len(operands) == 1:
-		drv, err := resolveDerivation(operands[0])
-		if err != nil {
-			return fail("%v", err)
-		}
-		req.DrvPath = drv
-	case *system == "":
-		return fail("which derivation, or --system?")
-	case *features != "":
-		req.Features = strings.Split(*features, ",")
+		req.DrvPath, err = resolveDerivation(operands[0])
+		return err
+	case req.System == "":
+		return errors.New("which derivation, or --system?")
 	}
-	return req, *socket, *json, exitOK, true
+	return nil
 }
 
 func explainOf(r *dispatchv1.ExplainResponse) explainJSON {

@@ -97,16 +97,16 @@ func TestReload(t *testing.T) {
 
 func TestEveryHelpHasAnExample(t *testing.T) {
 	for _, c := range commands() {
-		args := []string{c.name, "--help"}
-		switch c.name {
+		args := []string{c.Name, "--help"}
+		switch c.Name {
 		case "hook":
 			continue // Nix runs it
 		case "machines":
-			args = []string{c.name, "check", "--help"}
+			args = []string{c.Name, "check", "--help"}
 		}
 		var out bytes.Buffer
 		code := run(t.Context(), append([]string{"nix-dispatch"}, args...), stdio{out: &out, err: &out})
-		if text := out.String(); code != exitOK || !strings.Contains(text, "Example") || !strings.Contains(text, "  nix-dispatch "+c.name) {
+		if text := out.String(); code != exitOK || !strings.Contains(text, "Example") || !strings.Contains(text, "  nix-dispatch "+c.Name) {
 			t.Errorf("%q: status %d, said:\n%s", args, code, text)
 		}
 	}

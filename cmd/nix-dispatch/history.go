@@ -38,47 +38,45 @@ type historyJSON struct {
 	BytesReceived   uint64  `json:"bytesReceived"`
 }
 
-func runHistory(ctx context.Context, args []string, std stdio) int {
-	flags := newFlagSet(std, "history", "[--json] [OPTION]...", `Shows builds that have ended, the newest first. They are kept for 90 days, 100,000
+func historyCommand() *command {
+	c := newCommand("history", "", "show builds that have ended", `Shows builds that have ended, the newest first. They are kept for 90 days, 100,000
 at most. With --json, one JSON object a line.
 
 Examples:
   nix-dispatch history --failed --since 24h
   nix-dispatch history --json --machine ssh://mac | jq .buildSeconds`)
-	socket := socketFlag(flags)
-	asJSON := flags.Bool("json", false, "print JSON, one build a line")
-	failed := flags.Bool("failed", false, "only builds that failed")
-	machine := flags.String("machine", "", "only builds of the machine with this store `URI`")
-	since := flags.String("since", "", "only builds that ended since then: a `TIME` as 24h, 7d, 2026-11-22 or 2026-11-22T15:04:05Z")
-	limit := flags.Uint("limit", 0, "at most so many; 0: without --since and --json, 50")
-	operands, status, ok := parseFlags(flags, args)
-	if !ok {
-		return status
-	}
-	if len(operands) > 0 {
-		return usageError(std, "history", "unexpected argument %q", operands[0])
-	}
-	req := &dispatchv1.HistoryRequest{Failed: *failed, Machine: *machine, Limit: uint32(min(*limit, 1<<31))}
-	if *since != "" {
-		t, err := parseSince(*since, time.Now())
-		if err != nil {
-			return usageError(std, "history", "--since: %v", err)
+	req := new(dispatchv1.HistoryRequest)
+	socket := socketFlag(c.Flags)
+	asJSON := c.Flags.Bool("json", false, "print JSON, one build a line")
+	c.Flags.BoolVar(&req.Failed, "failed", false, "only builds that failed")
+	c.Flags.StringVar(&req.Machine, "machine", "", "only builds of the machine with this store `URI`")
+	since := c.Flags.String("since", "", "only builds that ended since then: a `TIME` as 24h, 7d, 2026-11-22 or 2026-11-22T15:04:05Z")
+	limit := c.Flags.Uint("limit", 0, "at most so many, a `NUMBER`; 0: without --since and --json, 50")
+	c.run = func(ctx context.Context, _ []string, std stdio) int {
+		req.Limit = uint32(min(*limit, 1<<31))
+		if *since != "" {
+			t, err := parseSince(*since, time.Now())
+			if err != nil {
+				return usageError(std, c.Name, "--since: %v", err)
+			}
+			req.Since = timestamppb.New(t)
 		}
-		req.Since = timestamppb.New(t)
-	}
-	if req.Limit == 0 && *since == "" && !*asJSON {
-		req.Limit = 50
-	}
-	return streamFromDaemon(ctx, *socket, std, func(ctx context.Context, conn *daemonConn) error {
-		stream, err := conn.History(ctx, req)
-		if err != nil {
-			return err
+		if req.Limit == 0 && *since == "" && !*asJSON {
+			req.Limit = 50
 		}
+		print := printHistory
 		if *asJSON {
-			return printHistoryJSON(std.out, stream.Recv)
+			print = printHistoryJSON
 		}
-		return printHistory(std.out, stream.Recv)
-	})
+		return streamFromDaemon(ctx, *socket, std, func(ctx context.Context, conn *daemonConn) error {
+			stream, err := conn.History(ctx, req)
+			if err != nil {
+				return err
+			}
+			return print(std.out, stream.Recv)
+		})
+	}
+	return c
 }
 
 // streamFromDaemon makes a call that takes as long as it takes.
@@ -174,47 +172,50 @@ func printHistoryJSON(w io.Writer, recv recvBuild) error {
 	}
 }
 
-func runLog(ctx context.Context, args []string, std stdio) int {
-	flags := newFlagSet(std, "log", "[--follow] BUILD|DRV", `Prints the log of a build: of one in progress what there is so far, of one that has
+func logCommand() *command {
+	c := newCommand("log", "BUILD|DRV", "print the log of a build", `Prints the log of a build: of one in progress what there is so far, of one that has
 ended what was kept, whether it failed or not. BUILD is its number in 'nix-dispatch
 status' or 'history'; DRV is the path of a .drv file, and means its last build.
 
 Examples:
   nix-dispatch log --follow 17
   nix-dispatch log $(nix-instantiate hello.nix) | less`)
-	socket := socketFlag(flags)
-	follow := flags.Bool("follow", false, "wait for the rest until the build has ended")
-	operands, status, ok := parseFlags(flags, args)
-	if !ok {
-		return status
+	req := new(dispatchv1.LogRequest)
+	socket := socketFlag(c.Flags)
+	c.Flags.BoolVar(&req.Follow, "follow", false, "wait for the rest until the build has ended")
+	c.run = func(ctx context.Context, operands []string, std stdio) int {
+		if len(operands) != 1 {
+			return usageError(std, c.Name, "want one build or derivation")
+		}
+		if id, err := strconv.ParseUint(operands[0], 10, 64); err == nil && id > 0 {
+			req.BuildId = id
+		} else if path, err := nix.ParseStorePath(operands[0]); err == nil {
+			req.DrvPath = string(path)
+		} else {
+			return usageError(std, c.Name, "%q is neither the number of a build nor a derivation", operands[0])
+		}
+		return streamFromDaemon(ctx, *socket, std, func(ctx context.Context, conn *daemonConn) error {
+			return printLog(ctx, conn, req, std.out)
+		})
 	}
-	if len(operands) != 1 {
-		return usageError(std, "log", "want one build or derivation")
+	return c
+}
+
+func printLog(ctx context.Context, conn *daemonConn, req *dispatchv1.LogRequest, w io.Writer) error {
+	stream, err := conn.Log(ctx, req)
+	if err != nil {
+		return err
 	}
-	req := &dispatchv1.LogRequest{Follow: *follow}
-	if id, err := strconv.ParseUint(operands[0], 10, 64); err == nil && id > 0 {
-		req.BuildId = id
-	} else if path, err := nix.ParseStorePath(operands[0]); err == nil {
-		req.DrvPath = string(path)
-	} else {
-		return usageError(std, "log", "%q is neither the number of a build nor a derivation", operands[0])
-	}
-	return streamFromDaemon(ctx, *socket, std, func(ctx context.Context, conn *daemonConn) error {
-		stream, err := conn.Log(ctx, req)
+	for {
+		r, err := stream.Recv()
+		if err == io.EOF {
+			return nil
+		}
 		if err != nil {
 			return err
 		}
-		for {
-			r, err := stream.Recv()
-			if err == io.EOF {
-				return nil
-			}
-			if err != nil {
-				return err
-			}
-			if _, err := std.out.Write(r.GetData()); err != nil {
-				return err
-			}
+		if _, err := w.Write(r.GetData()); err != nil {
+			return err
 		}
-	})
+	}
 }

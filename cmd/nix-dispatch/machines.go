@@ -34,33 +34,37 @@ Examples:
 
 Exit status: 0 all is good, 1 something is wrong, 2 wrong usage.`
 
-// runMachines is "nix-dispatch machines check": it shows how the daemon would
+// machinesCommand is "nix-dispatch machines check": it shows how the daemon would
 // read a list of machines.
-func runMachines(_ context.Context, args []string, std stdio) int {
-	flags := newFlagSet(std, "machines check", "[--json] [--builders TEXT | FILE|-]", machinesAbout)
-	asJSON := flags.Bool("json", false, "print a JSON array")
-	builders := flags.String("builders", "", "read `TEXT`, a value of Nix's setting \"builders\", instead of a file")
-	operands, status, ok := parseFlags(flags, args)
-	if !ok {
-		return status
-	}
-	if len(operands) == 0 || operands[0] != "check" {
-		return usageError(std, "machines", "expected 'check'")
-	}
-	operands = operands[1:]
-	given := false
-	flags.Visit(func(f *flag.Flag) { given = given || f.Name == "builders" })
-	if len(operands) > 1 || given && len(operands) > 0 {
-		return usageError(std, "machines", "expected one FILE or --builders")
-	}
-
-	file, text, err := "--builders", *builders, error(nil)
-	if !given {
-		if file, text, err = machinesText(operands, std); err != nil {
+func machinesCommand() *command {
+	c := newCommand("machines", "check [FILE|-]", "show how a machines file is understood", machinesAbout)
+	asJSON := c.Flags.Bool("json", false, "print a JSON array")
+	builders := c.Flags.String("builders", "", "read `TEXT`, a value of Nix's setting \"builders\", instead of a file")
+	c.run = func(_ context.Context, operands []string, std stdio) int {
+		if len(operands) == 0 || operands[0] != "check" {
+			return usageError(std, c.Name, "expected 'check'")
+		}
+		operands = operands[1:]
+		given := false
+		c.Flags.Visit(func(f *flag.Flag) { given = given || f.Name == "builders" })
+		if len(operands) > 1 || given && len(operands) > 0 {
+			return usageError(std, c.Name, "expected one FILE or --builders")
+		}
+		file, text, err := "--builders", *builders, error(nil)
+		if !given {
+			file, text, err = machinesText(operands, std)
+		}
+		if err != nil {
 			fmt.Fprintf(std.err, "nix-dispatch machines: %v\n", err)
 			return exitFailed
 		}
+		return checkMachineList(file, text, *asJSON, std)
 	}
+	return c
+}
+
+// checkMachineList prints the machines of text, and what is wrong with it.
+func checkMachineList(file, text string, asJSON bool, std stdio) int {
 	machines, bad := nix.ParseMachines(text, nix.MachinesOptions{
 		DefaultSystems: []string{nix.SystemName(runtime.GOOS, runtime.GOARCH)},
 		File:           file,
@@ -71,7 +75,7 @@ func runMachines(_ context.Context, args []string, std stdio) int {
 		fmt.Fprintf(std.err, "error: %v\n", e)
 	}
 	show := printMachines
-	if *asJSON {
+	if asJSON {
 		show = printMachinesJSON
 	}
 	if err := show(std.out, machines); err != nil {

@@ -18,7 +18,7 @@ import (
 func checkMachines(t *testing.T, stdin string, args ...string) (status int, out, errs string) {
 	t.Helper()
 	var stdout, stderr bytes.Buffer
-	status = runMachines(t.Context(), args, stdio{strings.NewReader(stdin), &stdout, &stderr})
+	status = run(t.Context(), append([]string{"nix-dispatch", "machines"}, args...), stdio{strings.NewReader(stdin), &stdout, &stderr})
 	return status, stdout.String(), stderr.String()
 }
 
@@ -157,7 +157,7 @@ func (brokenWriter) Write([]byte) (int, error) { return 0, errors.New("broken pi
 func TestMachinesCheckNoticesThatNobodyReadsIt(t *testing.T) {
 	for _, args := range [][]string{{"check", "--builders", "h"}, {"check", "--json", "--builders", "h"}} {
 		var stderr bytes.Buffer
-		if status := runMachines(t.Context(), args, stdio{nil, brokenWriter{}, &stderr}); status != exitFailed || !strings.Contains(stderr.String(), "broken pipe") {
+		if status := run(t.Context(), append([]string{"nix-dispatch", "machines"}, args...), stdio{nil, brokenWriter{}, &stderr}); status != exitFailed || !strings.Contains(stderr.String(), "broken pipe") {
 			t.Errorf("%q: status %d, stderr %q", args, status, &stderr)
 		}
 	}

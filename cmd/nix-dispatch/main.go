@@ -11,9 +11,9 @@ import (
 	"io"
 	"os"
 	"path/filepath"
-	"strings"
 
 	"nixdispatch/cmd/internal/buildhook"
+	"nixdispatch/cmd/internal/cli"
 	"nixdispatch/cmd/internal/daemonsocket"
 )
 
@@ -42,29 +42,44 @@ type stdio struct {
 	out, err io.Writer
 }
 
-// A command is one subcommand. run gets the arguments after its name and
-// returns the exit status.
+// A command is one subcommand: its description, and what it does.
 type command struct {
-	name, args, help string
-	run              func(ctx context.Context, args []string, std stdio) int
+	cli.Command
+	// run gets the operands after the options were parsed, and returns the exit
+	// status.
+	run func(ctx context.Context, operands []string, std stdio) int
 }
 
-func commands() []command {
-	return []command{
-		{"build", "[OPTION]... DRV...", "build derivations on the machines", runBuild},
-		{"status", "[--json]", "show machines and builds", runStatus},
-		{"ping", "[--json] URI|MACHINE...", "try the way to machines, step by step", runPing},
-		{"doctor", "[--json]", "look for what keeps builds from the machines", runDoctor},
-		{"explain", "DRV|--system S", "tell where a build can go, and why not elsewhere", runExplain},
-		{"history", "[--json] [--failed]", "show builds that have ended", runHistory},
-		{"log", "[--follow] BUILD|DRV", "print the log of a build", runLog},
-		{"cancel", "BUILD...", "end builds for all who wait for them", runCancel},
-		{"drain", "MACHINE...", "give machines no new builds", runDrain},
-		{"undrain", "MACHINE...", "give drained machines builds again", runUndrain},
-		{"reload", "", "read the list of machines anew", runReload},
-		{"machines", "check [--json] [FILE|-]", "show how a machines file is understood", runMachines},
-		{"hook", "[VERBOSITY]", "what Nix's build-hook setting runs", func(_ context.Context, args []string, _ stdio) int { return buildhook.Main(args) }},
+// newCommand describes a subcommand that has no options yet; see cli.Command.
+func newCommand(name, args, summary, about string) *command {
+	return &command{Command: cli.Command{Name: name, Args: args, Summary: summary, About: about, Flags: cli.NewFlags(name)}}
+}
+
+// commands makes all subcommands anew, with their options unset.
+func commands() []*command {
+	return []*command{
+		buildCommand(),
+		statusCommand(),
+		pingCommand(),
+		doctorCommand(),
+		explainCommand(),
+		historyCommand(),
+		logCommand(),
+		cancelCommand(),
+		drainCommand(),
+		undrainCommand(),
+		reloadCommand(),
+		machinesCommand(),
+		hookCommand(),
 	}
+}
+
+// hookCommand is nix-dispatch-hook under another name.
+func hookCommand() *command {
+	c := newCommand("hook", "[VERBOSITY]", "what Nix's build-hook setting runs", buildhook.About)
+	c.Raw = true
+	c.run = func(_ context.Context, args []string, _ stdio) int { return buildhook.Main(args) }
+	return c
 }
 
 func main() {
@@ -77,85 +92,83 @@ func run(ctx context.Context, argv []string, std stdio) int {
 	if filepath.Base(argv[0]) == hookName {
 		return buildhook.Main(argv[1:])
 	}
+	all := commands()
 	args := argv[1:]
 	if len(args) == 0 {
-		printUsage(std.err)
+		program(all).WriteHelp(std.err, "")
 		return exitUsage
 	}
-	switch args[0] {
+	name, args := args[0], args[1:]
+	switch name {
 	case "--help", "-help", "-h", "help":
-		printUsage(std.out)
-		return exitOK
+		if len(args) == 0 {
+			program(all).WriteHelp(std.out, "")
+			return exitOK
+		}
+		name, args = args[0], []string{"--help"}
 	case "--version", "-version", "version":
 		fmt.Fprintf(std.out, "nix-dispatch %s\n", version)
 		return exitOK
 	}
-	for _, c := range commands() {
-		if c.name == args[0] {
-			return c.run(ctx, args[1:], std)
+	for _, c := range all {
+		if c.Name == name {
+			return c.start(ctx, args, std)
 		}
 	}
-	fmt.Fprintf(std.err, "nix-dispatch: unknown subcommand %q\nTry 'nix-dispatch --help'.\n", args[0])
+	fmt.Fprintf(std.err, "nix-dispatch: unknown subcommand %q\nTry 'nix-dispatch --help'.\n", name)
 	return exitUsage
 }
 
-func printUsage(w io.Writer) {
-	var b strings.Builder
-	b.WriteString("Usage: nix-dispatch SUBCOMMAND [ARGUMENT]...\n\nSubcommands:\n")
-	for _, c := range commands() {
-		fmt.Fprintf(&b, "  %-9s %-24s  %s\n", c.name, c.args, c.help)
+// start parses the arguments after the subcommand's name and runs it.
+func (c *command) start(ctx context.Context, args []string, std stdio) int {
+	if c.Raw {
+		return c.run(ctx, args, std)
 	}
-	fmt.Fprintf(&b, `
-'nix-dispatch SUBCOMMAND --help' shows the options of a subcommand.
-Subcommands that talk to the daemon find it by --socket PATH, else by the
-environment variable %s, else at $XDG_RUNTIME_DIR/nix-dispatch/socket
-if this user runs a daemon of their own there, else at %s.
+	operands, err := cli.Parse(c.Flags, args)
+	switch {
+	case errors.Is(err, flag.ErrHelp):
+		c.WriteHelp(std.out, programName)
+		return exitOK
+	case err != nil:
+		return usageError(std, c.Name, "%v", err)
+	case c.Args == "" && len(operands) > 0:
+		return usageError(std, c.Name, "unexpected argument %q", operands[0])
+	}
+	return c.run(ctx, operands, std)
+}
+
+// program describes all of nix-dispatch.
+func program(all []*command) *cli.Command {
+	p := &cli.Command{
+		Name:    programName,
+		Summary: "build Nix derivations on other machines, through nix-dispatchd",
+		About:   programAbout,
+		Flags:   cli.NewFlags(programName),
+	}
+	for _, c := range all {
+		p.Commands = append(p.Commands, &c.Command)
+	}
+	return p
+}
+
+const programName = "nix-dispatch"
+
+const programAbout = `Shows what nix-dispatchd does, which builds on the machines of Nix's builders setting,
+and has it build derivations. 'nix-dispatch SUBCOMMAND --help' shows the options of a
+subcommand.
+
+Environment: NIX_DISPATCH_SOCKET is the daemon's socket, unless --socket names one. By
+default it is $XDG_RUNTIME_DIR/nix-dispatch/socket if this user runs a daemon there, else
+` + daemonsocket.Default + `.
 
 Exit status: 0 done, 1 a build failed or the daemon refused, 2 wrong usage,
-3 the daemon is out of reach.
-`, daemonsocket.Env, daemonsocket.Default)
-	io.WriteString(w, b.String())
-}
-
-// newFlagSet is a flag set that writes to std and leaves exiting to the caller.
-// Its usage text is "Usage: nix-dispatch NAME ARGS", then about, then the options.
-func newFlagSet(std stdio, name, args, about string) *flag.FlagSet {
-	flags := flag.NewFlagSet(name, flag.ContinueOnError)
-	flags.SetOutput(std.err)
-	flags.Usage = func() {
-		w := flags.Output()
-		fmt.Fprintf(w, "Usage: nix-dispatch %s %s\n\n%s\n\nOptions:\n", name, args, about)
-		flags.PrintDefaults()
-	}
-	return flags
-}
-
-// parseFlags parses args, options and operands in any order, and returns the
-// operands. When ok is false the subcommand ends with status: help was asked
-// for, or an option was wrong.
-func parseFlags(flags *flag.FlagSet, args []string) (operands []string, status int, ok bool) {
-	for {
-		err := flags.Parse(args)
-		switch {
-		case errors.Is(err, flag.ErrHelp):
-			return nil, exitOK, false
-		case err != nil:
-			return nil, exitUsage, false
-		}
-		rest := flags.Args()
-		if len(rest) == 0 {
-			return operands, exitOK, true
-		}
-		if n := len(args) - len(rest); n > 0 && args[n-1] == "--" {
-			return append(operands, rest...), exitOK, true
-		}
-		operands, args = append(operands, rest[0]), rest[1:]
-	}
-}
+3 the daemon is out of reach.`
 
 // socketFlag registers --socket with its default from the environment.
 func socketFlag(flags *flag.FlagSet) *string {
-	return flags.String("socket", daemonsocket.Path(), "the daemon's socket, a `PATH`")
+	path := flags.String("socket", daemonsocket.Path(), "the daemon's socket, a `PATH`; by default what $NIX_DISPATCH_SOCKET names, or the usual one")
+	flags.Lookup("socket").DefValue = "" // the text says it
+	return path
 }
 
 // usageError reports a wrong command line.

@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"errors"
+	"flag"
 	"fmt"
 	"io"
 	"os"
@@ -37,30 +38,39 @@ Examples:
 Exit status: 0 all is well, 1 a step failed, 2 wrong usage, 3 the daemon, which would
 have to ask a MACHINE, is out of reach.`
 
-// runPing is "nix-dispatch ping".
-func runPing(ctx context.Context, args []string, std stdio) int {
-	flags := newFlagSet(std, "ping", "[--json] URI|MACHINE...", pingAbout)
-	socket := socketFlag(flags)
-	timeout := flags.Duration("timeout", 0, "how long a step may take, a `DURATION`; by default from 15 seconds to a minute")
-	asJSON := flags.Bool("json", false, "print a JSON array")
-	names, code, ok := parseFlags(flags, args)
-	switch {
-	case !ok:
-		return code
-	case len(names) == 0:
-		return usageError(std, "ping", "which machine?")
-	case *timeout < 0:
-		return usageError(std, "ping", "--timeout must be positive")
+func pingCommand() *command {
+	c := newCommand("ping", "MACHINE|URI...", "try the way to machines, step by step", pingAbout)
+	socket := socketFlag(c.Flags)
+	timeout := stepTimeoutFlag(c.Flags)
+	asJSON := c.Flags.Bool("json", false, "print a JSON array")
+	c.run = func(ctx context.Context, names []string, std stdio) int {
+		switch {
+		case len(names) == 0:
+			return usageError(std, c.Name, "which machine?")
+		case *timeout < 0:
+			return usageError(std, c.Name, "--timeout must be positive")
+		}
+		ctx, stop := interruptible(ctx)
+		defer stop()
+		p := newPinger(ctx, *socket, *timeout)
+		defer p.close()
+		return p.report(ctx, names, *asJSON, std)
 	}
-	ctx, stop := interruptible(ctx)
-	defer stop()
-	p := newPinger(ctx, *socket, *timeout)
-	defer p.close()
+	return c
+}
+
+// stepTimeoutFlag registers --timeout of ping and doctor.
+func stepTimeoutFlag(flags *flag.FlagSet) *time.Duration {
+	return flags.Duration("timeout", 0, "how long a step of the way to a machine may take, a `DURATION`; by default from 15 seconds to a minute")
+}
+
+// report pings machines and prints what comes of it; it returns the exit status.
+func (p *pinger) report(ctx context.Context, names []string, asJSON bool, std stdio) int {
 	reports := []*pingtext.Report{}
 	worst := exitOK
 	for _, ping := range p.all(ctx, names) {
 		r, code := ping.follow(func(r *pingtext.Report, s pingtext.Step) {
-			if *asJSON {
+			if asJSON {
 				return
 			}
 			if len(r.Steps) == 1 {
@@ -71,14 +81,14 @@ func runPing(ctx context.Context, args []string, std stdio) int {
 		reports = append(reports, r)
 		worst = max(worst, code)
 		switch {
-		case *asJSON:
+		case asJSON:
 		case len(r.Steps) == 0:
 			fmt.Fprintf(std.err, "nix-dispatch ping: %s: %s\n", pingtext.OneLine(r.Machine), pingtext.OneLine(r.Error))
 		default:
 			r.WriteEnd(std.out)
 		}
 	}
-	if *asJSON {
+	if asJSON {
 		worst = max(worst, printJSON(std, reports))
 	}
 	return worst

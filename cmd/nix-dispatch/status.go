@@ -60,31 +60,27 @@ type (
 	}
 )
 
-func runStatus(ctx context.Context, args []string, std stdio) int {
-	flags := newFlagSet(std, "status", "[--json]", `Shows the machines and the builds in progress.
+func statusCommand() *command {
+	c := newCommand("status", "", "show machines and builds", `Shows the machines and the builds in progress.
 
-Example:
+Examples:
   nix-dispatch status --json | jq -r '.machines[] | select(.state != "up") | .uri'`)
-	socket := socketFlag(flags)
-	asJSON := flags.Bool("json", false, "print JSON")
-	operands, status, ok := parseFlags(flags, args)
-	if !ok {
-		return status
+	socket := socketFlag(c.Flags)
+	asJSON := c.Flags.Bool("json", false, "print JSON")
+	c.run = func(ctx context.Context, _ []string, std stdio) int {
+		return withDaemon(ctx, *socket, std, func(ctx context.Context, conn *daemonConn) (int, error) {
+			resp, err := conn.Status(ctx, &dispatchv1.StatusRequest{})
+			if err != nil {
+				return exitFailed, err
+			}
+			if *asJSON {
+				return printJSON(std, statusOf(resp, time.Now())), nil
+			}
+			printStatus(std.out, resp, time.Now())
+			return exitOK, nil
+		})
 	}
-	if len(operands) > 0 {
-		return usageError(std, "status", "unexpected argument %q", operands[0])
-	}
-	return withDaemon(ctx, *socket, std, func(ctx context.Context, conn *daemonConn) (int, error) {
-		resp, err := conn.Status(ctx, &dispatchv1.StatusRequest{})
-		if err != nil {
-			return exitFailed, err
-		}
-		if *asJSON {
-			return printJSON(std, statusOf(resp, time.Now())), nil
-		}
-		printStatus(std.out, resp, time.Now())
-		return exitOK, nil
-	})
+	return c
 }
 
 func statusOf(resp *dispatchv1.StatusResponse, now time.Time) statusJSON {
@@ -171,33 +167,28 @@ func printJSON(std stdio, v any) int {
 	return exitOK
 }
 
-func runCancel(ctx context.Context, args []string, std stdio) int {
-	flags := newFlagSet(std, "cancel", "BUILD...", `Ends builds, by their numbers in 'nix-dispatch status', for all who wait for them.
+func cancelCommand() *command {
+	c := newCommand("cancel", "BUILD...", "end builds for all who wait for them", `Ends builds, by their numbers in 'nix-dispatch status', for all who wait for them.
 
-Example:
+Examples:
   nix-dispatch cancel 17`)
-	socket := socketFlag(flags)
-	operands, status, ok := parseFlags(flags, args)
-	if !ok {
-		return status
-	}
-	if len(operands) == 0 {
-		return usageError(std, "cancel", "which build?")
-	}
-	var ids []uint64
-	for _, operand := range operands {
-		id, err := strconv.ParseUint(operand, 10, 64)
-		if err != nil {
-			return usageError(std, "cancel", "%q is not the number of a build", operand)
+	socket := socketFlag(c.Flags)
+	c.run = func(ctx context.Context, operands []string, std stdio) int {
+		if len(operands) == 0 {
+			return usageError(std, c.Name, "which build?")
 		}
-		ids = append(ids, id)
+		var calls []func(context.Context, *daemonConn) (int, error)
+		for _, operand := range operands {
+			id, err := strconv.ParseUint(operand, 10, 64)
+			if err != nil {
+				return usageError(std, c.Name, "%q is not the number of a build", operand)
+			}
+			calls = append(calls, func(ctx context.Context, conn *daemonConn) (int, error) {
+				_, err := conn.Cancel(ctx, &dispatchv1.CancelRequest{BuildId: id})
+				return exitOK, err
+			})
+		}
+		return withDaemon(ctx, *socket, std, calls...)
 	}
-	var calls []func(context.Context, *daemonConn) (int, error)
-	for _, id := range ids {
-		calls = append(calls, func(ctx context.Context, conn *daemonConn) (int, error) {
-			_, err := conn.Cancel(ctx, &dispatchv1.CancelRequest{BuildId: id})
-			return exitOK, err
-		})
-	}
-	return withDaemon(ctx, *socket, std, calls...)
+	return c
 }

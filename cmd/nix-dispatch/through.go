@@ -31,7 +31,7 @@ const (
 // buildThrough has the daemon build, and the next one if that goes away. The
 // caller must close the connection, which holds the outputs' roots.
 func buildThrough(ctx context.Context, opts *buildOptions, std stdio) (*dispatchv1.Summary, *daemonConn, error) {
-	conn, err := dialReady(ctx, opts.socket)
+	conn, err := dialReady(ctx, *opts.socket)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -46,7 +46,7 @@ func buildThrough(ctx context.Context, opts *buildOptions, std stdio) (*dispatch
 		}
 		fmt.Fprintf(std.err, "nix-dispatch: the daemon went away: %s; waiting for it to come back\n",
 			nix.PlainText(status.Convert(err).Message()))
-		if conn, err = nextDaemon(ctx, opts.socket); err != nil {
+		if conn, err = nextDaemon(ctx, *opts.socket); err != nil {
 			return nil, nil, err
 		}
 	}

@@ -16,6 +16,7 @@ import (
 	"syscall"
 	"time"
 
+	"nixdispatch/cmd/internal/cli"
 	"nixdispatch/cmd/internal/daemonsocket"
 	"nixdispatch/daemon"
 	"nixdispatch/proto/nix"
@@ -24,46 +25,17 @@ import (
 // version is set at build time.
 var version = "dev"
 
-const usage = `Usage: nix-dispatchd [OPTION...]
-       nix-dispatchd probe [OPTION...] URI
-
-Keeps SSH connections to the machines of Nix's builders setting open and builds
-on them what nix-dispatch and Nix's build hook ask for.
-
-Options:
-  --builders TEXT         the machines, as in Nix's builders setting
-                          (default: that setting in Nix's configuration, which is
-                          "@/etc/nix/machines" unless it says otherwise)
-  --machines-group NAME   a group whose members may name machines in their requests,
-                          as root may. That is as good as being root
-  --user                  serve this user only, without root: also private stores
-                          ('nix build --store DIR') and single-user installations.
-                          Changes the defaults below as in [brackets]
-  --socket PATH           where to listen (default /run/nix-dispatch/socket)
-                          [$XDG_RUNTIME_DIR/nix-dispatch/socket]
-  --metrics-listen ADDR   where Prometheus may scrape /metrics, "" for nowhere
-                          (default 127.0.0.1:9747) [nowhere]
-  --state-dir DIR         what must not be in memory, and which machines are drained
-                          (default /var/lib/nix-dispatch)
-                          [$XDG_STATE_HOME/nix-dispatch, in ~/.local/state]
-  --machine-wait DURATION how long a build waits while none of its machines is up
-                          (default 5m)
-  --drain-timeout DURATION
-                          how long builds in progress may go on after a signal to
-                          stop; what is asked for meanwhile is put off (default 10m)
-  --log-level LEVEL       debug, info, warn or error (default info)
-  --version               print the version and exit
-  --help                  print this and exit
+const about = `Keeps SSH connections to the machines of Nix's builders setting open and builds on them
+what nix-dispatch and Nix's build hook ask for.
 
 Signals:
-  HUP                     read the list of machines anew
-  TERM, INT               stop, after the builds in progress; a second one: at once
+  HUP        read the list of machines anew
+  TERM, INT  stop, after the builds in progress; a second one: at once
 
 Examples:
   nix-dispatchd
   nix-dispatchd --builders 'ssh://mac x86_64-darwin ; ssh-ng://nix@big - - 16 2 kvm'
-  nix-dispatchd --user
-`
+  nix-dispatchd --user`
 
 func main() {
 	syscall.Umask(0o077)
@@ -129,37 +101,54 @@ func serve(ctx context.Context, opts daemon.Options) error {
 	return d.Run(ctx)
 }
 
+// settings are what the command line says.
+type settings struct {
+	daemon.Options
+	level       slog.Level
+	showVersion bool
+}
+
+// commandLine describes the program; parsing its flags fills in the settings.
+func commandLine() (*cli.Command, *settings) {
+	s := &settings{Options: daemon.Options{Version: version}}
+	flags := cli.NewFlags("nix-dispatchd")
+	flags.StringVar(&s.Builders, "builders", "", "the machines, `TEXT` as in Nix's builders setting; by default that setting in Nix's configuration, which is \"@/etc/nix/machines\" unless it says otherwise")
+	flags.StringVar(&s.MachinesGroup, "machines-group", "", "a group, by its `NAME`, whose members may name machines in their requests, as root may. That is as good as being root")
+	flags.BoolVar(&s.PerUser, "user", false, "serve this user only, without root: also private stores ('nix build --store DIR') and single-user installations. It changes other defaults, as is said there")
+	flags.StringVar(&s.Socket, "socket", daemonsocket.Default, "listen at this `PATH`; with --user by default $XDG_RUNTIME_DIR/nix-dispatch/socket")
+	flags.StringVar(&s.MetricsListen, "metrics-listen", "127.0.0.1:9747", "Prometheus may scrape /metrics at this `ADDRESS`, \"\" for nowhere; with --user by default nowhere")
+	flags.StringVar(&s.StateDir, "state-dir", "/var/lib/nix-dispatch", "keep what must not be in memory, and which machines are drained, in `DIR`; with --user by default $XDG_STATE_HOME/nix-dispatch, in ~/.local/state")
+	flags.DurationVar(&s.MachineWait, "machine-wait", 5*time.Minute, "how long a build waits while none of its machines is up, a `DURATION`")
+	flags.DurationVar(&s.DrainTimeout, "drain-timeout", 10*time.Minute, "how long builds in progress may go on after a signal to stop, a `DURATION`; what is asked for meanwhile is put off")
+	flags.TextVar(&s.level, "log-level", slog.LevelInfo, "a `LEVEL`: debug, info, warn or error")
+	flags.Lookup("log-level").DefValue = "info"
+	flags.BoolVar(&s.showVersion, "version", false, "print the version and exit")
+	probe, _ := probeCommand()
+	return &cli.Command{
+		Name: "nix-dispatchd", Summary: "build for Nix on other machines", About: about,
+		Flags: flags, Commands: []*cli.Command{probe},
+	}, s
+}
+
 func parse(args []string, stdout io.Writer) (daemon.Options, slog.Level, error) {
-	opts := daemon.Options{Version: version}
-	var level slog.Level
-	flags := flag.NewFlagSet("nix-dispatchd", flag.ContinueOnError)
-	flags.SetOutput(io.Discard)
-	flags.StringVar(&opts.Builders, "builders", "", "")
-	flags.StringVar(&opts.MachinesGroup, "machines-group", "", "")
-	flags.BoolVar(&opts.PerUser, "user", false, "")
-	flags.StringVar(&opts.Socket, "socket", daemonsocket.Default, "")
-	flags.StringVar(&opts.MetricsListen, "metrics-listen", "127.0.0.1:9747", "")
-	flags.StringVar(&opts.StateDir, "state-dir", "/var/lib/nix-dispatch", "")
-	flags.DurationVar(&opts.MachineWait, "machine-wait", 5*time.Minute, "")
-	flags.DurationVar(&opts.DrainTimeout, "drain-timeout", 10*time.Minute, "")
-	flags.TextVar(&level, "log-level", slog.LevelInfo, "")
-	showVersion := flags.Bool("version", false, "")
+	c, s := commandLine()
+	flags, opts := c.Flags, &s.Options
 	err := flags.Parse(args)
 	switch {
 	case errors.Is(err, flag.ErrHelp):
-		fmt.Fprint(stdout, usage)
-		return opts, level, err
+		c.WriteHelp(stdout, "")
+		return s.Options, s.level, err
 	case err != nil:
-		return opts, level, err
-	case *showVersion:
+		return s.Options, s.level, err
+	case s.showVersion:
 		fmt.Fprintf(stdout, "nix-dispatchd %s\n", version)
-		return opts, level, flag.ErrHelp
+		return s.Options, s.level, flag.ErrHelp
 	case flags.NArg() > 0:
-		return opts, level, fmt.Errorf("unexpected argument %q", flags.Arg(0))
+		return s.Options, s.level, fmt.Errorf("unexpected argument %q", flags.Arg(0))
 	case opts.MachineWait <= 0:
-		return opts, level, fmt.Errorf("--machine-wait must be positive")
+		return s.Options, s.level, fmt.Errorf("--machine-wait must be positive")
 	case opts.DrainTimeout < 0:
-		return opts, level, fmt.Errorf("--drain-timeout must not be negative")
+		return s.Options, s.level, fmt.Errorf("--drain-timeout must not be negative")
 	}
 	given := make(map[string]bool)
 	flags.Visit(func(f *flag.Flag) { given[f.Name] = true })
@@ -168,9 +157,9 @@ func parse(args []string, stdout io.Writer) (daemon.Options, slog.Level, error) 
 		opts.NixConf = &nix.ConfSource{Getenv: os.Getenv, Home: cmp.Or(home, "/root")}
 	}
 	if opts.PerUser {
-		err = forUser(&opts, given, home, homeErr)
+		err = forUser(opts, given, home, homeErr)
 	}
-	return opts, level, err
+	return s.Options, s.level, err
 }
 
 // forUser puts the defaults of a user's own daemon in place of what was not given.

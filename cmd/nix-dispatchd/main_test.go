@@ -24,17 +24,22 @@ func TestListComesFromNixUnlessGiven(t *testing.T) {
 	}
 }
 
-func TestUsageNamesEveryFlag(t *testing.T) {
+func TestUsage(t *testing.T) {
 	var out bytes.Buffer
 	if code := run(t.Context(), []string{"--help"}, signals{}, &out, io.Discard); code != 0 {
 		t.Errorf("--help exits with %d", code)
 	}
-	for _, word := range []string{"--builders", "--machines-group", "--socket", "--state-dir", "--metrics-listen", "--machine-wait", "--log-level", "HUP", "Example"} {
-		if !strings.Contains(out.String(), word) {
-			t.Errorf("--help says nothing of %s", word)
+	for _, want := range []string{
+		"Usage: nix-dispatchd [OPTION]...\n       nix-dispatchd probe [OPTION]... URI\n",
+		"\n  --socket PATH           ", "(default 127.0.0.1:9747)", "(default 5m)", "\n  --log-level LEVEL       ", "\n  HUP ", "\nExamples:\n  nix-dispatchd\n",
+	} {
+		if !strings.Contains(out.String(), want) {
+			t.Errorf("--help does not say %q:\n%s", want, out.String())
 		}
 	}
-	if code := run(t.Context(), []string{"surplus"}, signals{}, &out, io.Discard); code != 2 {
-		t.Errorf("a surplus argument exits with %d, want 2", code)
+	for _, args := range [][]string{{"surplus"}, {"probe"}, {"probe", "a", "b"}, {"--machine-wait", "0s"}} {
+		if code := run(t.Context(), args, signals{}, io.Discard, io.Discard); code != 2 {
+			t.Errorf("%q exits with %d, want 2", args, code)
+		}
 	}
 }

@@ -28,17 +28,20 @@ const (
 	logReadFD  = 5 // its read end, meant for the stock hook's ssh errors
 )
 
-const usage = `Usage: nix-dispatch hook [--socket PATH] VERBOSITY
-
-Nix runs this for its build-hook setting; it is of no use by hand. With Nix 2.13
+// About tells what the program is for, as its --help and its manual page do.
+const About = `Nix runs this for its build-hook setting; it is of no use by hand. With Nix 2.13
 and later:
 
   build-hook = /path/to/nix-dispatch hook
 
-Nix 2.8 takes a program without arguments: /path/to/nix-dispatch-hook.
-NIX_DISPATCH_STOCK_HOOK names the hook that builds what the daemon cannot,
+Nix 2.8 takes a program without arguments: /path/to/nix-dispatch-hook. --socket PATH
+before Nix's own argument names another daemon.
+
+Environment: NIX_DISPATCH_STOCK_HOOK names the hook that builds what the daemon cannot,
 by default the build-remote of the Nix that runs this.
 `
+
+const usage = "Usage: nix-dispatch hook [--socket PATH] VERBOSITY\n\n" + About
 
 // hookOptions are what tests change.
 type hookOptions struct {
