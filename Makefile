@@ -89,7 +89,7 @@ staticcheck: ## Staticcheck, which is fetched and built first.
 	go run $(STATICCHECK) ./...
 
 generate: ## Make the Go code of the gRPC interface anew.
-	@deploy/install-missing.sh protoc=protobuf-compiler
+	@deploy/install-missing.sh protoc=protobuf-compiler /usr/include/google/protobuf/duration.proto=libprotobuf-dev
 	GOBIN=$(TOOLS) go install $(PROTOC_GEN_GO)
 	GOBIN=$(TOOLS) go install $(PROTOC_GEN_GO_GRPC)
 	PATH=$(TOOLS):$$PATH protoc -I proto \

@@ -87,7 +87,7 @@ func (a *attempt) failed(r nix.BuildResult, took time.Duration) (outcome, error)
 	o := a.outcome(r, took)
 	switch judge(r, a.b.drv) {
 	case byMachine:
-		return outcome{}, a.m.fault("build", errors.New(o.err))
+		return outcome{}, a.m.fault(doingBuild, errors.New(o.err))
 	case byKilling:
 		return outcome{}, &killedError{o}
 	default:
@@ -110,7 +110,7 @@ func (a *attempt) awaitSlot(ctx context.Context) error {
 		defer close(gone)
 		select {
 		case <-a.r.session.Done():
-			cancel(a.fault("wait for a slot", errSessionGone))
+			cancel(a.fault(doingSlot, errSessionGone))
 		case <-ctx.Done():
 		}
 	}()
@@ -158,6 +158,9 @@ func (a *attempt) build() (nix.BuildResult, time.Duration, error) {
 	start := time.Now()
 	a.b.feed.startBuilding(start)
 	defer a.b.feed.stopBuilding()
+	running := a.d.metrics.running(a.m.line.StoreURI)
+	running.Inc()
+	defer running.Dec()
 	var result nix.BuildResult
 	var err error
 	// The limits are each caller's own and enforced here; the machine gets none.
@@ -168,7 +171,7 @@ func (a *attempt) build() (nix.BuildResult, time.Duration, error) {
 	}
 	took := time.Since(start)
 	if err != nil {
-		return result, took, a.fault("build", err)
+		return result, took, a.fault(doingBuild, err)
 	}
 	return result, took, nil
 }

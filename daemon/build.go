@@ -47,6 +47,7 @@ type build struct {
 	// The dispatcher's mutex guards the rest.
 
 	place     placement
+	waiting   time.Time // since when it has had no machine; zero while it has one
 	followers int
 	readers   int // of the log, who do not follow
 	ended     bool
@@ -88,6 +89,9 @@ func (b *build) setPlaceLocked(p placement) {
 	close(b.place.changed)
 	p.changed = make(chan struct{})
 	b.place = p
+	if b.waiting = (time.Time{}); p.machine == "" {
+		b.waiting = time.Now()
+	}
 }
 
 // event wraps news of this build for its followers.
@@ -96,7 +100,7 @@ func (b *build) event() *dispatchv1.BuildEvent {
 }
 
 func (b *build) infoLocked(s scheduler.BuildStatus) *dispatchv1.BuildInfo {
-	return &dispatchv1.BuildInfo{
+	info := &dispatchv1.BuildInfo{
 		Id:      uint64(b.id),
 		DrvPath: string(b.drvPath),
 		Phase:   phases[s.Phase],
@@ -107,6 +111,10 @@ func (b *build) infoLocked(s scheduler.BuildStatus) *dispatchv1.BuildInfo {
 
 		Unplaceable: s.Unplaceable,
 	}
+	if since, _ := b.feed.buildingSince(); !since.IsZero() {
+		info.BuildingSince = timestamppb.New(since)
+	}
+	return info
 }
 
 var phases = map[scheduler.Phase]dispatchv1.Phase{
@@ -207,7 +215,8 @@ func (d *Daemon) attempts(ctx context.Context, b *build, log *slog.Logger) (outc
 			}
 			killed = true
 			log.Warn("a process of the build was killed, trying another machine", "machine", kill.outcome.machine, "err", err)
-			d.retry(b, &machineError{kill.outcome.machine, "build", err})
+			d.metrics.attemptFailed(kill.outcome.machine, failureKilled)
+			d.retry(b, &machineError{kill.outcome.machine, doingBuild, err})
 			continue
 		}
 		switch {
@@ -231,8 +240,11 @@ func (d *Daemon) attempts(ctx context.Context, b *build, log *slog.Logger) (outc
 			if err := sleep(ctx, notUpPause); err != nil {
 				return o, err
 			}
-		} else if failed++; failed == maxAttempts {
-			return o, err
+		} else {
+			d.metrics.attemptFailed(fault.machine, failureReason(fault))
+			if failed++; failed == maxAttempts {
+				return o, err
+			}
 		}
 		log.Warn("machine failed the build, trying again", "failures", failed, "err", err)
 		d.retry(b, fault)

@@ -13,8 +13,7 @@ func (s *server) Drain(ctx context.Context, req *dispatchv1.DrainRequest) (*disp
 		return nil, toStatus(err)
 	}
 	r := &dispatchv1.DrainResponse{Machine: uri}
-	load, _ := s.d.dispatcher.load()
-	for _, m := range load {
+	for _, m := range s.d.dispatcher.machines() {
 		if m.ID.URI() == uri {
 			r.Builds += uint32(m.Placed + m.Held) //nolint:gosec // bounded by the scheduler
 		}

@@ -71,6 +71,7 @@ func (d *dispatcher) submitLocked(b *build) {
 	d.lastID++
 	b.id = d.lastID
 	b.place.changed = make(chan struct{})
+	b.waiting = time.Now()
 	d.builds[b.id] = b
 	d.shared[b.key()] = b
 	d.carryOutLocked(d.queue.Enqueue(b.request()))
@@ -224,9 +225,32 @@ func (d *dispatcher) snapshot() (scheduler.Snapshot, []*dispatchv1.BuildInfo) {
 	return s, infos
 }
 
-// load is what a scrape needs of the queue, which costs no time for each build.
-func (d *dispatcher) load() ([]scheduler.MachineStatus, []scheduler.SystemStatus) {
+// machines are the scheduler's machines as they are now.
+func (d *dispatcher) machines() []scheduler.MachineStatus {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	return d.queue.Machines(), d.queue.QueuedBySystem()
+	return d.queue.Machines()
+}
+
+// A load is what a scrape needs of the queue and the builds, at one moment.
+type load struct {
+	machines []scheduler.MachineStatus
+	systems  []scheduler.SystemStatus
+	builds   int // in progress
+	// waiting is since when the build has waited that has waited longest for a
+	// machine; zero if none waits.
+	waiting time.Time
+}
+
+// load makes nothing for each build: it must not hold up ten thousand of them.
+func (d *dispatcher) load() load {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	l := load{machines: d.queue.Machines(), systems: d.queue.QueuedBySystem(), builds: len(d.builds)}
+	for _, b := range d.builds {
+		if !b.waiting.IsZero() && (l.waiting.IsZero() || b.waiting.Before(l.waiting)) {
+			l.waiting = b.waiting
+		}
+	}
+	return l
 }

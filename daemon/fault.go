@@ -1,19 +1,34 @@
 package daemon
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"time"
 
 	dispatchv1 "nixdispatch/proto/dispatch/v1"
 	"nixdispatch/proto/nix"
+	"nixdispatch/sshpool"
+)
+
+// What is tried on a machine, in the words of a machineError. The start of a
+// process there is told with its command instead.
+const (
+	doingSession     = "open a session"
+	doingStoreLook   = "look at its store"
+	doingMissing     = "ask which inputs are missing"
+	doingInputs      = "copy inputs"
+	doingSlot        = "wait for a slot"
+	doingBuild       = "build"
+	doingOutputQuery = "query outputs"
+	doingOutputs     = "copy outputs"
 )
 
 // A machineError is a failure that is the machine's, or of the way to it: the
 // build may succeed on another one.
 type machineError struct {
 	machine string // store URI
-	doing   string // what was tried, such as "copy inputs"
+	doing   string // what was tried, such as doingInputs
 	err     error
 }
 
@@ -31,6 +46,33 @@ type localError struct {
 
 func (e *localError) Error() string { return fmt.Sprintf("local store: %s: %v", e.doing, e.err) }
 func (e *localError) Unwrap() error { return e.err }
+
+// failureReasons are the kinds of failed attempts, as label values, by what was
+// tried.
+var failureReasons = map[string]string{
+	doingSession:     "session",
+	doingStoreLook:   "store",
+	doingMissing:     "copy_inputs",
+	doingInputs:      "copy_inputs",
+	doingBuild:       "build",
+	doingOutputQuery: "copy_outputs",
+	doingOutputs:     "copy_outputs",
+}
+
+// The kinds of failed attempts that go by how they failed.
+const (
+	failureLost   = "connection_lost"
+	failureKilled = "killed" // the builder, perhaps for want of memory
+	failureStart  = "start"  // of the remote process
+)
+
+// failureReason is a machine's failure as a label value.
+func failureReason(err *machineError) string {
+	if _, lost := errors.AsType[*sshpool.LostError](err); lost {
+		return failureLost
+	}
+	return cmp.Or(failureReasons[err.doing], failureStart)
+}
 
 var (
 	// errCancelled ends a build that nobody waits for any longer, or that

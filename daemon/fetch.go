@@ -75,23 +75,23 @@ func (a *attempt) fetchOutputs(ctx context.Context) error {
 func (a *attempt) outputInfos(paths []nix.StorePath) ([]nix.PathInfo, error) {
 	infos, err := a.r.store.pathInfos(paths)
 	if err != nil {
-		return nil, a.fault("query outputs", err)
+		return nil, a.fault(doingOutputQuery, err)
 	}
 	for _, p := range paths {
 		if !slices.ContainsFunc(infos, func(i nix.PathInfo) bool { return i.Path == p }) {
-			return nil, a.fault("query outputs", fmt.Errorf("the build succeeded but its output %s is not valid there", p))
+			return nil, a.fault(doingOutputQuery, fmt.Errorf("the build succeeded but its output %s is not valid there", p))
 		}
 	}
 	for n, i := range infos {
 		if !slices.Contains(paths, i.Path) {
-			return nil, a.fault("query outputs", fmt.Errorf("it answered with %s, which it was not asked for", i.Path))
+			return nil, a.fault(doingOutputQuery, fmt.Errorf("it answered with %s, which it was not asked for", i.Path))
 		}
 		// Built elsewhere: this store can vouch for nothing but what it was told.
 		infos[n].Ultimate = false
 	}
 	sorted, err := nix.TopoSort(infos)
 	if err != nil {
-		return nil, a.fault("query outputs", err)
+		return nil, a.fault(doingOutputQuery, err)
 	}
 	return sorted, nil
 }
@@ -232,7 +232,7 @@ func (f *fetch) importOnce(ctx context.Context, info nix.PathInfo) error {
 		f.conn = conn
 		return errStalled
 	case remoteErr != nil:
-		return f.fault("copy outputs", remoteErr)
+		return f.fault(doingOutputs, remoteErr)
 	default:
 		return f.importFault(info, err)
 	}
@@ -242,7 +242,7 @@ func (f *fetch) importOnce(ctx context.Context, info nix.PathInfo) error {
 // not be what it announced.
 func (f *fetch) importFault(info nix.PathInfo, err error) error {
 	if strings.Contains(err.Error(), "hash mismatch") || strings.Contains(err.Error(), "size mismatch") {
-		return f.fault("copy outputs", err)
+		return f.fault(doingOutputs, err)
 	}
 	return &localError{doing: "import output " + string(info.Path), err: err}
 }

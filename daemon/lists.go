@@ -208,8 +208,7 @@ func (d *Daemon) awaitNamed(l *lease) (settled bool) {
 	}
 	for end := time.Now().Add(namedWait); ; time.Sleep(namedPoll) {
 		connecting, up := 0, 0
-		load, _ := d.dispatcher.load()
-		for _, m := range load {
+		for _, m := range d.dispatcher.machines() {
 			switch {
 			case m.List != l.key || m.Removed:
 			case m.State == scheduler.Connecting:

@@ -181,7 +181,7 @@ func (m *machine) open(ctx context.Context, fresh bool, local *localStore) (*rem
 	}
 	s, err := m.host.Session(ctx, m.command)
 	if err != nil {
-		return nil, m.fault("open a session", contextCause(ctx, err))
+		return nil, m.fault(doingSession, contextCause(ctx, err))
 	}
 	r, err := m.startRemote(ctx, s)
 	if err != nil {
@@ -190,7 +190,7 @@ func (m *machine) open(ctx context.Context, fresh bool, local *localStore) (*rem
 	}
 	if err := m.checkStore(ctx, r, local); err != nil {
 		_ = s.Close() // nothing is under way in it
-		return nil, m.fault("look at its store", contextCause(ctx, err))
+		return nil, m.fault(doingStoreLook, contextCause(ctx, err))
 	}
 	r.bind(ctx)
 	return r, nil

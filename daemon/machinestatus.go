@@ -27,10 +27,11 @@ type machineStatus struct {
 	removed bool
 	// own tells that it is, or was, in the daemon's own list.
 	own bool
-	// slots is how many builds may run there, inUse how many do or may do, staging
-	// how many wait there for a slot.
-	slots, inUse, staging int
-	connections           int
+	// slots is how many builds may run there, inUse how many do or may do; held are
+	// those of them whose connection was lost. staging is how many wait there for a
+	// slot.
+	slots, inUse, held, staging int
+	connections                 int
 }
 
 // machineStatuses are the machines that lines lead to, or on which builds are, in
@@ -57,6 +58,7 @@ func (d *Daemon) machineStatuses(load []scheduler.MachineStatus) []*machineStatu
 			st.slots = max(st.slots, m.Slots)
 		}
 		st.inUse += m.Running + m.Held
+		st.held += m.Held
 		st.staging += m.Placed - m.Running
 		st.own = st.own || m.List == ""
 	}

@@ -37,6 +37,8 @@ type metrics struct {
 	queueDuration *prometheus.HistogramVec
 	narBytes      *prometheus.CounterVec
 	unplaceable   *prometheus.CounterVec
+	failures      *prometheus.CounterVec
+	builders      *prometheus.GaugeVec
 }
 
 // newMetrics makes the instruments, without any machine.
@@ -66,6 +68,14 @@ func newMetrics(version string) *metrics {
 		Namespace: metricsPrefix, Name: "derivations_unplaceable_total",
 		Help: "Derivations asked for that no machine could ever build, and that were left to the local Nix.",
 	}, []string{"system"})
+	m.failures = f.NewCounterVec(prometheus.CounterOpts{
+		Namespace: metricsPrefix, Name: "attempts_failed_total",
+		Help: "Attempts at builds that failed by the machine's fault, or of the way to it, by what failed; the build is tried anew, three times in all.",
+	}, []string{"machine", "reason"})
+	m.builders = f.NewGaugeVec(prometheus.GaugeOpts{
+		Namespace: metricsPrefix, Name: "machine_builds_running",
+		Help: "Remote builds under way. Each has a slot in use; a slot without one is held, or leaked.",
+	}, []string{"machine"})
 	info := f.NewGaugeVec(prometheus.GaugeOpts{
 		Namespace: metricsPrefix, Name: "build_info",
 		Help: "Always 1; the labels say which program this is.",
@@ -93,6 +103,8 @@ func (m *metrics) know(list *machineList) {
 		}
 		m.sent(line.StoreURI)
 		m.received(line.StoreURI)
+		m.running(line.StoreURI)
+		m.failures.WithLabelValues(line.StoreURI, failureLost)
 	}
 }
 
@@ -106,6 +118,8 @@ func (m *metrics) forget(machine string) {
 	m.builds.DeletePartialMatch(label)
 	m.buildDuration.DeletePartialMatch(label)
 	m.narBytes.DeletePartialMatch(label)
+	m.failures.DeletePartialMatch(label)
+	m.builders.DeletePartialMatch(label)
 }
 
 func (m *metrics) sent(machine string) prometheus.Counter {
@@ -114,6 +128,18 @@ func (m *metrics) sent(machine string) prometheus.Counter {
 
 func (m *metrics) received(machine string) prometheus.Counter {
 	return m.narBytes.WithLabelValues(m.machine(machine), "down")
+}
+
+// running counts the remote builds under way on a machine. Who adds to it keeps
+// it, to take away from the same.
+func (m *metrics) running(machine string) prometheus.Gauge {
+	return m.builders.WithLabelValues(m.machine(machine))
+}
+
+// attemptFailed counts an attempt that the machine failed, for one of the reasons
+// of failureReason.
+func (m *metrics) attemptFailed(machine, reason string) {
+	m.failures.WithLabelValues(m.machine(machine), reason).Inc()
 }
 
 // machine keeps the label bounded: those who may name machines choose them freely.

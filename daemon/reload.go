@@ -171,8 +171,7 @@ func (d *Daemon) retired() (gone []*machine, uris []string) {
 		d.dispatcher.do(func(q *scheduler.Queue) []scheduler.Order { return q.SetMachines(ms) })
 	}
 	known := make(map[scheduler.MachineID]bool)
-	machines, _ := d.dispatcher.load()
-	for _, m := range machines {
+	for _, m := range d.dispatcher.machines() {
 		known[m.ID] = true
 	}
 	return d.machines.retire(known, func(uri string) bool { return d.metrics.machine(uri) == uri })

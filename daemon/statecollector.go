@@ -2,6 +2,7 @@ package daemon
 
 import (
 	"maps"
+	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 
@@ -13,9 +14,10 @@ import (
 type stateCollector struct {
 	d *Daemon
 
-	up, down, drained, slots, inUse, connects *prometheus.Desc
-	queued, unplaceable                       *prometheus.Desc
-	reloads, reloadOK, reloadTime             *prometheus.Desc
+	up, down, drained, connects             *prometheus.Desc
+	slots, inUse, held, staging             *prometheus.Desc
+	queued, unplaceable, builds, oldestWait *prometheus.Desc
+	reloads, reloadOK, reloadTime           *prometheus.Desc
 }
 
 func newStateCollector(d *Daemon) *stateCollector {
@@ -29,9 +31,13 @@ func newStateCollector(d *Daemon) *stateCollector {
 		drained:     desc("machine_drained", "Whether the machine was drained.", "machine"),
 		slots:       desc("machine_slots", "Builds the machine may run at once (max-jobs).", "machine"),
 		inUse:       desc("machine_slots_in_use", "Build slots in use.", "machine"),
+		held:        desc("machine_slots_held", "Slots in use by builds whose connection was lost and that may still run there, for two minutes.", "machine"),
+		staging:     desc("machine_builds_staging", "Builds whose inputs travel to the machine, or that wait there for a slot.", "machine"),
 		connects:    desc("ssh_connects_total", "SSH connections made (ok) and attempts that failed (failed).", "machine", "result"),
 		queued:      desc("builds_queued", "Builds waiting for a machine that could take them; system is \"other\" if no machine has it.", "system"),
 		unplaceable: desc("builds_unplaceable", "Builds waiting though no machine can ever take them, as the machines are now.", "system"),
+		builds:      desc("builds_in_progress", "Builds that are queued, on a machine or being fetched from one."),
+		oldestWait:  desc("builds_queued_oldest_age_seconds", "How long the build has waited for a machine that has waited longest; 0 if none waits."),
 		reloads:     desc("machines_reloads_total", "Attempts to read the list of machines anew that changed it (ok) or not (failed).", "result"),
 		reloadOK:    desc("machines_last_reload_successful", "Whether the list of machines had no bad entry when it was last read."),
 		reloadTime:  desc("machines_last_reload_success_timestamp_seconds", "When the list of machines in use was read."),
@@ -41,8 +47,10 @@ func newStateCollector(d *Daemon) *stateCollector {
 // Describe implements prometheus.Collector.
 func (c *stateCollector) Describe(ch chan<- *prometheus.Desc) {
 	for _, d := range []*prometheus.Desc{
-		c.up, c.down, c.drained, c.slots, c.inUse, c.connects,
-		c.queued, c.unplaceable, c.reloads, c.reloadOK, c.reloadTime,
+		c.up, c.down, c.drained, c.connects,
+		c.slots, c.inUse, c.held, c.staging,
+		c.queued, c.unplaceable, c.builds, c.oldestWait,
+		c.reloads, c.reloadOK, c.reloadTime,
 	} {
 		ch <- d
 	}
@@ -56,12 +64,14 @@ func (c *stateCollector) Collect(ch chan<- prometheus.Metric) {
 	counter := func(d *prometheus.Desc, v float64, labels ...string) {
 		ch <- prometheus.MustNewConstMetric(d, prometheus.CounterValue, v, labels...)
 	}
-	machines, systems := c.d.dispatcher.load()
-	for _, m := range c.labelled(c.d.machineStatuses(machines)) {
+	load := c.d.dispatcher.load()
+	for _, m := range c.labelled(c.d.machineStatuses(load.machines)) {
 		gauge(c.up, oneIf(m.state == scheduler.Up && !m.removed), m.uri)
 		gauge(c.drained, oneIf(m.drained), m.uri)
 		gauge(c.slots, float64(m.slots), m.uri)
 		gauge(c.inUse, float64(m.inUse), m.uri)
+		gauge(c.held, float64(m.held), m.uri)
+		gauge(c.staging, float64(m.staging), m.uri)
 		if m.state == scheduler.Down && m.uri != otherLabel {
 			gauge(c.down, 1, m.uri, m.down)
 		}
@@ -76,7 +86,7 @@ func (c *stateCollector) Collect(ch chan<- prometheus.Metric) {
 		counter(c.connects, float64(n.failed), label, "failed")
 	}
 	queued, unplaceable := c.d.metrics.perSystem(), c.d.metrics.perSystem()
-	for _, s := range systems {
+	for _, s := range load.systems {
 		queued[c.d.metrics.system(s.System)] += s.Queued - s.Unplaceable
 		unplaceable[c.d.metrics.system(s.System)] += s.Unplaceable
 	}
@@ -84,6 +94,12 @@ func (c *stateCollector) Collect(ch chan<- prometheus.Metric) {
 		gauge(c.queued, float64(n), system)
 		gauge(c.unplaceable, float64(unplaceable[system]), system)
 	}
+	gauge(c.builds, float64(load.builds))
+	oldest := time.Duration(0)
+	if !load.waiting.IsZero() {
+		oldest = time.Since(load.waiting)
+	}
+	gauge(c.oldestWait, oldest.Seconds())
 	c.collectReload(gauge, counter)
 }
 
@@ -105,6 +121,8 @@ func (c *stateCollector) labelled(machines []*machineStatus) []*machineStatus {
 			}
 			others.slots += m.slots
 			others.inUse += m.inUse
+			others.held += m.held
+			others.staging += m.staging
 			others.drained = others.drained || m.drained
 			others.removed = others.removed && m.removed
 		}

@@ -55,7 +55,7 @@ func (a *attempt) copyInputs(ctx context.Context, paths []nix.StorePath) error {
 		return errStale
 	}
 	if err != nil {
-		return a.fault("ask which inputs are missing", err)
+		return a.fault(doingMissing, err)
 	}
 	if len(lacking) == 0 {
 		return nil
@@ -147,7 +147,7 @@ func (u *upload) run(ctx context.Context, infos []nix.PathInfo) error {
 func (u *upload) askAgain(infos []nix.PathInfo, t taking) ([]nix.PathInfo, error) {
 	missing, err := u.r.store.missing(t.mine, false)
 	if err != nil {
-		return nil, u.fault("ask which inputs are missing", err)
+		return nil, u.fault(doingMissing, err)
 	}
 	u.asked = t.moment
 	there := without(t.mine, missing)
@@ -202,7 +202,7 @@ func (u *upload) send(infos []nix.PathInfo) error {
 	case local != nil:
 		return &localError{doing: "read input", err: local}
 	case err != nil:
-		return u.fault("copy inputs", err)
+		return u.fault(doingInputs, err)
 	default:
 		return nil
 	}

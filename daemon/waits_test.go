@@ -44,8 +44,7 @@ func bareBuild(d *Daemon, n int) *build {
 }
 
 func (d *Daemon) machine(id scheduler.MachineID) scheduler.MachineStatus {
-	machines, _ := d.dispatcher.load()
-	for _, m := range machines {
+	for _, m := range d.dispatcher.machines() {
 		if m.ID == id {
 			return m
 		}

@@ -3,16 +3,30 @@
 #
 #   install-missing.sh PROGRAM=PACKAGE...
 #
-# It changes nothing when all programs are there. No service is started.
+# In place of a program there may be the absolute path of a file. It changes
+# nothing when all are there. No service is started, now or at the next boot.
 set -eu
 PATH=$PATH:/usr/sbin:/sbin
 export DEBIAN_FRONTEND=noninteractive LC_ALL=C
 
+# found tells whether a program, or file, is there.
+found() {
+	case $1 in
+	/*) [ -e "$1" ] ;;
+	*) command -v "$1" >/dev/null 2>&1 ;;
+	esac
+}
+
 # missing prints the packages of the programs that are not found.
 missing() {
 	for pair; do
-		command -v "${pair%%=*}" >/dev/null 2>&1 || echo "${pair#*=}"
+		found "${pair%%=*}" || echo "${pair#*=}"
 	done
+}
+
+# units prints the services that the packages brought.
+units() {
+	dpkg -L $packages | sed -n 's|^\(/usr\)*/lib/systemd/system/\([^@/]*\.service\)$|\2|p'
 }
 
 packages=$(missing "$@" | sort -u)
@@ -42,6 +56,12 @@ install || { apt-get update -qq && install; } || {
 	exit 1
 }
 rm -f "$log"
+# Nor shall one be started at the next boot that nobody has asked for.
+if command -v systemctl >/dev/null 2>&1; then
+	for unit in $(units); do
+		systemctl disable "$unit" >/dev/null 2>&1 || true
+	done
+fi
 left=$(missing "$@")
 if [ -n "$left" ]; then
 	echo "installed" $left ", but their programs are not in PATH" >&2

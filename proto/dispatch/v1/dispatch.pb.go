@@ -2722,7 +2722,9 @@ type BuildInfo struct {
 	// Who asked for it first, in words for a person: a user's name, or what is known.
 	User string `protobuf:"bytes,10,opt,name=user,proto3" json:"user,omitempty"`
 	// See BuildRequest.
-	Priority      int32 `protobuf:"zigzag32,11,opt,name=priority,proto3" json:"priority,omitempty"`
+	Priority int32 `protobuf:"zigzag32,11,opt,name=priority,proto3" json:"priority,omitempty"`
+	// When the remote build began; unset while none runs.
+	BuildingSince *timestamppb.Timestamp `protobuf:"bytes,12,opt,name=building_since,json=buildingSince,proto3" json:"building_since,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2832,6 +2834,13 @@ func (x *BuildInfo) GetPriority() int32 {
 		return x.Priority
 	}
 	return 0
+}
+
+func (x *BuildInfo) GetBuildingSince() *timestamppb.Timestamp {
+	if x != nil {
+		return x.BuildingSince
+	}
+	return nil
 }
 
 // A detached build, in progress or ended some days ago at most.
@@ -4503,7 +4512,7 @@ const file_dispatch_v1_dispatch_proto_rawDesc = "" +
 	"\vconnections\x18\b \x01(\rR\vconnections\x12\x18\n" +
 	"\adrained\x18\t \x01(\bR\adrained\x12\x18\n" +
 	"\aremoved\x18\n" +
-	" \x01(\bR\aremoved\"\xcb\x02\n" +
+	" \x01(\bR\aremoved\"\x8e\x03\n" +
 	"\tBuildInfo\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\x04R\x02id\x12\x19\n" +
 	"\bdrv_path\x18\x02 \x01(\tR\adrvPath\x12+\n" +
@@ -4516,7 +4525,8 @@ const file_dispatch_v1_dispatch_proto_rawDesc = "" +
 	"\vunplaceable\x18\t \x01(\bR\vunplaceable\x12\x12\n" +
 	"\x04user\x18\n" +
 	" \x01(\tR\x04user\x12\x1a\n" +
-	"\bpriority\x18\v \x01(\x11R\bpriority\"\xb1\x02\n" +
+	"\bpriority\x18\v \x01(\x11R\bpriority\x12A\n" +
+	"\x0ebuilding_since\x18\f \x01(\v2\x1a.google.protobuf.TimestampR\rbuildingSince\"\xb1\x02\n" +
 	"\rDetachedBuild\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\x04R\x02id\x12 \n" +
 	"\vderivations\x18\x02 \x03(\tR\vderivations\x12\x12\n" +
@@ -4809,53 +4819,54 @@ var file_dispatch_v1_dispatch_proto_depIdxs = []int32{
 	60, // 38: nixdispatch.v1.MachineStatus.since:type_name -> google.protobuf.Timestamp
 	2,  // 39: nixdispatch.v1.BuildInfo.phase:type_name -> nixdispatch.v1.Phase
 	60, // 40: nixdispatch.v1.BuildInfo.since:type_name -> google.protobuf.Timestamp
-	60, // 41: nixdispatch.v1.DetachedBuild.since:type_name -> google.protobuf.Timestamp
-	60, // 42: nixdispatch.v1.DetachedBuild.ended:type_name -> google.protobuf.Timestamp
-	40, // 43: nixdispatch.v1.MachinesResponse.machines:type_name -> nixdispatch.v1.Machine
-	41, // 44: nixdispatch.v1.MachinesResponse.errors:type_name -> nixdispatch.v1.MachineError
-	46, // 45: nixdispatch.v1.ExplainResponse.machines:type_name -> nixdispatch.v1.Verdict
-	3,  // 46: nixdispatch.v1.Verdict.reason:type_name -> nixdispatch.v1.VerdictReason
-	41, // 47: nixdispatch.v1.ReloadResponse.errors:type_name -> nixdispatch.v1.MachineError
-	59, // 48: nixdispatch.v1.PingRequest.timeout:type_name -> google.protobuf.Duration
-	4,  // 49: nixdispatch.v1.PingResponse.verdict:type_name -> nixdispatch.v1.PingVerdict
-	59, // 50: nixdispatch.v1.PingResponse.took:type_name -> google.protobuf.Duration
-	60, // 51: nixdispatch.v1.HistoryRequest.since:type_name -> google.protobuf.Timestamp
-	60, // 52: nixdispatch.v1.FinishedBuild.ended:type_name -> google.protobuf.Timestamp
-	59, // 53: nixdispatch.v1.FinishedBuild.queued:type_name -> google.protobuf.Duration
-	59, // 54: nixdispatch.v1.FinishedBuild.uploading:type_name -> google.protobuf.Duration
-	59, // 55: nixdispatch.v1.FinishedBuild.building:type_name -> google.protobuf.Duration
-	59, // 56: nixdispatch.v1.FinishedBuild.downloading:type_name -> google.protobuf.Duration
-	6,  // 57: nixdispatch.v1.DispatchService.Build:input_type -> nixdispatch.v1.BuildRequest
-	7,  // 58: nixdispatch.v1.DispatchService.Attach:input_type -> nixdispatch.v1.AttachRequest
-	23, // 59: nixdispatch.v1.DispatchService.Hook:input_type -> nixdispatch.v1.HookRequest
-	32, // 60: nixdispatch.v1.DispatchService.Status:input_type -> nixdispatch.v1.StatusRequest
-	38, // 61: nixdispatch.v1.DispatchService.Machines:input_type -> nixdispatch.v1.MachinesRequest
-	42, // 62: nixdispatch.v1.DispatchService.Cancel:input_type -> nixdispatch.v1.CancelRequest
-	44, // 63: nixdispatch.v1.DispatchService.Explain:input_type -> nixdispatch.v1.ExplainRequest
-	47, // 64: nixdispatch.v1.DispatchService.Drain:input_type -> nixdispatch.v1.DrainRequest
-	49, // 65: nixdispatch.v1.DispatchService.Undrain:input_type -> nixdispatch.v1.UndrainRequest
-	51, // 66: nixdispatch.v1.DispatchService.Reload:input_type -> nixdispatch.v1.ReloadRequest
-	53, // 67: nixdispatch.v1.DispatchService.Ping:input_type -> nixdispatch.v1.PingRequest
-	55, // 68: nixdispatch.v1.DispatchService.History:input_type -> nixdispatch.v1.HistoryRequest
-	57, // 69: nixdispatch.v1.DispatchService.Log:input_type -> nixdispatch.v1.LogRequest
-	9,  // 70: nixdispatch.v1.DispatchService.Build:output_type -> nixdispatch.v1.BuildResponse
-	9,  // 71: nixdispatch.v1.DispatchService.Attach:output_type -> nixdispatch.v1.BuildResponse
-	29, // 72: nixdispatch.v1.DispatchService.Hook:output_type -> nixdispatch.v1.HookResponse
-	33, // 73: nixdispatch.v1.DispatchService.Status:output_type -> nixdispatch.v1.StatusResponse
-	39, // 74: nixdispatch.v1.DispatchService.Machines:output_type -> nixdispatch.v1.MachinesResponse
-	43, // 75: nixdispatch.v1.DispatchService.Cancel:output_type -> nixdispatch.v1.CancelResponse
-	45, // 76: nixdispatch.v1.DispatchService.Explain:output_type -> nixdispatch.v1.ExplainResponse
-	48, // 77: nixdispatch.v1.DispatchService.Drain:output_type -> nixdispatch.v1.DrainResponse
-	50, // 78: nixdispatch.v1.DispatchService.Undrain:output_type -> nixdispatch.v1.UndrainResponse
-	52, // 79: nixdispatch.v1.DispatchService.Reload:output_type -> nixdispatch.v1.ReloadResponse
-	54, // 80: nixdispatch.v1.DispatchService.Ping:output_type -> nixdispatch.v1.PingResponse
-	56, // 81: nixdispatch.v1.DispatchService.History:output_type -> nixdispatch.v1.FinishedBuild
-	58, // 82: nixdispatch.v1.DispatchService.Log:output_type -> nixdispatch.v1.LogResponse
-	70, // [70:83] is the sub-list for method output_type
-	57, // [57:70] is the sub-list for method input_type
-	57, // [57:57] is the sub-list for extension type_name
-	57, // [57:57] is the sub-list for extension extendee
-	0,  // [0:57] is the sub-list for field type_name
+	60, // 41: nixdispatch.v1.BuildInfo.building_since:type_name -> google.protobuf.Timestamp
+	60, // 42: nixdispatch.v1.DetachedBuild.since:type_name -> google.protobuf.Timestamp
+	60, // 43: nixdispatch.v1.DetachedBuild.ended:type_name -> google.protobuf.Timestamp
+	40, // 44: nixdispatch.v1.MachinesResponse.machines:type_name -> nixdispatch.v1.Machine
+	41, // 45: nixdispatch.v1.MachinesResponse.errors:type_name -> nixdispatch.v1.MachineError
+	46, // 46: nixdispatch.v1.ExplainResponse.machines:type_name -> nixdispatch.v1.Verdict
+	3,  // 47: nixdispatch.v1.Verdict.reason:type_name -> nixdispatch.v1.VerdictReason
+	41, // 48: nixdispatch.v1.ReloadResponse.errors:type_name -> nixdispatch.v1.MachineError
+	59, // 49: nixdispatch.v1.PingRequest.timeout:type_name -> google.protobuf.Duration
+	4,  // 50: nixdispatch.v1.PingResponse.verdict:type_name -> nixdispatch.v1.PingVerdict
+	59, // 51: nixdispatch.v1.PingResponse.took:type_name -> google.protobuf.Duration
+	60, // 52: nixdispatch.v1.HistoryRequest.since:type_name -> google.protobuf.Timestamp
+	60, // 53: nixdispatch.v1.FinishedBuild.ended:type_name -> google.protobuf.Timestamp
+	59, // 54: nixdispatch.v1.FinishedBuild.queued:type_name -> google.protobuf.Duration
+	59, // 55: nixdispatch.v1.FinishedBuild.uploading:type_name -> google.protobuf.Duration
+	59, // 56: nixdispatch.v1.FinishedBuild.building:type_name -> google.protobuf.Duration
+	59, // 57: nixdispatch.v1.FinishedBuild.downloading:type_name -> google.protobuf.Duration
+	6,  // 58: nixdispatch.v1.DispatchService.Build:input_type -> nixdispatch.v1.BuildRequest
+	7,  // 59: nixdispatch.v1.DispatchService.Attach:input_type -> nixdispatch.v1.AttachRequest
+	23, // 60: nixdispatch.v1.DispatchService.Hook:input_type -> nixdispatch.v1.HookRequest
+	32, // 61: nixdispatch.v1.DispatchService.Status:input_type -> nixdispatch.v1.StatusRequest
+	38, // 62: nixdispatch.v1.DispatchService.Machines:input_type -> nixdispatch.v1.MachinesRequest
+	42, // 63: nixdispatch.v1.DispatchService.Cancel:input_type -> nixdispatch.v1.CancelRequest
+	44, // 64: nixdispatch.v1.DispatchService.Explain:input_type -> nixdispatch.v1.ExplainRequest
+	47, // 65: nixdispatch.v1.DispatchService.Drain:input_type -> nixdispatch.v1.DrainRequest
+	49, // 66: nixdispatch.v1.DispatchService.Undrain:input_type -> nixdispatch.v1.UndrainRequest
+	51, // 67: nixdispatch.v1.DispatchService.Reload:input_type -> nixdispatch.v1.ReloadRequest
+	53, // 68: nixdispatch.v1.DispatchService.Ping:input_type -> nixdispatch.v1.PingRequest
+	55, // 69: nixdispatch.v1.DispatchService.History:input_type -> nixdispatch.v1.HistoryRequest
+	57, // 70: nixdispatch.v1.DispatchService.Log:input_type -> nixdispatch.v1.LogRequest
+	9,  // 71: nixdispatch.v1.DispatchService.Build:output_type -> nixdispatch.v1.BuildResponse
+	9,  // 72: nixdispatch.v1.DispatchService.Attach:output_type -> nixdispatch.v1.BuildResponse
+	29, // 73: nixdispatch.v1.DispatchService.Hook:output_type -> nixdispatch.v1.HookResponse
+	33, // 74: nixdispatch.v1.DispatchService.Status:output_type -> nixdispatch.v1.StatusResponse
+	39, // 75: nixdispatch.v1.DispatchService.Machines:output_type -> nixdispatch.v1.MachinesResponse
+	43, // 76: nixdispatch.v1.DispatchService.Cancel:output_type -> nixdispatch.v1.CancelResponse
+	45, // 77: nixdispatch.v1.DispatchService.Explain:output_type -> nixdispatch.v1.ExplainResponse
+	48, // 78: nixdispatch.v1.DispatchService.Drain:output_type -> nixdispatch.v1.DrainResponse
+	50, // 79: nixdispatch.v1.DispatchService.Undrain:output_type -> nixdispatch.v1.UndrainResponse
+	52, // 80: nixdispatch.v1.DispatchService.Reload:output_type -> nixdispatch.v1.ReloadResponse
+	54, // 81: nixdispatch.v1.DispatchService.Ping:output_type -> nixdispatch.v1.PingResponse
+	56, // 82: nixdispatch.v1.DispatchService.History:output_type -> nixdispatch.v1.FinishedBuild
+	58, // 83: nixdispatch.v1.DispatchService.Log:output_type -> nixdispatch.v1.LogResponse
+	71, // [71:84] is the sub-list for method output_type
+	58, // [58:71] is the sub-list for method input_type
+	58, // [58:58] is the sub-list for extension type_name
+	58, // [58:58] is the sub-list for extension extendee
+	0,  // [0:58] is the sub-list for field type_name
 }
 
 func init() { file_dispatch_v1_dispatch_proto_init() }
