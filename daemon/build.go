@@ -27,6 +27,7 @@ type build struct {
 	caller     caller // who asked first
 	substitute bool   // whether the machine may substitute inputs
 	local      bool   // whether the caller's own Nix could build it
+	chain      int    // of derivations that wait for it, as far as is known
 	lease      *lease // on the list of machines that it goes by
 	store      *localStore
 	since      time.Time
@@ -80,6 +81,7 @@ func (b *build) request() scheduler.Request {
 		System:   b.drv.Platform,
 		Features: b.drv.RequiredSystemFeatures(),
 		Caller:   b.caller.String(),
+		Chain:    b.chain,
 
 		CouldBuildLocally: b.local,
 	}

@@ -14,11 +14,13 @@ type goal struct {
 	r       *realisation
 	drvPath nix.StorePath
 	drv     *nix.Derivation
+	users   []*goal
+	// chain is how many goals wait for it in the longest chain.
+	chain int
 
 	// The realisation's mutex guards the rest.
 
 	pending int // inputs yet to be built
-	users   []*goal
 }
 
 // link tells the goals of each other.
@@ -28,6 +30,30 @@ func (r *realisation) link() {
 			if i := r.goals[input]; i != nil {
 				g.pending++
 				i.users = append(i.users, g)
+			}
+		}
+	}
+	r.measureChains()
+}
+
+// measureChains works out every goal's chain, from those that none waits for down.
+func (r *realisation) measureChains() {
+	waiting := make(map[*goal]int, len(r.goals)) // users yet to be looked at
+	var next []*goal
+	for _, g := range r.goals {
+		if waiting[g] = len(g.users); waiting[g] == 0 {
+			next = append(next, g)
+		}
+	}
+	for len(next) > 0 {
+		g := next[len(next)-1]
+		next = next[:len(next)-1]
+		for input := range g.drv.InputDrvs {
+			if i := r.goals[input]; i != nil {
+				i.chain = max(i.chain, g.chain+1)
+				if waiting[i]--; waiting[i] == 0 {
+					next = append(next, i)
+				}
 			}
 		}
 	}
@@ -71,7 +97,7 @@ var errFirstFailure = errors.New("another derivation failed")
 // ended. A build that was cut off by the end of the realisation has not failed.
 func (g *goal) realise(ctx context.Context) (ok bool) {
 	b := g.r.d.newBuild(g.r.store, g.drvPath, g.drv, g.r.substitute, g.r.caller)
-	b.lease = g.r.lease
+	b.lease, b.chain = g.r.lease, g.chain
 	followed, o, err := g.build(ctx, b)
 	if err != nil {
 		if errors.Is(err, errShutdown) {

@@ -54,6 +54,8 @@ func before(a, b *build) bool {
 		return a.req.Priority > b.req.Priority
 	case a.caller.placed != b.caller.placed:
 		return a.caller.placed < b.caller.placed
+	case a.req.Chain != b.req.Chain:
+		return a.req.Chain > b.req.Chain
 	default:
 		return a.seq < b.seq
 	}

@@ -52,7 +52,9 @@
 // # The order of builds
 //
 // The queue's order: higher priority, then the caller with fewest placed
-// builds, then oldest.
+// builds, then the one with the longest chain of derivations that wait for it,
+// where that is known, then oldest. The chain is what a whole graph takes at least,
+// however many machines there are.
 //
 // A build that has no slot yet is moved when its machine has more builds than
 // slots, or takes no builds any more, while another eligible machine has a free

@@ -79,6 +79,7 @@ func (w *world) request(id BuildID) Request {
 		Features:          pick(w, nil, nil, []string{"kvm"}, []string{"kvm", "big"}, []string{"bench"}, []string{"kvm", "bench", "kvm"}),
 		Caller:            pick(w, "alice", "bob", "carol"),
 		Priority:          pick(w, 0, 0, 0, 1, -1),
+		Chain:             pick(w, 0, 0, 2, 7),
 		CouldBuildLocally: w.n(2) == 1,
 	}
 }

@@ -198,7 +198,10 @@ func (n *naive) queue() []*naiveBuild {
 		if a.Priority != b.Priority {
 			return b.Priority - a.Priority
 		}
-		return placed[a.Caller] - placed[b.Caller]
+		if placed[a.Caller] != placed[b.Caller] {
+			return placed[a.Caller] - placed[b.Caller]
+		}
+		return b.Chain - a.Chain
 	})
 	return queued
 }

@@ -22,6 +22,10 @@ type Request struct {
 	// Priority puts the build before all queued builds of lower priority,
 	// whosever they are; 0 is normal. The caller decides who may set it.
 	Priority int
+	// Chain is how many derivations wait for this one in the longest chain, each of
+	// them for the one before, as far as the caller knows: 0 if none does. The build
+	// goes before others of the same turn with a shorter chain.
+	Chain int
 	// CouldBuildLocally tells that the caller's own Nix could build it too.
 	CouldBuildLocally bool
 	// Exclude names machines it already failed on; their URIs count. See Requeue.

@@ -173,7 +173,7 @@ func (s *scenario) machine(words []string) Machine {
 	return m
 }
 
-// request reads SYSTEM and any of list=, features=, caller=, priority=, local, exclude=.
+// request reads SYSTEM and any of list=, features=, caller=, priority=, chain=, local, exclude=.
 func (s *scenario) request(id BuildID, words []string) Request {
 	r := Request{ID: id, Caller: "alice"}
 	for _, w := range words {
@@ -187,6 +187,8 @@ func (s *scenario) request(id BuildID, words []string) Request {
 			r.Caller = value
 		case "priority":
 			r.Priority = s.number(value)
+		case "chain":
+			r.Chain = s.number(value)
 		case "local":
 			r.CouldBuildLocally = true
 		case "exclude":
