@@ -100,6 +100,7 @@ var verdictReasons = map[scheduler.Reason]dispatchv1.VerdictReason{
 	scheduler.StillConnecting:      dispatchv1.VerdictReason_VERDICT_REASON_CONNECTING,
 	scheduler.OutOfReach:           dispatchv1.VerdictReason_VERDICT_REASON_DOWN,
 	scheduler.BeingDrained:         dispatchv1.VerdictReason_VERDICT_REASON_DRAINED,
+	scheduler.IsParked:             dispatchv1.VerdictReason_VERDICT_REASON_PARKED,
 	scheduler.FailedBefore:         dispatchv1.VerdictReason_VERDICT_REASON_FAILED_BEFORE,
 	scheduler.SlotsTaken:           dispatchv1.VerdictReason_VERDICT_REASON_FULL,
 }

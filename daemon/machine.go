@@ -22,12 +22,13 @@ type machine struct {
 	host *sshpool.Host
 	// own is the store that none of the builds may find there; nil if they may be
 	// about several.
-	own     *localStore
-	ng      bool // ssh-ng://, the worker protocol; else ssh://, the serve protocol
-	command string
-	uploads *claims
-	idle    *idlePool[*remote]
-	log     *slog.Logger
+	own       *localStore
+	ng        bool // ssh-ng://, the worker protocol; else ssh://, the serve protocol
+	command   string
+	uploads   *claims
+	condition *condition
+	idle      *idlePool[*remote]
+	log       *slog.Logger
 
 	// untrusted is learned: from the worker protocol's handshake at each probe, or
 	// from the words of a refusal where the protocol cannot tell.
@@ -56,13 +57,14 @@ func isChroot(ref nix.StoreReference) bool {
 // newMachine makes the machine of a line, without connecting to it.
 func newMachine(line nix.Machine, own *localStore, log *slog.Logger) *machine {
 	m := &machine{
-		line:    line,
-		ng:      line.Ref.Scheme == "ssh-ng" || isChroot(line.Ref),
-		command: remoteCommand(line.Ref),
-		own:     own,
-		uploads: newClaims(),
-		idle:    &idlePool[*remote]{ttl: maxRemoteIdle, end: func(r *remote) { r.hangUp() }},
-		log:     log.With("machine", line.StoreURI),
+		line:      line,
+		ng:        line.Ref.Scheme == "ssh-ng" || isChroot(line.Ref),
+		command:   remoteCommand(line.Ref),
+		own:       own,
+		uploads:   newClaims(),
+		condition: new(condition),
+		idle:      &idlePool[*remote]{ttl: maxRemoteIdle, end: func(r *remote) { r.hangUp() }},
+		log:       log.With("machine", line.StoreURI),
 	}
 	m.config = m.sshConfig()
 	return m

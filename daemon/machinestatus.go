@@ -21,6 +21,12 @@ type machineStatus struct {
 	since  time.Time
 	// down is why, in a word of a bounded set; "" unless the state is Down.
 	down string
+	// parked is what it is short of, in a word; "" unless the state is Parked.
+	parked string
+	// load is what the machine last told of itself, nil if that is not known, for
+	// the reason loadUnknown.
+	load        *dispatchv1.MachineLoad
+	loadUnknown string
 	// drained tells that it is to take no builds, in whatever state it is.
 	drained bool
 	// removed tells that no line of the list has it any more.
@@ -82,6 +88,12 @@ func (d *Daemon) addConnections(byURI map[string]*machineStatus) {
 		seen[e.m] = true
 		ssh := e.m.host.Status()
 		st.connections += ssh.Connections
+		if load, unknown := e.m.condition.known(); st.load == nil {
+			st.load, st.loadUnknown = load, unknown
+		}
+		if st.state == scheduler.Parked && st.parked == "" {
+			st.parked = e.m.condition.parkedFor()
+		}
 		if st.since.IsZero() {
 			st.since = ssh.Since
 			if st.state == scheduler.Down {
@@ -127,6 +139,9 @@ func (m *machineStatus) proto() *dispatchv1.MachineStatus {
 		Reason:      m.reason,
 		Drained:     m.drained,
 		Removed:     m.removed,
+		Load:        m.load,
+		LoadUnknown: m.loadUnknown,
+		Parked:      m.parked,
 	}
 	if !m.since.IsZero() {
 		out.Since = timestamppb.New(m.since)
@@ -143,4 +158,5 @@ var machineStates = map[scheduler.MachineState]dispatchv1.MachineState{
 	scheduler.Up:         dispatchv1.MachineState_MACHINE_STATE_UP,
 	scheduler.Down:       dispatchv1.MachineState_MACHINE_STATE_DOWN,
 	scheduler.Draining:   dispatchv1.MachineState_MACHINE_STATE_DRAINING,
+	scheduler.Parked:     dispatchv1.MachineState_MACHINE_STATE_PARKED,
 }

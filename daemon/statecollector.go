@@ -14,10 +14,11 @@ import (
 type stateCollector struct {
 	d *Daemon
 
-	up, down, drained, connects             *prometheus.Desc
+	up, down, drained, parked, connects     *prometheus.Desc
 	slots, inUse, held, staging             *prometheus.Desc
 	queued, unplaceable, builds, oldestWait *prometheus.Desc
 	reloads, reloadOK, reloadTime           *prometheus.Desc
+	load                                    []loadGauge
 }
 
 func newStateCollector(d *Daemon) *stateCollector {
@@ -29,6 +30,7 @@ func newStateCollector(d *Daemon) *stateCollector {
 		up:          desc("machine_up", "Whether the machine can be given builds.", "machine"),
 		down:        desc("machine_down", "1 for each machine that is down, with the reason.", "machine", "reason"),
 		drained:     desc("machine_drained", "Whether the machine was drained.", "machine"),
+		parked:      desc("machine_parked", "1 for each machine that is parked, with what it is short of.", "machine", "reason"),
 		slots:       desc("machine_slots", "Builds the machine may run at once (max-jobs).", "machine"),
 		inUse:       desc("machine_slots_in_use", "Build slots in use.", "machine"),
 		held:        desc("machine_slots_held", "Slots in use by builds whose connection was lost and that may still run there, for two minutes.", "machine"),
@@ -41,18 +43,22 @@ func newStateCollector(d *Daemon) *stateCollector {
 		reloads:     desc("machines_reloads_total", "Attempts to read the list of machines anew that changed it (ok) or not (failed).", "result"),
 		reloadOK:    desc("machines_last_reload_successful", "Whether the list of machines had no bad entry when it was last read."),
 		reloadTime:  desc("machines_last_reload_success_timestamp_seconds", "When the list of machines in use was read."),
+		load:        loadGauges(),
 	}
 }
 
 // Describe implements prometheus.Collector.
 func (c *stateCollector) Describe(ch chan<- *prometheus.Desc) {
 	for _, d := range []*prometheus.Desc{
-		c.up, c.down, c.drained, c.connects,
+		c.up, c.down, c.drained, c.parked, c.connects,
 		c.slots, c.inUse, c.held, c.staging,
 		c.queued, c.unplaceable, c.builds, c.oldestWait,
 		c.reloads, c.reloadOK, c.reloadTime,
 	} {
 		ch <- d
+	}
+	for _, g := range c.load {
+		ch <- g.desc
 	}
 }
 
@@ -75,6 +81,10 @@ func (c *stateCollector) Collect(ch chan<- prometheus.Metric) {
 		if m.state == scheduler.Down && m.uri != otherLabel {
 			gauge(c.down, 1, m.uri, m.down)
 		}
+		if m.state == scheduler.Parked && m.uri != otherLabel {
+			gauge(c.parked, 1, m.uri, m.parked)
+		}
+		c.collectLoad(m, gauge)
 	}
 	connects := make(map[string]connectCounts)
 	for uri, n := range c.d.machines.connects() {

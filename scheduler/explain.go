@@ -22,6 +22,7 @@ const (
 	StillConnecting
 	OutOfReach
 	BeingDrained
+	IsParked
 	FailedBefore
 	SlotsTaken
 )
@@ -107,6 +108,8 @@ func (c *class) judge(m *machine) Verdict {
 		v.Reason = OutOfReach
 	case m.state == Draining:
 		v.Reason = BeingDrained
+	case m.state == Parked:
+		v.Reason = IsParked
 	case !c.ok[m.index]:
 		v.Reason = FailedBefore
 	case !m.open:
@@ -138,6 +141,8 @@ func (m *machine) words(reason Reason, c *class) string {
 		return "is down" + because(m.reason)
 	case BeingDrained:
 		return "is drained" + because(m.reason)
+	case IsParked:
+		return "is parked" + because(m.reason)
 	case FailedBefore:
 		return "failed this build before, and others can take it"
 	case SlotsTaken:
@@ -263,6 +268,8 @@ func (s Situation) text(t tally) string {
 // full says why none of the matching machines has a free slot.
 func (t tally) full() string {
 	switch {
+	case t.coming == 0 && t.parked > 0:
+		return "all matching machines that are up are parked"
 	case t.coming == 0:
 		return "no matching machine is up"
 	case t.up == 0:

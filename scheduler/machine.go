@@ -54,6 +54,8 @@ const (
 	Down
 	// Draining takes no new builds; those placed on it still get their slots.
 	Draining
+	// Parked is as Draining, but for a while only: the machine is short of something.
+	Parked
 )
 
 // String returns the state as status shows it.
@@ -67,6 +69,8 @@ func (s MachineState) String() string {
 		return "down"
 	case Draining:
 		return "draining"
+	case Parked:
+		return "parked"
 	default:
 		return fmt.Sprintf("state %d", int(s))
 	}
@@ -124,7 +128,7 @@ func (m *machine) takes() bool { return m.index >= 0 && m.state == Up }
 
 // grants tells whether builds on m may be given a slot.
 func (m *machine) grants() bool {
-	return (m.state == Up || m.state == Draining) && m.pool.free(m, (*machine).busy) > 0
+	return (m.state == Up || m.state == Draining || m.state == Parked) && m.pool.free(m, (*machine).busy) > 0
 }
 
 // coming tells whether m is up or on its first connection attempt.

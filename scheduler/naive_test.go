@@ -235,7 +235,7 @@ func (n *naive) settle() []Order {
 func (n *naive) grant(machines []*naiveMachine) bool {
 	var ready []*naiveBuild
 	for _, m := range machines {
-		if (m.state == Up || m.state == Draining) && n.free(m, n.busy) > 0 {
+		if (m.state == Up || m.state == Draining || m.state == Parked) && n.free(m, n.busy) > 0 {
 			ready = append(ready, n.line(m)...)
 		}
 	}

@@ -63,8 +63,8 @@ const (
 	Full
 	// FullQueue: as before or as NoneUp, and max(512, 4 times the slots) are queued. Postpone.
 	FullQueue
-	// NoneUpLocal: matching machines exist, none is up or coming, and it can be built
-	// locally. Decline.
+	// NoneUpLocal: matching machines exist, none is up or coming (though some may be
+	// parked), and it can be built locally. Decline.
 	NoneUpLocal
 	// NoneUp: as before, and it cannot be built locally. AcceptQueued; how long it
 	// waits for a machine is the caller's to bound (see Stranded).
@@ -139,6 +139,7 @@ type tally struct {
 	matching int // all of them
 	up       int
 	coming   int // up, or on the first connection attempt
+	parked   int
 	slots    int // of those coming
 }
 
@@ -148,6 +149,7 @@ func (c *class) tally(machines []*machine) tally {
 		if !c.match[i] {
 			continue
 		}
+		t.parked += count(m.state == Parked)
 		if m.coming() {
 			t.coming++
 			t.up += count(m.state == Up)

@@ -57,6 +57,9 @@ func TestOfferFollowsTheTableOfReplies(t *testing.T) {
 
 		{"none up, local", []m{{Down, 2, 0}}, 0, 0, local, unwilling, Decline, NoneUpLocal, "", "no matching machine is up, and it can be built locally"},
 		{"none up, not local", []m{{Down, 2, 0}, {Draining, 2, 0}}, 0, 0, remote, unwilling, AcceptQueued, NoneUp, "", "waits: no matching machine is up"},
+		{"only parked and down, local", []m{{Parked, 2, 0}, {Down, 2, 0}}, 0, 0, local, unwilling, Decline, NoneUpLocal, "", "all matching machines that are up are parked, and it can be built locally"},
+		{"only parked, not local", []m{{Parked, 2, 0}}, 0, 0, remote, unwilling, AcceptQueued, NoneUp, "", "waits: all matching machines that are up are parked"},
+		{"slot free beside a machine that is parked", []m{{Parked, 9, 0}, {Up, 1, 0}}, 0, 0, remote, unwilling, Accept, SlotFree, "m1", ""},
 		{"none up, not local, 512 queued", []m{{Down, 2, 0}}, 0, 512, remote, unwilling, Postpone, FullQueue, "", ""},
 		{"coming is not down, not local", []m{{Connecting, 2, 0}}, 0, 0, remote, unwilling, AcceptQueued, Full, "", "waits: no matching machine is up, but some are still connecting"},
 		{"coming is not down, local", []m{{Connecting, 2, 0}, {Down, 2, 0}}, 0, 0, local, unwilling, Postpone, ComingLocal, "", "no matching machine is up, but some are still connecting, and no local slot is free"},

@@ -229,7 +229,7 @@ func (b *buildView) line(now time.Time) string {
 	text += ": " + b.phase
 	switch t := b.transfer; {
 	case t != nil:
-		text += fmt.Sprintf(" %d of %d paths, %s of %s", t.GetPathsDone(), t.GetPaths(), size(t.GetBytesDone()), size(t.GetBytes()))
+		text += fmt.Sprintf(" %d of %d paths, %s of %s", t.GetPathsDone(), t.GetPaths(), nix.SizeText(t.GetBytesDone()), nix.SizeText(t.GetBytes()))
 	case b.log.phase != "" && b.phase == "building":
 		text += " (" + b.log.phase + ")"
 	}
@@ -241,5 +241,3 @@ func (b *buildView) line(now time.Time) string {
 	}
 	return text
 }
-
-func size(n uint64) string { return fmt.Sprintf("%.1f MiB", float64(n)/(1<<20)) }

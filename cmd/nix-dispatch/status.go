@@ -49,6 +49,28 @@ type (
 		Reason  string `json:"reason"`
 		Drained bool   `json:"drained"`
 		Removed bool   `json:"removed"`
+		// Parked is what the machine is parked for, in a word; "" unless it is.
+		Parked string `json:"parked"`
+		// Load is null when it is not known, for the reason LoadUnknown.
+		Load        *loadJSON `json:"load"`
+		LoadUnknown string    `json:"loadUnknown"`
+	}
+	// What a machine does not tell is null.
+	loadJSON struct {
+		Time                 time.Time `json:"time"`
+		StoreFreeBytes       *uint64   `json:"storeFreeBytes"`
+		StoreSizeBytes       *uint64   `json:"storeSizeBytes"`
+		BuildDirFreeBytes    *uint64   `json:"buildDirFreeBytes"`
+		BuildDirSizeBytes    *uint64   `json:"buildDirSizeBytes"`
+		Load1                *float64  `json:"load1"`
+		Load5                *float64  `json:"load5"`
+		Load15               *float64  `json:"load15"`
+		Cores                *uint32   `json:"cores"`
+		MemoryAvailableBytes *uint64   `json:"memoryAvailableBytes"`
+		MemorySizeBytes      *uint64   `json:"memorySizeBytes"`
+		CPUPressure          *float64  `json:"cpuPressure"`
+		MemoryPressure       *float64  `json:"memoryPressure"`
+		IOPressure           *float64  `json:"ioPressure"`
 	}
 	buildJSON struct {
 		ID      uint64  `json:"id"`
@@ -92,13 +114,54 @@ func statusOf(resp *dispatchv1.StatusResponse, now time.Time) statusJSON {
 		}
 	}
 	for _, m := range resp.Machines {
-		s.Machines = append(s.Machines, machineJSON{m.Uri, stateName(m.State), m.Slots, m.Running, m.Reason, m.Drained, m.Removed})
+		s.Machines = append(s.Machines, machineJSON{
+			URI: m.Uri, State: stateName(m.State), Slots: m.Slots, Running: m.Running,
+			Reason: m.Reason, Drained: m.Drained, Removed: m.Removed,
+			Parked: m.Parked, Load: loadOf(m.Load), LoadUnknown: m.LoadUnknown,
+		})
 	}
 	for _, b := range resp.Builds {
 		s.Builds = append(s.Builds, buildJSON{b.Id, b.DrvPath, phaseName(b.Phase), b.Machine, age(b, now).Seconds(), b.Reason})
 	}
 	return s
 }
+
+func loadOf(l *dispatchv1.MachineLoad) *loadJSON {
+	if l == nil {
+		return nil
+	}
+	return &loadJSON{
+		Time:           l.GetTime().AsTime(),
+		StoreFreeBytes: l.StoreFreeBytes, StoreSizeBytes: l.StoreSizeBytes,
+		BuildDirFreeBytes: l.BuildDirFreeBytes, BuildDirSizeBytes: l.BuildDirSizeBytes,
+		Load1: l.Load1, Load5: l.Load5, Load15: l.Load15, Cores: l.Cores,
+		MemoryAvailableBytes: l.MemoryAvailableBytes, MemorySizeBytes: l.MemorySizeBytes,
+		CPUPressure: l.CpuPressure, MemoryPressure: l.MemoryPressure, IOPressure: l.IoPressure,
+	}
+}
+
+// free tells how much room there is for builds, for people.
+func free(l *dispatchv1.MachineLoad) string {
+	n, ok := l.Free()
+	if !ok {
+		return notKnown
+	}
+	return nix.SizeText(n)
+}
+
+// load tells the load average, and of how many cores.
+func load(l *dispatchv1.MachineLoad) string {
+	switch {
+	case l == nil || l.Load1 == nil:
+		return notKnown
+	case l.Cores == nil:
+		return fmt.Sprintf("%.2f", l.GetLoad1())
+	default:
+		return fmt.Sprintf("%.2f of %d", l.GetLoad1(), l.GetCores())
+	}
+}
+
+const notKnown = "not known"
 
 func age(b *dispatchv1.BuildInfo, now time.Time) time.Duration {
 	if b.Since == nil {
@@ -118,9 +181,10 @@ func phaseName(p dispatchv1.Phase) string {
 // printStatus writes tables for people. Everything foreign in it is sanitized.
 func printStatus(w io.Writer, resp *dispatchv1.StatusResponse, now time.Time) {
 	tw := tabwriter.NewWriter(w, 0, 8, 2, ' ', 0)
-	fmt.Fprintln(tw, "MACHINE\tSTATE\tRUNNING\tREASON")
+	fmt.Fprintln(tw, "MACHINE\tSTATE\tRUNNING\tFREE\tLOAD\tREASON")
 	for _, m := range resp.Machines {
-		fmt.Fprintf(tw, "%s\t%s\t%d of %d\t%s\n", cell(m.Uri), stateName(m.State), m.Running, m.Slots, cell(m.Reason))
+		fmt.Fprintf(tw, "%s\t%s\t%d of %d\t%s\t%s\t%s\n", cell(m.Uri), stateName(m.State), m.Running, m.Slots,
+			free(m.Load), load(m.Load), cell(m.Reason))
 	}
 	tw.Flush()
 	if len(resp.Machines) == 0 {

@@ -9,6 +9,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	dispatchv1 "nixdispatch/proto/dispatch/v1"
@@ -18,8 +19,12 @@ func TestStatus(t *testing.T) {
 	now := time.Now()
 	d := (&fakeDaemon{status: &dispatchv1.StatusResponse{
 		Machines: []*dispatchv1.MachineStatus{
-			{Uri: "ssh://mac", State: dispatchv1.MachineState_MACHINE_STATE_UP, Slots: 8, Running: 1},
-			{Uri: "ssh://poochie", State: dispatchv1.MachineState_MACHINE_STATE_DOWN, Slots: 1, Reason: "no\nroute\x1b[2J", Drained: true},
+			{Uri: "ssh://mac", State: dispatchv1.MachineState_MACHINE_STATE_PARKED, Slots: 8, Running: 1, Parked: "disk", Load: &dispatchv1.MachineLoad{
+				Time: timestamppb.New(time.Unix(0, 0)), StoreFreeBytes: proto.Uint64(3 << 29), BuildDirFreeBytes: proto.Uint64(5 << 30),
+				Load1: proto.Float64(0.5), Cores: proto.Uint32(8), CpuPressure: proto.Float64(0.25),
+			}},
+			{Uri: "ssh://poochie", State: dispatchv1.MachineState_MACHINE_STATE_DOWN, Slots: 1, Reason: "no\nroute\x1b[2J", Drained: true,
+				LoadUnknown: "it is down"},
 		},
 		Unplaceable: 1,
 		Reload: &dispatchv1.ReloadStatus{
@@ -31,7 +36,7 @@ func TestStatus(t *testing.T) {
 	}}).start(t)
 
 	code, stdout, _ := runCommand(t.Context(), d.socket, "status")
-	want := []string{"ssh://mac", "up", "1 of 8", "ssh://poochie", "down", "no route", "7", "building", "1m0s", "queued", "all slots are taken",
+	want := []string{"ssh://mac", "parked", "1 of 8", "1.5 GiB", "0.50 of 8", "not known", "ssh://poochie", "down", "no route", "7", "building", "1m0s", "queued", "all slots are taken",
 		"was not read anew at", "machines:3: bad", "can ever run: 1"}
 	for _, word := range want {
 		if code != exitOK || !strings.Contains(stdout, word) || strings.ContainsRune(stdout, 0x1b) {
@@ -53,8 +58,15 @@ func TestStatus(t *testing.T) {
 	}
 	delete(got.Builds[0], "seconds")
 	if diff := cmp.Diff([]map[string]any{
-		{"uri": "ssh://mac", "state": "up", "slots": 8.0, "running": 1.0, "reason": "", "drained": false, "removed": false},
-		{"uri": "ssh://poochie", "state": "down", "slots": 1.0, "running": 0.0, "reason": "no\nroute\x1b[2J", "drained": true, "removed": false},
+		{"uri": "ssh://mac", "state": "parked", "slots": 8.0, "running": 1.0, "reason": "", "drained": false, "removed": false,
+			"parked": "disk", "loadUnknown": "", "load": map[string]any{
+				"time": "1970-01-01T00:00:00Z", "storeFreeBytes": 3.0 * (1 << 29), "storeSizeBytes": nil,
+				"buildDirFreeBytes": 5.0 * (1 << 30), "buildDirSizeBytes": nil,
+				"load1": 0.5, "load5": nil, "load15": nil, "cores": 8.0, "memoryAvailableBytes": nil, "memorySizeBytes": nil,
+				"cpuPressure": 0.25, "memoryPressure": nil, "ioPressure": nil,
+			}},
+		{"uri": "ssh://poochie", "state": "down", "slots": 1.0, "running": 0.0, "reason": "no\nroute\x1b[2J", "drained": true, "removed": false,
+			"parked": "", "load": nil, "loadUnknown": "it is down"},
 	}, got.Machines); diff != "" {
 		t.Errorf("machines (-want +got):\n%s", diff)
 	}

@@ -36,3 +36,13 @@ func nixBase64(s string) ([]byte, error) {
 	}
 	return base64.RawStdEncoding.DecodeString(s)
 }
+
+// SizeText is a number of bytes for people, such as "1.5 GiB".
+func SizeText(n uint64) string {
+	units := []string{"KiB", "MiB", "GiB", "TiB", "PiB", "EiB"}
+	size := float64(n) / 1024
+	for size >= 1023.95 && len(units) > 1 {
+		size, units = size/1024, units[1:]
+	}
+	return fmt.Sprintf("%.1f %s", size, units[0])
+}

@@ -136,6 +136,9 @@ const (
 	MachineState_MACHINE_STATE_DRAINING    MachineState = 4
 	// The daemon cannot serve this kind of machine; the stock hook does.
 	MachineState_MACHINE_STATE_UNSUPPORTED MachineState = 5
+	// It is connected to and takes no new builds for a while, for want of disk space
+	// for example. It takes them again by itself.
+	MachineState_MACHINE_STATE_PARKED MachineState = 6
 )
 
 // Enum value maps for MachineState.
@@ -147,6 +150,7 @@ var (
 		3: "MACHINE_STATE_DOWN",
 		4: "MACHINE_STATE_DRAINING",
 		5: "MACHINE_STATE_UNSUPPORTED",
+		6: "MACHINE_STATE_PARKED",
 	}
 	MachineState_value = map[string]int32{
 		"MACHINE_STATE_UNSPECIFIED": 0,
@@ -155,6 +159,7 @@ var (
 		"MACHINE_STATE_DOWN":        3,
 		"MACHINE_STATE_DRAINING":    4,
 		"MACHINE_STATE_UNSUPPORTED": 5,
+		"MACHINE_STATE_PARKED":      6,
 	}
 )
 
@@ -268,6 +273,8 @@ const (
 	VerdictReason_VERDICT_REASON_FULL VerdictReason = 10
 	// The daemon cannot serve this kind of machine; the stock hook does.
 	VerdictReason_VERDICT_REASON_UNSUPPORTED VerdictReason = 11
+	// It takes no new builds for a while: see MACHINE_STATE_PARKED.
+	VerdictReason_VERDICT_REASON_PARKED VerdictReason = 12
 )
 
 // Enum value maps for VerdictReason.
@@ -285,6 +292,7 @@ var (
 		9:  "VERDICT_REASON_FAILED_BEFORE",
 		10: "VERDICT_REASON_FULL",
 		11: "VERDICT_REASON_UNSUPPORTED",
+		12: "VERDICT_REASON_PARKED",
 	}
 	VerdictReason_value = map[string]int32{
 		"VERDICT_REASON_UNSPECIFIED":       0,
@@ -299,6 +307,7 @@ var (
 		"VERDICT_REASON_FAILED_BEFORE":     9,
 		"VERDICT_REASON_FULL":              10,
 		"VERDICT_REASON_UNSUPPORTED":       11,
+		"VERDICT_REASON_PARKED":            12,
 	}
 )
 
@@ -2597,7 +2606,14 @@ type MachineStatus struct {
 	// Whether it was drained, in whatever state it is.
 	Drained bool `protobuf:"varint,9,opt,name=drained,proto3" json:"drained,omitempty"`
 	// Whether it is listed no more, and goes when its builds have ended.
-	Removed       bool `protobuf:"varint,10,opt,name=removed,proto3" json:"removed,omitempty"`
+	Removed bool `protobuf:"varint,10,opt,name=removed,proto3" json:"removed,omitempty"`
+	// What the machine last told of its disks and its load; unset when not known.
+	Load *MachineLoad `protobuf:"bytes,11,opt,name=load,proto3" json:"load,omitempty"`
+	// Why that is not known, in words for a person; "" if it is.
+	LoadUnknown string `protobuf:"bytes,12,opt,name=load_unknown,json=loadUnknown,proto3" json:"load_unknown,omitempty"`
+	// What it is parked for, in a word: "disk", "load", "memory", "pressure" or
+	// "nix"; "" unless it is parked.
+	Parked        string `protobuf:"bytes,13,opt,name=parked,proto3" json:"parked,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2702,6 +2718,183 @@ func (x *MachineStatus) GetRemoved() bool {
 	return false
 }
 
+func (x *MachineStatus) GetLoad() *MachineLoad {
+	if x != nil {
+		return x.Load
+	}
+	return nil
+}
+
+func (x *MachineStatus) GetLoadUnknown() string {
+	if x != nil {
+		return x.LoadUnknown
+	}
+	return ""
+}
+
+func (x *MachineStatus) GetParked() string {
+	if x != nil {
+		return x.Parked
+	}
+	return ""
+}
+
+// What a machine tells of itself. What it does not tell is unset.
+type MachineLoad struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// When it was asked.
+	Time *timestamppb.Timestamp `protobuf:"bytes,1,opt,name=time,proto3" json:"time,omitempty"`
+	// The file system of its store: what is free there for its user, and all of it.
+	StoreFreeBytes *uint64 `protobuf:"varint,2,opt,name=store_free_bytes,json=storeFreeBytes,proto3,oneof" json:"store_free_bytes,omitempty"`
+	StoreSizeBytes *uint64 `protobuf:"varint,3,opt,name=store_size_bytes,json=storeSizeBytes,proto3,oneof" json:"store_size_bytes,omitempty"`
+	// The same of the directory that it builds in.
+	BuildDirFreeBytes *uint64 `protobuf:"varint,4,opt,name=build_dir_free_bytes,json=buildDirFreeBytes,proto3,oneof" json:"build_dir_free_bytes,omitempty"`
+	BuildDirSizeBytes *uint64 `protobuf:"varint,5,opt,name=build_dir_size_bytes,json=buildDirSizeBytes,proto3,oneof" json:"build_dir_size_bytes,omitempty"`
+	// Load averages of the last 1, 5 and 15 minutes, of all its cores together.
+	Load1  *float64 `protobuf:"fixed64,6,opt,name=load1,proto3,oneof" json:"load1,omitempty"`
+	Load5  *float64 `protobuf:"fixed64,7,opt,name=load5,proto3,oneof" json:"load5,omitempty"`
+	Load15 *float64 `protobuf:"fixed64,8,opt,name=load15,proto3,oneof" json:"load15,omitempty"`
+	Cores  *uint32  `protobuf:"varint,9,opt,name=cores,proto3,oneof" json:"cores,omitempty"`
+	// Memory that can be had without swapping, and all of it.
+	MemoryAvailableBytes *uint64 `protobuf:"varint,10,opt,name=memory_available_bytes,json=memoryAvailableBytes,proto3,oneof" json:"memory_available_bytes,omitempty"`
+	MemorySizeBytes      *uint64 `protobuf:"varint,11,opt,name=memory_size_bytes,json=memorySizeBytes,proto3,oneof" json:"memory_size_bytes,omitempty"`
+	// Pressure (PSI): the share of the last ten seconds, from 0 to 1, in which
+	// some process waited for it.
+	CpuPressure    *float64 `protobuf:"fixed64,12,opt,name=cpu_pressure,json=cpuPressure,proto3,oneof" json:"cpu_pressure,omitempty"`
+	MemoryPressure *float64 `protobuf:"fixed64,13,opt,name=memory_pressure,json=memoryPressure,proto3,oneof" json:"memory_pressure,omitempty"`
+	IoPressure     *float64 `protobuf:"fixed64,14,opt,name=io_pressure,json=ioPressure,proto3,oneof" json:"io_pressure,omitempty"`
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
+}
+
+func (x *MachineLoad) Reset() {
+	*x = MachineLoad{}
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[30]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *MachineLoad) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*MachineLoad) ProtoMessage() {}
+
+func (x *MachineLoad) ProtoReflect() protoreflect.Message {
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[30]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use MachineLoad.ProtoReflect.Descriptor instead.
+func (*MachineLoad) Descriptor() ([]byte, []int) {
+	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{30}
+}
+
+func (x *MachineLoad) GetTime() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Time
+	}
+	return nil
+}
+
+func (x *MachineLoad) GetStoreFreeBytes() uint64 {
+	if x != nil && x.StoreFreeBytes != nil {
+		return *x.StoreFreeBytes
+	}
+	return 0
+}
+
+func (x *MachineLoad) GetStoreSizeBytes() uint64 {
+	if x != nil && x.StoreSizeBytes != nil {
+		return *x.StoreSizeBytes
+	}
+	return 0
+}
+
+func (x *MachineLoad) GetBuildDirFreeBytes() uint64 {
+	if x != nil && x.BuildDirFreeBytes != nil {
+		return *x.BuildDirFreeBytes
+	}
+	return 0
+}
+
+func (x *MachineLoad) GetBuildDirSizeBytes() uint64 {
+	if x != nil && x.BuildDirSizeBytes != nil {
+		return *x.BuildDirSizeBytes
+	}
+	return 0
+}
+
+func (x *MachineLoad) GetLoad1() float64 {
+	if x != nil && x.Load1 != nil {
+		return *x.Load1
+	}
+	return 0
+}
+
+func (x *MachineLoad) GetLoad5() float64 {
+	if x != nil && x.Load5 != nil {
+		return *x.Load5
+	}
+	return 0
+}
+
+func (x *MachineLoad) GetLoad15() float64 {
+	if x != nil && x.Load15 != nil {
+		return *x.Load15
+	}
+	return 0
+}
+
+func (x *MachineLoad) GetCores() uint32 {
+	if x != nil && x.Cores != nil {
+		return *x.Cores
+	}
+	return 0
+}
+
+func (x *MachineLoad) GetMemoryAvailableBytes() uint64 {
+	if x != nil && x.MemoryAvailableBytes != nil {
+		return *x.MemoryAvailableBytes
+	}
+	return 0
+}
+
+func (x *MachineLoad) GetMemorySizeBytes() uint64 {
+	if x != nil && x.MemorySizeBytes != nil {
+		return *x.MemorySizeBytes
+	}
+	return 0
+}
+
+func (x *MachineLoad) GetCpuPressure() float64 {
+	if x != nil && x.CpuPressure != nil {
+		return *x.CpuPressure
+	}
+	return 0
+}
+
+func (x *MachineLoad) GetMemoryPressure() float64 {
+	if x != nil && x.MemoryPressure != nil {
+		return *x.MemoryPressure
+	}
+	return 0
+}
+
+func (x *MachineLoad) GetIoPressure() float64 {
+	if x != nil && x.IoPressure != nil {
+		return *x.IoPressure
+	}
+	return 0
+}
+
 // A build in progress.
 type BuildInfo struct {
 	state   protoimpl.MessageState `protogen:"open.v1"`
@@ -2731,7 +2924,7 @@ type BuildInfo struct {
 
 func (x *BuildInfo) Reset() {
 	*x = BuildInfo{}
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[30]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2743,7 +2936,7 @@ func (x *BuildInfo) String() string {
 func (*BuildInfo) ProtoMessage() {}
 
 func (x *BuildInfo) ProtoReflect() protoreflect.Message {
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[30]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2756,7 +2949,7 @@ func (x *BuildInfo) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BuildInfo.ProtoReflect.Descriptor instead.
 func (*BuildInfo) Descriptor() ([]byte, []int) {
-	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{30}
+	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *BuildInfo) GetId() uint64 {
@@ -2869,7 +3062,7 @@ type DetachedBuild struct {
 
 func (x *DetachedBuild) Reset() {
 	*x = DetachedBuild{}
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[31]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2881,7 +3074,7 @@ func (x *DetachedBuild) String() string {
 func (*DetachedBuild) ProtoMessage() {}
 
 func (x *DetachedBuild) ProtoReflect() protoreflect.Message {
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[31]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2894,7 +3087,7 @@ func (x *DetachedBuild) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DetachedBuild.ProtoReflect.Descriptor instead.
 func (*DetachedBuild) Descriptor() ([]byte, []int) {
-	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{31}
+	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *DetachedBuild) GetId() uint64 {
@@ -2975,7 +3168,7 @@ type MachinesRequest struct {
 
 func (x *MachinesRequest) Reset() {
 	*x = MachinesRequest{}
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[32]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2987,7 +3180,7 @@ func (x *MachinesRequest) String() string {
 func (*MachinesRequest) ProtoMessage() {}
 
 func (x *MachinesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[32]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3000,7 +3193,7 @@ func (x *MachinesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MachinesRequest.ProtoReflect.Descriptor instead.
 func (*MachinesRequest) Descriptor() ([]byte, []int) {
-	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{32}
+	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{33}
 }
 
 type MachinesResponse struct {
@@ -3013,7 +3206,7 @@ type MachinesResponse struct {
 
 func (x *MachinesResponse) Reset() {
 	*x = MachinesResponse{}
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[33]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3025,7 +3218,7 @@ func (x *MachinesResponse) String() string {
 func (*MachinesResponse) ProtoMessage() {}
 
 func (x *MachinesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[33]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3038,7 +3231,7 @@ func (x *MachinesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MachinesResponse.ProtoReflect.Descriptor instead.
 func (*MachinesResponse) Descriptor() ([]byte, []int) {
-	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{33}
+	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *MachinesResponse) GetMachines() []*Machine {
@@ -3072,7 +3265,7 @@ type Machine struct {
 
 func (x *Machine) Reset() {
 	*x = Machine{}
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[34]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3084,7 +3277,7 @@ func (x *Machine) String() string {
 func (*Machine) ProtoMessage() {}
 
 func (x *Machine) ProtoReflect() protoreflect.Message {
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[34]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3097,7 +3290,7 @@ func (x *Machine) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Machine.ProtoReflect.Descriptor instead.
 func (*Machine) Descriptor() ([]byte, []int) {
-	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{34}
+	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *Machine) GetStoreUri() string {
@@ -3168,7 +3361,7 @@ type MachineError struct {
 
 func (x *MachineError) Reset() {
 	*x = MachineError{}
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[35]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3180,7 +3373,7 @@ func (x *MachineError) String() string {
 func (*MachineError) ProtoMessage() {}
 
 func (x *MachineError) ProtoReflect() protoreflect.Message {
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[35]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3193,7 +3386,7 @@ func (x *MachineError) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MachineError.ProtoReflect.Descriptor instead.
 func (*MachineError) Descriptor() ([]byte, []int) {
-	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{35}
+	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *MachineError) GetFile() string {
@@ -3226,7 +3419,7 @@ type CancelRequest struct {
 
 func (x *CancelRequest) Reset() {
 	*x = CancelRequest{}
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[36]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3238,7 +3431,7 @@ func (x *CancelRequest) String() string {
 func (*CancelRequest) ProtoMessage() {}
 
 func (x *CancelRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[36]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3251,7 +3444,7 @@ func (x *CancelRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CancelRequest.ProtoReflect.Descriptor instead.
 func (*CancelRequest) Descriptor() ([]byte, []int) {
-	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{36}
+	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *CancelRequest) GetBuildId() uint64 {
@@ -3269,7 +3462,7 @@ type CancelResponse struct {
 
 func (x *CancelResponse) Reset() {
 	*x = CancelResponse{}
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[37]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3281,7 +3474,7 @@ func (x *CancelResponse) String() string {
 func (*CancelResponse) ProtoMessage() {}
 
 func (x *CancelResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[37]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3294,7 +3487,7 @@ func (x *CancelResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CancelResponse.ProtoReflect.Descriptor instead.
 func (*CancelResponse) Descriptor() ([]byte, []int) {
-	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{37}
+	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{38}
 }
 
 // A build to be explained: a derivation, or a system and features.
@@ -3316,7 +3509,7 @@ type ExplainRequest struct {
 
 func (x *ExplainRequest) Reset() {
 	*x = ExplainRequest{}
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[38]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3328,7 +3521,7 @@ func (x *ExplainRequest) String() string {
 func (*ExplainRequest) ProtoMessage() {}
 
 func (x *ExplainRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[38]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3341,7 +3534,7 @@ func (x *ExplainRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExplainRequest.ProtoReflect.Descriptor instead.
 func (*ExplainRequest) Descriptor() ([]byte, []int) {
-	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{38}
+	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *ExplainRequest) GetDrvPath() string {
@@ -3403,7 +3596,7 @@ type ExplainResponse struct {
 
 func (x *ExplainResponse) Reset() {
 	*x = ExplainResponse{}
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[39]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3415,7 +3608,7 @@ func (x *ExplainResponse) String() string {
 func (*ExplainResponse) ProtoMessage() {}
 
 func (x *ExplainResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[39]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3428,7 +3621,7 @@ func (x *ExplainResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExplainResponse.ProtoReflect.Descriptor instead.
 func (*ExplainResponse) Descriptor() ([]byte, []int) {
-	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{39}
+	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *ExplainResponse) GetSystem() string {
@@ -3501,7 +3694,7 @@ type Verdict struct {
 
 func (x *Verdict) Reset() {
 	*x = Verdict{}
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[40]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3513,7 +3706,7 @@ func (x *Verdict) String() string {
 func (*Verdict) ProtoMessage() {}
 
 func (x *Verdict) ProtoReflect() protoreflect.Message {
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[40]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3526,7 +3719,7 @@ func (x *Verdict) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Verdict.ProtoReflect.Descriptor instead.
 func (*Verdict) Descriptor() ([]byte, []int) {
-	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{40}
+	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *Verdict) GetMachine() string {
@@ -3560,7 +3753,7 @@ type DrainRequest struct {
 
 func (x *DrainRequest) Reset() {
 	*x = DrainRequest{}
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[41]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3572,7 +3765,7 @@ func (x *DrainRequest) String() string {
 func (*DrainRequest) ProtoMessage() {}
 
 func (x *DrainRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[41]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3585,7 +3778,7 @@ func (x *DrainRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DrainRequest.ProtoReflect.Descriptor instead.
 func (*DrainRequest) Descriptor() ([]byte, []int) {
-	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{41}
+	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *DrainRequest) GetMachine() string {
@@ -3607,7 +3800,7 @@ type DrainResponse struct {
 
 func (x *DrainResponse) Reset() {
 	*x = DrainResponse{}
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[42]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3619,7 +3812,7 @@ func (x *DrainResponse) String() string {
 func (*DrainResponse) ProtoMessage() {}
 
 func (x *DrainResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[42]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3632,7 +3825,7 @@ func (x *DrainResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DrainResponse.ProtoReflect.Descriptor instead.
 func (*DrainResponse) Descriptor() ([]byte, []int) {
-	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{42}
+	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *DrainResponse) GetMachine() string {
@@ -3659,7 +3852,7 @@ type UndrainRequest struct {
 
 func (x *UndrainRequest) Reset() {
 	*x = UndrainRequest{}
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[43]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3671,7 +3864,7 @@ func (x *UndrainRequest) String() string {
 func (*UndrainRequest) ProtoMessage() {}
 
 func (x *UndrainRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[43]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3684,7 +3877,7 @@ func (x *UndrainRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UndrainRequest.ProtoReflect.Descriptor instead.
 func (*UndrainRequest) Descriptor() ([]byte, []int) {
-	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{43}
+	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *UndrainRequest) GetMachine() string {
@@ -3704,7 +3897,7 @@ type UndrainResponse struct {
 
 func (x *UndrainResponse) Reset() {
 	*x = UndrainResponse{}
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[44]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3716,7 +3909,7 @@ func (x *UndrainResponse) String() string {
 func (*UndrainResponse) ProtoMessage() {}
 
 func (x *UndrainResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[44]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3729,7 +3922,7 @@ func (x *UndrainResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UndrainResponse.ProtoReflect.Descriptor instead.
 func (*UndrainResponse) Descriptor() ([]byte, []int) {
-	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{44}
+	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *UndrainResponse) GetMachine() string {
@@ -3747,7 +3940,7 @@ type ReloadRequest struct {
 
 func (x *ReloadRequest) Reset() {
 	*x = ReloadRequest{}
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[45]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3759,7 +3952,7 @@ func (x *ReloadRequest) String() string {
 func (*ReloadRequest) ProtoMessage() {}
 
 func (x *ReloadRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[45]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3772,7 +3965,7 @@ func (x *ReloadRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReloadRequest.ProtoReflect.Descriptor instead.
 func (*ReloadRequest) Descriptor() ([]byte, []int) {
-	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{45}
+	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{46}
 }
 
 type ReloadResponse struct {
@@ -3787,7 +3980,7 @@ type ReloadResponse struct {
 
 func (x *ReloadResponse) Reset() {
 	*x = ReloadResponse{}
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[46]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3799,7 +3992,7 @@ func (x *ReloadResponse) String() string {
 func (*ReloadResponse) ProtoMessage() {}
 
 func (x *ReloadResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[46]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3812,7 +4005,7 @@ func (x *ReloadResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReloadResponse.ProtoReflect.Descriptor instead.
 func (*ReloadResponse) Descriptor() ([]byte, []int) {
-	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{46}
+	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *ReloadResponse) GetErrors() []*MachineError {
@@ -3844,7 +4037,7 @@ type PingRequest struct {
 
 func (x *PingRequest) Reset() {
 	*x = PingRequest{}
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[47]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3856,7 +4049,7 @@ func (x *PingRequest) String() string {
 func (*PingRequest) ProtoMessage() {}
 
 func (x *PingRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[47]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3869,7 +4062,7 @@ func (x *PingRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PingRequest.ProtoReflect.Descriptor instead.
 func (*PingRequest) Descriptor() ([]byte, []int) {
-	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{47}
+	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *PingRequest) GetMachine() string {
@@ -3917,7 +4110,7 @@ type PingResponse struct {
 
 func (x *PingResponse) Reset() {
 	*x = PingResponse{}
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[48]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3929,7 +4122,7 @@ func (x *PingResponse) String() string {
 func (*PingResponse) ProtoMessage() {}
 
 func (x *PingResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[48]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3942,7 +4135,7 @@ func (x *PingResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PingResponse.ProtoReflect.Descriptor instead.
 func (*PingResponse) Descriptor() ([]byte, []int) {
-	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{48}
+	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *PingResponse) GetStep() string {
@@ -4004,7 +4197,7 @@ type HistoryRequest struct {
 
 func (x *HistoryRequest) Reset() {
 	*x = HistoryRequest{}
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[49]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4016,7 +4209,7 @@ func (x *HistoryRequest) String() string {
 func (*HistoryRequest) ProtoMessage() {}
 
 func (x *HistoryRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[49]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4029,7 +4222,7 @@ func (x *HistoryRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HistoryRequest.ProtoReflect.Descriptor instead.
 func (*HistoryRequest) Descriptor() ([]byte, []int) {
-	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{49}
+	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *HistoryRequest) GetSince() *timestamppb.Timestamp {
@@ -4093,7 +4286,7 @@ type FinishedBuild struct {
 
 func (x *FinishedBuild) Reset() {
 	*x = FinishedBuild{}
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[50]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4105,7 +4298,7 @@ func (x *FinishedBuild) String() string {
 func (*FinishedBuild) ProtoMessage() {}
 
 func (x *FinishedBuild) ProtoReflect() protoreflect.Message {
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[50]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4118,7 +4311,7 @@ func (x *FinishedBuild) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FinishedBuild.ProtoReflect.Descriptor instead.
 func (*FinishedBuild) Descriptor() ([]byte, []int) {
-	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{50}
+	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{51}
 }
 
 func (x *FinishedBuild) GetId() uint64 {
@@ -4248,7 +4441,7 @@ type LogRequest struct {
 
 func (x *LogRequest) Reset() {
 	*x = LogRequest{}
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[51]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4260,7 +4453,7 @@ func (x *LogRequest) String() string {
 func (*LogRequest) ProtoMessage() {}
 
 func (x *LogRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[51]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4273,7 +4466,7 @@ func (x *LogRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogRequest.ProtoReflect.Descriptor instead.
 func (*LogRequest) Descriptor() ([]byte, []int) {
-	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{51}
+	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{52}
 }
 
 func (x *LogRequest) GetBuildId() uint64 {
@@ -4306,7 +4499,7 @@ type LogResponse struct {
 
 func (x *LogResponse) Reset() {
 	*x = LogResponse{}
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[52]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4318,7 +4511,7 @@ func (x *LogResponse) String() string {
 func (*LogResponse) ProtoMessage() {}
 
 func (x *LogResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[52]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4331,7 +4524,7 @@ func (x *LogResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogResponse.ProtoReflect.Descriptor instead.
 func (*LogResponse) Descriptor() ([]byte, []int) {
-	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{52}
+	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{53}
 }
 
 func (x *LogResponse) GetData() []byte {
@@ -4500,7 +4693,7 @@ const file_dispatch_v1_dispatch_proto_rawDesc = "" +
 	"\fReloadStatus\x12.\n" +
 	"\x04time\x18\x01 \x01(\v2\x1a.google.protobuf.TimestampR\x04time\x12\x18\n" +
 	"\asuccess\x18\x02 \x01(\bR\asuccess\x124\n" +
-	"\x06errors\x18\x03 \x03(\v2\x1c.nixdispatch.v1.MachineErrorR\x06errors\"\xbf\x02\n" +
+	"\x06errors\x18\x03 \x03(\v2\x1c.nixdispatch.v1.MachineErrorR\x06errors\"\xab\x03\n" +
 	"\rMachineStatus\x12\x10\n" +
 	"\x03uri\x18\x01 \x01(\tR\x03uri\x122\n" +
 	"\x05state\x18\x02 \x01(\x0e2\x1c.nixdispatch.v1.MachineStateR\x05state\x12\x14\n" +
@@ -4512,7 +4705,41 @@ const file_dispatch_v1_dispatch_proto_rawDesc = "" +
 	"\vconnections\x18\b \x01(\rR\vconnections\x12\x18\n" +
 	"\adrained\x18\t \x01(\bR\adrained\x12\x18\n" +
 	"\aremoved\x18\n" +
-	" \x01(\bR\aremoved\"\x8e\x03\n" +
+	" \x01(\bR\aremoved\x12/\n" +
+	"\x04load\x18\v \x01(\v2\x1b.nixdispatch.v1.MachineLoadR\x04load\x12!\n" +
+	"\fload_unknown\x18\f \x01(\tR\vloadUnknown\x12\x16\n" +
+	"\x06parked\x18\r \x01(\tR\x06parked\"\xc8\x06\n" +
+	"\vMachineLoad\x12.\n" +
+	"\x04time\x18\x01 \x01(\v2\x1a.google.protobuf.TimestampR\x04time\x12-\n" +
+	"\x10store_free_bytes\x18\x02 \x01(\x04H\x00R\x0estoreFreeBytes\x88\x01\x01\x12-\n" +
+	"\x10store_size_bytes\x18\x03 \x01(\x04H\x01R\x0estoreSizeBytes\x88\x01\x01\x124\n" +
+	"\x14build_dir_free_bytes\x18\x04 \x01(\x04H\x02R\x11buildDirFreeBytes\x88\x01\x01\x124\n" +
+	"\x14build_dir_size_bytes\x18\x05 \x01(\x04H\x03R\x11buildDirSizeBytes\x88\x01\x01\x12\x19\n" +
+	"\x05load1\x18\x06 \x01(\x01H\x04R\x05load1\x88\x01\x01\x12\x19\n" +
+	"\x05load5\x18\a \x01(\x01H\x05R\x05load5\x88\x01\x01\x12\x1b\n" +
+	"\x06load15\x18\b \x01(\x01H\x06R\x06load15\x88\x01\x01\x12\x19\n" +
+	"\x05cores\x18\t \x01(\rH\aR\x05cores\x88\x01\x01\x129\n" +
+	"\x16memory_available_bytes\x18\n" +
+	" \x01(\x04H\bR\x14memoryAvailableBytes\x88\x01\x01\x12/\n" +
+	"\x11memory_size_bytes\x18\v \x01(\x04H\tR\x0fmemorySizeBytes\x88\x01\x01\x12&\n" +
+	"\fcpu_pressure\x18\f \x01(\x01H\n" +
+	"R\vcpuPressure\x88\x01\x01\x12,\n" +
+	"\x0fmemory_pressure\x18\r \x01(\x01H\vR\x0ememoryPressure\x88\x01\x01\x12$\n" +
+	"\vio_pressure\x18\x0e \x01(\x01H\fR\n" +
+	"ioPressure\x88\x01\x01B\x13\n" +
+	"\x11_store_free_bytesB\x13\n" +
+	"\x11_store_size_bytesB\x17\n" +
+	"\x15_build_dir_free_bytesB\x17\n" +
+	"\x15_build_dir_size_bytesB\b\n" +
+	"\x06_load1B\b\n" +
+	"\x06_load5B\t\n" +
+	"\a_load15B\b\n" +
+	"\x06_coresB\x19\n" +
+	"\x17_memory_available_bytesB\x14\n" +
+	"\x12_memory_size_bytesB\x0f\n" +
+	"\r_cpu_pressureB\x12\n" +
+	"\x10_memory_pressureB\x0e\n" +
+	"\f_io_pressure\"\x8e\x03\n" +
 	"\tBuildInfo\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\x04R\x02id\x12\x19\n" +
 	"\bdrv_path\x18\x02 \x01(\tR\adrvPath\x12+\n" +
@@ -4651,21 +4878,22 @@ const file_dispatch_v1_dispatch_proto_rawDesc = "" +
 	"\x1eBUILD_STATUS_NOT_DETERMINISTIC\x10\r\x12*\n" +
 	"&BUILD_STATUS_RESOLVES_TO_ALREADY_VALID\x10\x0e\x12 \n" +
 	"\x1cBUILD_STATUS_NO_SUBSTITUTERS\x10\x0f\x12\x1a\n" +
-	"\x16BUILD_STATUS_CANCELLED\x10\x10*\xb4\x01\n" +
+	"\x16BUILD_STATUS_CANCELLED\x10\x10*\xce\x01\n" +
 	"\fMachineState\x12\x1d\n" +
 	"\x19MACHINE_STATE_UNSPECIFIED\x10\x00\x12\x1c\n" +
 	"\x18MACHINE_STATE_CONNECTING\x10\x01\x12\x14\n" +
 	"\x10MACHINE_STATE_UP\x10\x02\x12\x16\n" +
 	"\x12MACHINE_STATE_DOWN\x10\x03\x12\x1a\n" +
 	"\x16MACHINE_STATE_DRAINING\x10\x04\x12\x1d\n" +
-	"\x19MACHINE_STATE_UNSUPPORTED\x10\x05*}\n" +
+	"\x19MACHINE_STATE_UNSUPPORTED\x10\x05\x12\x18\n" +
+	"\x14MACHINE_STATE_PARKED\x10\x06*}\n" +
 	"\x05Phase\x12\x15\n" +
 	"\x11PHASE_UNSPECIFIED\x10\x00\x12\x10\n" +
 	"\fPHASE_QUEUED\x10\x01\x12\x11\n" +
 	"\rPHASE_COPYING\x10\x02\x12\x10\n" +
 	"\fPHASE_STAGED\x10\x03\x12\x12\n" +
 	"\x0ePHASE_BUILDING\x10\x04\x12\x12\n" +
-	"\x0ePHASE_FETCHING\x10\x05*\xfd\x02\n" +
+	"\x0ePHASE_FETCHING\x10\x05*\x98\x03\n" +
 	"\rVerdictReason\x12\x1e\n" +
 	"\x1aVERDICT_REASON_UNSPECIFIED\x10\x00\x12\x1b\n" +
 	"\x17VERDICT_REASON_ELIGIBLE\x10\x01\x12\x19\n" +
@@ -4679,7 +4907,8 @@ const file_dispatch_v1_dispatch_proto_rawDesc = "" +
 	"\x1cVERDICT_REASON_FAILED_BEFORE\x10\t\x12\x17\n" +
 	"\x13VERDICT_REASON_FULL\x10\n" +
 	"\x12\x1e\n" +
-	"\x1aVERDICT_REASON_UNSUPPORTED\x10\v*s\n" +
+	"\x1aVERDICT_REASON_UNSUPPORTED\x10\v\x12\x19\n" +
+	"\x15VERDICT_REASON_PARKED\x10\f*s\n" +
 	"\vPingVerdict\x12\x1c\n" +
 	"\x18PING_VERDICT_UNSPECIFIED\x10\x00\x12\x13\n" +
 	"\x0fPING_VERDICT_OK\x10\x01\x12\x18\n" +
@@ -4713,7 +4942,7 @@ func file_dispatch_v1_dispatch_proto_rawDescGZIP() []byte {
 }
 
 var file_dispatch_v1_dispatch_proto_enumTypes = make([]protoimpl.EnumInfo, 6)
-var file_dispatch_v1_dispatch_proto_msgTypes = make([]protoimpl.MessageInfo, 53)
+var file_dispatch_v1_dispatch_proto_msgTypes = make([]protoimpl.MessageInfo, 54)
 var file_dispatch_v1_dispatch_proto_goTypes = []any{
 	(BuildStatus)(0),              // 0: nixdispatch.v1.BuildStatus
 	(MachineState)(0),             // 1: nixdispatch.v1.MachineState
@@ -4751,36 +4980,37 @@ var file_dispatch_v1_dispatch_proto_goTypes = []any{
 	(*StatusResponse)(nil),        // 33: nixdispatch.v1.StatusResponse
 	(*ReloadStatus)(nil),          // 34: nixdispatch.v1.ReloadStatus
 	(*MachineStatus)(nil),         // 35: nixdispatch.v1.MachineStatus
-	(*BuildInfo)(nil),             // 36: nixdispatch.v1.BuildInfo
-	(*DetachedBuild)(nil),         // 37: nixdispatch.v1.DetachedBuild
-	(*MachinesRequest)(nil),       // 38: nixdispatch.v1.MachinesRequest
-	(*MachinesResponse)(nil),      // 39: nixdispatch.v1.MachinesResponse
-	(*Machine)(nil),               // 40: nixdispatch.v1.Machine
-	(*MachineError)(nil),          // 41: nixdispatch.v1.MachineError
-	(*CancelRequest)(nil),         // 42: nixdispatch.v1.CancelRequest
-	(*CancelResponse)(nil),        // 43: nixdispatch.v1.CancelResponse
-	(*ExplainRequest)(nil),        // 44: nixdispatch.v1.ExplainRequest
-	(*ExplainResponse)(nil),       // 45: nixdispatch.v1.ExplainResponse
-	(*Verdict)(nil),               // 46: nixdispatch.v1.Verdict
-	(*DrainRequest)(nil),          // 47: nixdispatch.v1.DrainRequest
-	(*DrainResponse)(nil),         // 48: nixdispatch.v1.DrainResponse
-	(*UndrainRequest)(nil),        // 49: nixdispatch.v1.UndrainRequest
-	(*UndrainResponse)(nil),       // 50: nixdispatch.v1.UndrainResponse
-	(*ReloadRequest)(nil),         // 51: nixdispatch.v1.ReloadRequest
-	(*ReloadResponse)(nil),        // 52: nixdispatch.v1.ReloadResponse
-	(*PingRequest)(nil),           // 53: nixdispatch.v1.PingRequest
-	(*PingResponse)(nil),          // 54: nixdispatch.v1.PingResponse
-	(*HistoryRequest)(nil),        // 55: nixdispatch.v1.HistoryRequest
-	(*FinishedBuild)(nil),         // 56: nixdispatch.v1.FinishedBuild
-	(*LogRequest)(nil),            // 57: nixdispatch.v1.LogRequest
-	(*LogResponse)(nil),           // 58: nixdispatch.v1.LogResponse
-	(*durationpb.Duration)(nil),   // 59: google.protobuf.Duration
-	(*timestamppb.Timestamp)(nil), // 60: google.protobuf.Timestamp
+	(*MachineLoad)(nil),           // 36: nixdispatch.v1.MachineLoad
+	(*BuildInfo)(nil),             // 37: nixdispatch.v1.BuildInfo
+	(*DetachedBuild)(nil),         // 38: nixdispatch.v1.DetachedBuild
+	(*MachinesRequest)(nil),       // 39: nixdispatch.v1.MachinesRequest
+	(*MachinesResponse)(nil),      // 40: nixdispatch.v1.MachinesResponse
+	(*Machine)(nil),               // 41: nixdispatch.v1.Machine
+	(*MachineError)(nil),          // 42: nixdispatch.v1.MachineError
+	(*CancelRequest)(nil),         // 43: nixdispatch.v1.CancelRequest
+	(*CancelResponse)(nil),        // 44: nixdispatch.v1.CancelResponse
+	(*ExplainRequest)(nil),        // 45: nixdispatch.v1.ExplainRequest
+	(*ExplainResponse)(nil),       // 46: nixdispatch.v1.ExplainResponse
+	(*Verdict)(nil),               // 47: nixdispatch.v1.Verdict
+	(*DrainRequest)(nil),          // 48: nixdispatch.v1.DrainRequest
+	(*DrainResponse)(nil),         // 49: nixdispatch.v1.DrainResponse
+	(*UndrainRequest)(nil),        // 50: nixdispatch.v1.UndrainRequest
+	(*UndrainResponse)(nil),       // 51: nixdispatch.v1.UndrainResponse
+	(*ReloadRequest)(nil),         // 52: nixdispatch.v1.ReloadRequest
+	(*ReloadResponse)(nil),        // 53: nixdispatch.v1.ReloadResponse
+	(*PingRequest)(nil),           // 54: nixdispatch.v1.PingRequest
+	(*PingResponse)(nil),          // 55: nixdispatch.v1.PingResponse
+	(*HistoryRequest)(nil),        // 56: nixdispatch.v1.HistoryRequest
+	(*FinishedBuild)(nil),         // 57: nixdispatch.v1.FinishedBuild
+	(*LogRequest)(nil),            // 58: nixdispatch.v1.LogRequest
+	(*LogResponse)(nil),           // 59: nixdispatch.v1.LogResponse
+	(*durationpb.Duration)(nil),   // 60: google.protobuf.Duration
+	(*timestamppb.Timestamp)(nil), // 61: google.protobuf.Timestamp
 }
 var file_dispatch_v1_dispatch_proto_depIdxs = []int32{
 	8,  // 0: nixdispatch.v1.BuildRequest.limits:type_name -> nixdispatch.v1.Limits
-	59, // 1: nixdispatch.v1.Limits.timeout:type_name -> google.protobuf.Duration
-	59, // 2: nixdispatch.v1.Limits.max_silent_time:type_name -> google.protobuf.Duration
+	60, // 1: nixdispatch.v1.Limits.timeout:type_name -> google.protobuf.Duration
+	60, // 2: nixdispatch.v1.Limits.max_silent_time:type_name -> google.protobuf.Duration
 	11, // 3: nixdispatch.v1.BuildResponse.plan:type_name -> nixdispatch.v1.Plan
 	14, // 4: nixdispatch.v1.BuildResponse.event:type_name -> nixdispatch.v1.BuildEvent
 	12, // 5: nixdispatch.v1.BuildResponse.summary:type_name -> nixdispatch.v1.Summary
@@ -4796,7 +5026,7 @@ var file_dispatch_v1_dispatch_proto_depIdxs = []int32{
 	21, // 15: nixdispatch.v1.Copying.transfer:type_name -> nixdispatch.v1.Transfer
 	21, // 16: nixdispatch.v1.Fetching.transfer:type_name -> nixdispatch.v1.Transfer
 	0,  // 17: nixdispatch.v1.Finished.status:type_name -> nixdispatch.v1.BuildStatus
-	59, // 18: nixdispatch.v1.Finished.build_duration:type_name -> google.protobuf.Duration
+	60, // 18: nixdispatch.v1.Finished.build_duration:type_name -> google.protobuf.Duration
 	24, // 19: nixdispatch.v1.HookRequest.hello:type_name -> nixdispatch.v1.Hello
 	26, // 20: nixdispatch.v1.HookRequest.try:type_name -> nixdispatch.v1.Try
 	27, // 21: nixdispatch.v1.HookRequest.start:type_name -> nixdispatch.v1.Start
@@ -4807,66 +5037,68 @@ var file_dispatch_v1_dispatch_proto_depIdxs = []int32{
 	14, // 26: nixdispatch.v1.HookResponse.event:type_name -> nixdispatch.v1.BuildEvent
 	31, // 27: nixdispatch.v1.HookResponse.hand_over:type_name -> nixdispatch.v1.HandOver
 	5,  // 28: nixdispatch.v1.Reply.action:type_name -> nixdispatch.v1.Reply.Action
-	60, // 29: nixdispatch.v1.StatusResponse.started:type_name -> google.protobuf.Timestamp
+	61, // 29: nixdispatch.v1.StatusResponse.started:type_name -> google.protobuf.Timestamp
 	35, // 30: nixdispatch.v1.StatusResponse.machines:type_name -> nixdispatch.v1.MachineStatus
-	36, // 31: nixdispatch.v1.StatusResponse.builds:type_name -> nixdispatch.v1.BuildInfo
-	41, // 32: nixdispatch.v1.StatusResponse.errors:type_name -> nixdispatch.v1.MachineError
+	37, // 31: nixdispatch.v1.StatusResponse.builds:type_name -> nixdispatch.v1.BuildInfo
+	42, // 32: nixdispatch.v1.StatusResponse.errors:type_name -> nixdispatch.v1.MachineError
 	34, // 33: nixdispatch.v1.StatusResponse.reload:type_name -> nixdispatch.v1.ReloadStatus
-	37, // 34: nixdispatch.v1.StatusResponse.detached:type_name -> nixdispatch.v1.DetachedBuild
-	60, // 35: nixdispatch.v1.ReloadStatus.time:type_name -> google.protobuf.Timestamp
-	41, // 36: nixdispatch.v1.ReloadStatus.errors:type_name -> nixdispatch.v1.MachineError
+	38, // 34: nixdispatch.v1.StatusResponse.detached:type_name -> nixdispatch.v1.DetachedBuild
+	61, // 35: nixdispatch.v1.ReloadStatus.time:type_name -> google.protobuf.Timestamp
+	42, // 36: nixdispatch.v1.ReloadStatus.errors:type_name -> nixdispatch.v1.MachineError
 	1,  // 37: nixdispatch.v1.MachineStatus.state:type_name -> nixdispatch.v1.MachineState
-	60, // 38: nixdispatch.v1.MachineStatus.since:type_name -> google.protobuf.Timestamp
-	2,  // 39: nixdispatch.v1.BuildInfo.phase:type_name -> nixdispatch.v1.Phase
-	60, // 40: nixdispatch.v1.BuildInfo.since:type_name -> google.protobuf.Timestamp
-	60, // 41: nixdispatch.v1.BuildInfo.building_since:type_name -> google.protobuf.Timestamp
-	60, // 42: nixdispatch.v1.DetachedBuild.since:type_name -> google.protobuf.Timestamp
-	60, // 43: nixdispatch.v1.DetachedBuild.ended:type_name -> google.protobuf.Timestamp
-	40, // 44: nixdispatch.v1.MachinesResponse.machines:type_name -> nixdispatch.v1.Machine
-	41, // 45: nixdispatch.v1.MachinesResponse.errors:type_name -> nixdispatch.v1.MachineError
-	46, // 46: nixdispatch.v1.ExplainResponse.machines:type_name -> nixdispatch.v1.Verdict
-	3,  // 47: nixdispatch.v1.Verdict.reason:type_name -> nixdispatch.v1.VerdictReason
-	41, // 48: nixdispatch.v1.ReloadResponse.errors:type_name -> nixdispatch.v1.MachineError
-	59, // 49: nixdispatch.v1.PingRequest.timeout:type_name -> google.protobuf.Duration
-	4,  // 50: nixdispatch.v1.PingResponse.verdict:type_name -> nixdispatch.v1.PingVerdict
-	59, // 51: nixdispatch.v1.PingResponse.took:type_name -> google.protobuf.Duration
-	60, // 52: nixdispatch.v1.HistoryRequest.since:type_name -> google.protobuf.Timestamp
-	60, // 53: nixdispatch.v1.FinishedBuild.ended:type_name -> google.protobuf.Timestamp
-	59, // 54: nixdispatch.v1.FinishedBuild.queued:type_name -> google.protobuf.Duration
-	59, // 55: nixdispatch.v1.FinishedBuild.uploading:type_name -> google.protobuf.Duration
-	59, // 56: nixdispatch.v1.FinishedBuild.building:type_name -> google.protobuf.Duration
-	59, // 57: nixdispatch.v1.FinishedBuild.downloading:type_name -> google.protobuf.Duration
-	6,  // 58: nixdispatch.v1.DispatchService.Build:input_type -> nixdispatch.v1.BuildRequest
-	7,  // 59: nixdispatch.v1.DispatchService.Attach:input_type -> nixdispatch.v1.AttachRequest
-	23, // 60: nixdispatch.v1.DispatchService.Hook:input_type -> nixdispatch.v1.HookRequest
-	32, // 61: nixdispatch.v1.DispatchService.Status:input_type -> nixdispatch.v1.StatusRequest
-	38, // 62: nixdispatch.v1.DispatchService.Machines:input_type -> nixdispatch.v1.MachinesRequest
-	42, // 63: nixdispatch.v1.DispatchService.Cancel:input_type -> nixdispatch.v1.CancelRequest
-	44, // 64: nixdispatch.v1.DispatchService.Explain:input_type -> nixdispatch.v1.ExplainRequest
-	47, // 65: nixdispatch.v1.DispatchService.Drain:input_type -> nixdispatch.v1.DrainRequest
-	49, // 66: nixdispatch.v1.DispatchService.Undrain:input_type -> nixdispatch.v1.UndrainRequest
-	51, // 67: nixdispatch.v1.DispatchService.Reload:input_type -> nixdispatch.v1.ReloadRequest
-	53, // 68: nixdispatch.v1.DispatchService.Ping:input_type -> nixdispatch.v1.PingRequest
-	55, // 69: nixdispatch.v1.DispatchService.History:input_type -> nixdispatch.v1.HistoryRequest
-	57, // 70: nixdispatch.v1.DispatchService.Log:input_type -> nixdispatch.v1.LogRequest
-	9,  // 71: nixdispatch.v1.DispatchService.Build:output_type -> nixdispatch.v1.BuildResponse
-	9,  // 72: nixdispatch.v1.DispatchService.Attach:output_type -> nixdispatch.v1.BuildResponse
-	29, // 73: nixdispatch.v1.DispatchService.Hook:output_type -> nixdispatch.v1.HookResponse
-	33, // 74: nixdispatch.v1.DispatchService.Status:output_type -> nixdispatch.v1.StatusResponse
-	39, // 75: nixdispatch.v1.DispatchService.Machines:output_type -> nixdispatch.v1.MachinesResponse
-	43, // 76: nixdispatch.v1.DispatchService.Cancel:output_type -> nixdispatch.v1.CancelResponse
-	45, // 77: nixdispatch.v1.DispatchService.Explain:output_type -> nixdispatch.v1.ExplainResponse
-	48, // 78: nixdispatch.v1.DispatchService.Drain:output_type -> nixdispatch.v1.DrainResponse
-	50, // 79: nixdispatch.v1.DispatchService.Undrain:output_type -> nixdispatch.v1.UndrainResponse
-	52, // 80: nixdispatch.v1.DispatchService.Reload:output_type -> nixdispatch.v1.ReloadResponse
-	54, // 81: nixdispatch.v1.DispatchService.Ping:output_type -> nixdispatch.v1.PingResponse
-	56, // 82: nixdispatch.v1.DispatchService.History:output_type -> nixdispatch.v1.FinishedBuild
-	58, // 83: nixdispatch.v1.DispatchService.Log:output_type -> nixdispatch.v1.LogResponse
-	71, // [71:84] is the sub-list for method output_type
-	58, // [58:71] is the sub-list for method input_type
-	58, // [58:58] is the sub-list for extension type_name
-	58, // [58:58] is the sub-list for extension extendee
-	0,  // [0:58] is the sub-list for field type_name
+	61, // 38: nixdispatch.v1.MachineStatus.since:type_name -> google.protobuf.Timestamp
+	36, // 39: nixdispatch.v1.MachineStatus.load:type_name -> nixdispatch.v1.MachineLoad
+	61, // 40: nixdispatch.v1.MachineLoad.time:type_name -> google.protobuf.Timestamp
+	2,  // 41: nixdispatch.v1.BuildInfo.phase:type_name -> nixdispatch.v1.Phase
+	61, // 42: nixdispatch.v1.BuildInfo.since:type_name -> google.protobuf.Timestamp
+	61, // 43: nixdispatch.v1.BuildInfo.building_since:type_name -> google.protobuf.Timestamp
+	61, // 44: nixdispatch.v1.DetachedBuild.since:type_name -> google.protobuf.Timestamp
+	61, // 45: nixdispatch.v1.DetachedBuild.ended:type_name -> google.protobuf.Timestamp
+	41, // 46: nixdispatch.v1.MachinesResponse.machines:type_name -> nixdispatch.v1.Machine
+	42, // 47: nixdispatch.v1.MachinesResponse.errors:type_name -> nixdispatch.v1.MachineError
+	47, // 48: nixdispatch.v1.ExplainResponse.machines:type_name -> nixdispatch.v1.Verdict
+	3,  // 49: nixdispatch.v1.Verdict.reason:type_name -> nixdispatch.v1.VerdictReason
+	42, // 50: nixdispatch.v1.ReloadResponse.errors:type_name -> nixdispatch.v1.MachineError
+	60, // 51: nixdispatch.v1.PingRequest.timeout:type_name -> google.protobuf.Duration
+	4,  // 52: nixdispatch.v1.PingResponse.verdict:type_name -> nixdispatch.v1.PingVerdict
+	60, // 53: nixdispatch.v1.PingResponse.took:type_name -> google.protobuf.Duration
+	61, // 54: nixdispatch.v1.HistoryRequest.since:type_name -> google.protobuf.Timestamp
+	61, // 55: nixdispatch.v1.FinishedBuild.ended:type_name -> google.protobuf.Timestamp
+	60, // 56: nixdispatch.v1.FinishedBuild.queued:type_name -> google.protobuf.Duration
+	60, // 57: nixdispatch.v1.FinishedBuild.uploading:type_name -> google.protobuf.Duration
+	60, // 58: nixdispatch.v1.FinishedBuild.building:type_name -> google.protobuf.Duration
+	60, // 59: nixdispatch.v1.FinishedBuild.downloading:type_name -> google.protobuf.Duration
+	6,  // 60: nixdispatch.v1.DispatchService.Build:input_type -> nixdispatch.v1.BuildRequest
+	7,  // 61: nixdispatch.v1.DispatchService.Attach:input_type -> nixdispatch.v1.AttachRequest
+	23, // 62: nixdispatch.v1.DispatchService.Hook:input_type -> nixdispatch.v1.HookRequest
+	32, // 63: nixdispatch.v1.DispatchService.Status:input_type -> nixdispatch.v1.StatusRequest
+	39, // 64: nixdispatch.v1.DispatchService.Machines:input_type -> nixdispatch.v1.MachinesRequest
+	43, // 65: nixdispatch.v1.DispatchService.Cancel:input_type -> nixdispatch.v1.CancelRequest
+	45, // 66: nixdispatch.v1.DispatchService.Explain:input_type -> nixdispatch.v1.ExplainRequest
+	48, // 67: nixdispatch.v1.DispatchService.Drain:input_type -> nixdispatch.v1.DrainRequest
+	50, // 68: nixdispatch.v1.DispatchService.Undrain:input_type -> nixdispatch.v1.UndrainRequest
+	52, // 69: nixdispatch.v1.DispatchService.Reload:input_type -> nixdispatch.v1.ReloadRequest
+	54, // 70: nixdispatch.v1.DispatchService.Ping:input_type -> nixdispatch.v1.PingRequest
+	56, // 71: nixdispatch.v1.DispatchService.History:input_type -> nixdispatch.v1.HistoryRequest
+	58, // 72: nixdispatch.v1.DispatchService.Log:input_type -> nixdispatch.v1.LogRequest
+	9,  // 73: nixdispatch.v1.DispatchService.Build:output_type -> nixdispatch.v1.BuildResponse
+	9,  // 74: nixdispatch.v1.DispatchService.Attach:output_type -> nixdispatch.v1.BuildResponse
+	29, // 75: nixdispatch.v1.DispatchService.Hook:output_type -> nixdispatch.v1.HookResponse
+	33, // 76: nixdispatch.v1.DispatchService.Status:output_type -> nixdispatch.v1.StatusResponse
+	40, // 77: nixdispatch.v1.DispatchService.Machines:output_type -> nixdispatch.v1.MachinesResponse
+	44, // 78: nixdispatch.v1.DispatchService.Cancel:output_type -> nixdispatch.v1.CancelResponse
+	46, // 79: nixdispatch.v1.DispatchService.Explain:output_type -> nixdispatch.v1.ExplainResponse
+	49, // 80: nixdispatch.v1.DispatchService.Drain:output_type -> nixdispatch.v1.DrainResponse
+	51, // 81: nixdispatch.v1.DispatchService.Undrain:output_type -> nixdispatch.v1.UndrainResponse
+	53, // 82: nixdispatch.v1.DispatchService.Reload:output_type -> nixdispatch.v1.ReloadResponse
+	55, // 83: nixdispatch.v1.DispatchService.Ping:output_type -> nixdispatch.v1.PingResponse
+	57, // 84: nixdispatch.v1.DispatchService.History:output_type -> nixdispatch.v1.FinishedBuild
+	59, // 85: nixdispatch.v1.DispatchService.Log:output_type -> nixdispatch.v1.LogResponse
+	73, // [73:86] is the sub-list for method output_type
+	60, // [60:73] is the sub-list for method input_type
+	60, // [60:60] is the sub-list for extension type_name
+	60, // [60:60] is the sub-list for extension extendee
+	0,  // [0:60] is the sub-list for field type_name
 }
 
 func init() { file_dispatch_v1_dispatch_proto_init() }
@@ -4902,13 +5134,14 @@ func file_dispatch_v1_dispatch_proto_init() {
 		(*HookResponse_Event)(nil),
 		(*HookResponse_HandOver)(nil),
 	}
+	file_dispatch_v1_dispatch_proto_msgTypes[30].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_dispatch_v1_dispatch_proto_rawDesc), len(file_dispatch_v1_dispatch_proto_rawDesc)),
 			NumEnums:      6,
-			NumMessages:   53,
+			NumMessages:   54,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

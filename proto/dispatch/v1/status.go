@@ -10,3 +10,18 @@ func (s BuildStatus) Succeeded() bool {
 		return false
 	}
 }
+
+// Free is the room that a machine has for builds, in bytes: in its store or in the
+// directory that it builds in, wherever there is less; false if it has not told.
+func (l *MachineLoad) Free() (bytes uint64, known bool) {
+	switch {
+	case l == nil || l.StoreFreeBytes == nil && l.BuildDirFreeBytes == nil:
+		return 0, false
+	case l.BuildDirFreeBytes == nil:
+		return l.GetStoreFreeBytes(), true
+	case l.StoreFreeBytes == nil:
+		return l.GetBuildDirFreeBytes(), true
+	default:
+		return min(l.GetStoreFreeBytes(), l.GetBuildDirFreeBytes()), true
+	}
+}
