@@ -13,13 +13,11 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
-	"net/http"
 	"os"
 	"sync"
 	"sync/atomic"
 	"time"
 
-	"github.com/prometheus/client_golang/prometheus/promhttp"
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
 
 	"nixdispatch/proto/nix"
@@ -45,6 +43,9 @@ type Options struct {
 	Watchdog time.Duration
 	// MetricsListen is the TCP address for Prometheus; "" for none.
 	MetricsListen string
+	// MetricsConfig is the path of a web configuration file of Prometheus's exporter
+	// toolkit, with TLS and passwords for MetricsListen; "" for neither.
+	MetricsConfig string
 	// StateDir holds what must not be in memory: the logs of builds in progress,
 	// and which machines are drained.
 	StateDir string
@@ -113,6 +114,9 @@ func New(opts Options) (*Daemon, error) {
 	if err := os.MkdirAll(opts.StateDir, 0o700); err != nil {
 		return nil, fmt.Errorf("state directory: %w", err)
 	}
+	if err := checkWebConfig(opts.MetricsConfig); err != nil {
+		return nil, err
+	}
 	local, err := newStores(opts)
 	if err != nil {
 		return nil, err
@@ -146,7 +150,7 @@ func (d *Daemon) Run(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	metricsListener, err := d.listenMetrics(ctx)
+	webListener, err := d.listenWeb(ctx)
 	if err != nil {
 		return errors.Join(err, listener.Close())
 	}
@@ -160,7 +164,7 @@ func (d *Daemon) Run(ctx context.Context) error {
 	serving.Go(func() { d.dispatcher.watchStranded(d.life, d.opts.MachineWait) })
 	serving.Go(func() { d.watchMachines(d.life, d.opts.ReloadPoll) })
 	serving.Go(func() { d.keepTelling(d.life, d.opts.Watchdog) })
-	web := d.serveMetrics(metricsListener, &serving, failed)
+	web := d.serveWeb(webListener, &serving, failed)
 	d.log.Info("ready", "socket", d.opts.Socket, "metrics", d.opts.MetricsListen,
 		"machines", len(d.machines.current().lines), "version", d.opts.Version)
 	d.notify(notifyReady)
@@ -176,34 +180,6 @@ func (d *Daemon) Run(ctx context.Context) error {
 	d.shutDown(server, healthServer, web, pool)
 	serving.Wait()
 	return err
-}
-
-func (d *Daemon) listenMetrics(ctx context.Context) (net.Listener, error) {
-	if d.opts.MetricsListen == "" {
-		return nil, nil
-	}
-	var lc net.ListenConfig
-	l, err := lc.Listen(ctx, "tcp", d.opts.MetricsListen)
-	if err != nil {
-		return nil, fmt.Errorf("metrics: %w", err)
-	}
-	return l, nil
-}
-
-// serveMetrics starts the metrics listener; it returns nil if there is none.
-func (d *Daemon) serveMetrics(l net.Listener, serving *sync.WaitGroup, failed chan<- error) *http.Server {
-	if l == nil {
-		return nil
-	}
-	mux := http.NewServeMux()
-	mux.Handle("GET /metrics", promhttp.HandlerFor(d.metrics.registry, promhttp.HandlerOpts{}))
-	web := &http.Server{Handler: mux, ReadHeaderTimeout: 10 * time.Second, IdleTimeout: 2 * time.Minute}
-	serving.Go(func() {
-		if err := web.Serve(l); !errors.Is(err, http.ErrServerClosed) {
-			failed <- fmt.Errorf("metrics: %w", err)
-		}
-	})
-	return web
 }
 
 // group may submit builds, too; "" for none.

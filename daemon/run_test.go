@@ -1,11 +1,8 @@
 package daemon
 
 import (
-	"context"
 	"fmt"
-	"io"
 	"net"
-	"net/http"
 	"os"
 	"path/filepath"
 	"runtime"
@@ -191,41 +188,4 @@ func TestRunWithoutItsAddresses(t *testing.T) {
 	if _, err := New(opts); err == nil || !strings.Contains(err.Error(), "state directory") {
 		t.Errorf("New = %v, want an error that tells of the state directory", err)
 	}
-}
-
-func TestMetricsAreServed(t *testing.T) {
-	t.Parallel()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Skipf("no loopback here: %v", err)
-	}
-	address := l.Addr().String()
-	l.Close() // a moment in which another could take it
-	newSiteWith(t, siteConfig{machines: []*fakeMachine{oneMachine("ssh")}, options: func(o *Options) { o.MetricsListen = address }})
-	ctx, cancel := context.WithTimeout(t.Context(), patience)
-	defer cancel()
-	get := func(path string) (int, string) {
-		req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+address+path, nil)
-		if err != nil {
-			t.Fatal(err)
-		}
-		r, err := http.DefaultClient.Do(req)
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer r.Body.Close()
-		body, err := io.ReadAll(r.Body)
-		if err != nil {
-			t.Fatal(err)
-		}
-		return r.StatusCode, string(body)
-	}
-	code, body := get("/metrics")
-	if want := `nix_dispatch_machine_up{machine="ssh://m1"} 1`; code != http.StatusOK || !strings.Contains(body, want) {
-		t.Errorf("GET /metrics = %d, %.200q; want it to contain %s", code, body, want)
-	}
-	if code, _ := get("/debug/pprof/"); code != http.StatusNotFound {
-		t.Errorf("GET of something else = %d, want 404", code)
-	}
-	http.DefaultClient.CloseIdleConnections()
 }

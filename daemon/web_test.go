@@ -1,0 +1,200 @@
+package daemon
+
+import (
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/pem"
+	"io"
+	"math/big"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/crypto/bcrypt"
+)
+
+// freeAddress is a loopback address that nobody listens on, but for a moment in
+// which another could take it.
+func freeAddress(t *testing.T) string {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Skipf("no loopback here: %v", err)
+	}
+	defer l.Close()
+	return l.Addr().String()
+}
+
+// A browser asks the metrics listener.
+type browser struct {
+	t              *testing.T
+	base           string
+	user, password string // "" for no authentication
+	host           string // in place of the address; "" for that
+	client         *http.Client
+}
+
+// newBrowser is one that trusts a certificate, in PEM, for https.
+func newBrowser(t *testing.T, base string, certificate []byte) *browser {
+	t.Helper()
+	pool := x509.NewCertPool()
+	pool.AppendCertsFromPEM(certificate)
+	transport := &http.Transport{TLSClientConfig: &tls.Config{RootCAs: pool}}
+	t.Cleanup(transport.CloseIdleConnections)
+	return &browser{t: t, base: base, client: &http.Client{Transport: transport, Timeout: patience}}
+}
+
+// get asks for a path.
+func (b *browser) get(path string) (*http.Response, string) {
+	b.t.Helper()
+	return b.do(http.MethodGet, path)
+}
+
+func (b *browser) do(method, path string) (*http.Response, string) {
+	b.t.Helper()
+	req, err := http.NewRequestWithContext(b.t.Context(), method, b.base+path, nil)
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	if b.user != "" {
+		req.SetBasicAuth(b.user, b.password)
+	}
+	req.Host = b.host
+	r, err := b.client.Do(req)
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	defer r.Body.Close()
+	body, err := io.ReadAll(r.Body)
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	return r, string(body)
+}
+
+func TestMetricsAreServed(t *testing.T) {
+	t.Parallel()
+	address := freeAddress(t)
+	newSiteWith(t, siteConfig{machines: []*fakeMachine{oneMachine("ssh")}, options: func(o *Options) { o.MetricsListen = address }})
+	b := newBrowser(t, "http://"+address, nil)
+	r, body := b.get("/metrics")
+	if want := `nix_dispatch_machine_up{machine="ssh://m1"} 1`; r.StatusCode != http.StatusOK || !strings.Contains(body, want) {
+		t.Errorf("GET /metrics = %d, %.200q; want it to contain %s", r.StatusCode, body, want)
+	}
+	if r, _ := b.get("/debug/pprof/"); r.StatusCode != http.StatusNotFound {
+		t.Errorf("GET of something else = %d, want 404", r.StatusCode)
+	}
+	if r, _ := b.do(http.MethodPost, "/metrics"); r.StatusCode != http.StatusMethodNotAllowed {
+		t.Errorf("POST = %d, want 405", r.StatusCode)
+	}
+}
+
+// writeCertificate puts a certificate for 127.0.0.1, and its key, into a directory.
+func writeCertificate(t *testing.T, dir string) (certificate []byte) {
+	t.Helper()
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	template := &x509.Certificate{
+		SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "nix-dispatch"},
+		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour),
+		IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)}, BasicConstraintsValid: true, IsCA: true,
+	}
+	der, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	keyDER, err := x509.MarshalPKCS8PrivateKey(key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	certificate = pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})
+	writeFile(t, filepath.Join(dir, "cert.pem"), string(certificate))
+	writeFile(t, filepath.Join(dir, "key.pem"), string(pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: keyDER})))
+	return certificate
+}
+
+func writeFile(t *testing.T, path, text string) {
+	t.Helper()
+	if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// webConfig is a web configuration with TLS and one user.
+func webConfig(t *testing.T, user, password string) string {
+	t.Helper()
+	hash, err := bcrypt.GenerateFromPassword([]byte(password), bcrypt.MinCost)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return "tls_server_config:\n  cert_file: cert.pem\n  key_file: key.pem\nbasic_auth_users:\n  " + user + ": " + string(hash) + "\n"
+}
+
+// TestNothingIsServedToStrangers has TLS and a password.
+func TestNothingIsServedToStrangers(t *testing.T) {
+	t.Parallel()
+	dir, address := t.TempDir(), freeAddress(t)
+	certificate := writeCertificate(t, dir)
+	file := filepath.Join(dir, "web.yml")
+	writeFile(t, file, webConfig(t, "prometheus", "secret"))
+	newSiteWith(t, siteConfig{machines: []*fakeMachine{oneMachine("ssh")}, options: func(o *Options) {
+		o.MetricsListen, o.MetricsConfig = address, file
+	}})
+	friend := newBrowser(t, "https://"+address, certificate)
+	friend.user, friend.password = "prometheus", "secret"
+	want := func(who string, b *browser, path string, status int) {
+		t.Helper()
+		r, body := b.get(path)
+		if r.StatusCode != status {
+			t.Errorf("%s: GET %s = %d, want %d", who, path, r.StatusCode, status)
+		}
+		if served := strings.Contains(body, "ssh://m1"); served != (status == http.StatusOK) {
+			t.Errorf("%s: GET %s serves the machines: %v", who, path, served)
+		}
+	}
+	want("who knows the password", friend, "/metrics", http.StatusOK)
+	stranger := newBrowser(t, "https://"+address, certificate)
+	plain := newBrowser(t, "http://"+address, nil)
+	plain.user, plain.password = "prometheus", "secret"
+	wrong := newBrowser(t, "https://"+address, certificate)
+	wrong.user, wrong.password = "prometheus", "guess"
+	for _, path := range []string{"/metrics", "/", "/nothing"} {
+		want("who has no password", stranger, path, http.StatusUnauthorized)
+		want("who has a wrong one", wrong, path, http.StatusUnauthorized)
+		want("who speaks without TLS", plain, path, http.StatusBadRequest)
+	}
+
+	// The file counts as it is now.
+	writeFile(t, file, webConfig(t, "prometheus", "new"))
+	want("who has the old password", friend, "/metrics", http.StatusUnauthorized)
+	friend.password = "new"
+	want("who has the new one", friend, "/metrics", http.StatusOK)
+	writeFile(t, file, "basic_auth_users: [")
+	want("who has it, with a bad file", friend, "/metrics", http.StatusInternalServerError)
+}
+
+func TestBadWebConfigurationIsRefused(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	file := filepath.Join(dir, "web.yml")
+	for name, text := range map[string]string{
+		"no such key": "basic_auth: {}\n", "no certificate": "tls_server_config: {cert_file: none.pem, key_file: none.pem}\n",
+		"no hash": "basic_auth_users: {prometheus: secret}\n",
+	} {
+		writeFile(t, file, text)
+		_, err := New(Options{StateDir: filepath.Join(dir, "state"), MetricsConfig: file})
+		if err == nil || !strings.Contains(err.Error(), file) {
+			t.Errorf("%s: New = %v, want an error that names the file", name, err)
+		}
+	}
+}
