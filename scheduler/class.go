@@ -23,20 +23,14 @@ type class struct {
 	// Counts over machines, kept by Queue.refresh.
 	open    int // eligible machines with a free slot
 	room    int // eligible machines with a free slot or staging place
+	spare   int // eligible machines with room, or a place for a caller with no build in line
 	movable int // builds of this class that may be moved away from where they are
 
 	queues  map[*caller]*callerQueue
-	heads   classHeap // the queues, the one whose first build is next on top
+	heads   queueHeap // the queues, the one whose first build is next on top
+	hungry  queueHeap // those of them whose caller has no build in line for the first one
 	waiting int       // index in Queue.waiting, -1 when nothing is queued
 	refs    int       // builds of this class, in any phase
-}
-
-// A caller is one whose builds share a turn.
-type caller struct {
-	name   string
-	placed int // placed builds; the fewest go first
-	queues []*callerQueue
-	refs   int // builds of this caller, in any phase
 }
 
 // A callerQueue holds the queued builds of one class and one caller.
@@ -44,7 +38,7 @@ type callerQueue struct {
 	class  *class
 	caller *caller
 	builds buildHeap
-	index  int // in class.heads
+	at     [2]int // its index in class.heads and class.hungry, -1 where it is not in
 }
 
 // before is the order of the queue.
@@ -54,6 +48,8 @@ func before(a, b *build) bool {
 		return a.req.Priority > b.req.Priority
 	case a.caller.placed != b.caller.placed:
 		return a.caller.placed < b.caller.placed
+	case a.caller.placedAt != b.caller.placedAt:
+		return a.caller.placedAt < b.caller.placedAt
 	case a.req.Chain != b.req.Chain:
 		return a.req.Chain > b.req.Chain
 	default:
@@ -87,70 +83,91 @@ func (h *buildHeap) Pop() any {
 	return b
 }
 
-// A classHeap has the queue whose first build is next on top.
-type classHeap []*callerQueue
+// A queueHeap has the queue whose first build is next on top.
+type queueHeap struct {
+	queues []*callerQueue
+	which  int // the index in callerQueue.at
+}
 
-func (h classHeap) Len() int           { return len(h) }
-func (h classHeap) Less(i, j int) bool { return before(h[i].builds[0], h[j].builds[0]) }
-func (h classHeap) Swap(i, j int) {
-	h[i], h[j] = h[j], h[i]
-	h[i].index, h[j].index = i, j
+func (h *queueHeap) Len() int { return len(h.queues) }
+func (h *queueHeap) Less(i, j int) bool {
+	return before(h.queues[i].builds[0], h.queues[j].builds[0])
+}
+func (h *queueHeap) Swap(i, j int) {
+	h.queues[i], h.queues[j] = h.queues[j], h.queues[i]
+	h.queues[i].at[h.which], h.queues[j].at[h.which] = i, j
 }
 
 // Push is for container/heap.
-func (h *classHeap) Push(x any) {
+func (h *queueHeap) Push(x any) {
 	cq := x.(*callerQueue)
-	cq.index = len(*h)
-	*h = append(*h, cq)
+	cq.at[h.which] = len(h.queues)
+	h.queues = append(h.queues, cq)
 }
 
 // Pop is for container/heap.
-func (h *classHeap) Pop() any {
-	last := len(*h) - 1
-	cq := (*h)[last]
-	(*h)[last] = nil
-	*h = (*h)[:last]
+func (h *queueHeap) Pop() any {
+	last := len(h.queues) - 1
+	cq := h.queues[last]
+	h.queues[last] = nil
+	h.queues = h.queues[:last]
+	cq.at[h.which] = -1
 	return cq
 }
 
-// next returns the build that is next among those queued in c.
-func (c *class) next() *build { return c.heads[0].builds[0] }
+// set has cq in the heap or not, at its place.
+func (h *queueHeap) set(cq *callerQueue, in bool) {
+	switch i := cq.at[h.which]; {
+	case in && i >= 0:
+		heap.Fix(h, i)
+	case in:
+		heap.Push(h, cq)
+	case i >= 0:
+		heap.Remove(h, i)
+	}
+}
+
+// next returns the build that is next among those in the heap, which must not be
+// empty.
+func (h *queueHeap) next() *build { return h.queues[0].builds[0] }
+
+// sort puts cq where it belongs now that its first build or its caller has changed.
+func (cq *callerQueue) sort() {
+	cq.class.heads.set(cq, true)
+	cq.feed()
+}
+
+// feed puts cq among the hungry, or not, now that what its caller has in line has
+// changed.
+func (cq *callerQueue) feed() {
+	cq.class.hungry.set(cq, cq.caller.hungry(cq.builds[0].req.Priority))
+}
 
 // push queues b, which is of class c.
 func (c *class) push(b *build) {
 	cq := c.queues[b.caller]
-	if cq != nil {
-		heap.Push(&cq.builds, b)
-		heap.Fix(&c.heads, cq.index)
-		return
+	if cq == nil {
+		cq = &callerQueue{class: c, caller: b.caller, at: [2]int{-1, -1}}
+		c.queues[b.caller] = cq
+		b.caller.queued = append(b.caller.queued, cq)
 	}
-	cq = &callerQueue{class: c, caller: b.caller}
-	c.queues[b.caller] = cq
-	b.caller.queues = append(b.caller.queues, cq)
 	heap.Push(&cq.builds, b)
-	heap.Push(&c.heads, cq)
+	cq.sort()
 }
 
 // drop takes b, which is queued in c, out of the queue.
 func (c *class) drop(b *build) {
 	cq := c.queues[b.caller]
-	if len(cq.builds) == 1 {
-		heap.Remove(&c.heads, cq.index)
-		delete(c.queues, b.caller)
-		i := slices.Index(b.caller.queues, cq)
-		b.caller.queues = slices.Delete(b.caller.queues, i, i+1)
+	if len(cq.builds) > 1 {
+		heap.Remove(&cq.builds, b.index)
+		cq.sort()
 		return
 	}
-	heap.Remove(&cq.builds, b.index)
-	heap.Fix(&c.heads, cq.index)
-}
-
-// addPlaced changes the number of u's placed builds, and so its turn.
-func (u *caller) addPlaced(n int) {
-	u.placed += n
-	for _, cq := range u.queues {
-		heap.Fix(&cq.class.heads, cq.index)
-	}
+	c.heads.set(cq, false)
+	c.hungry.set(cq, false)
+	delete(c.queues, b.caller)
+	i := slices.Index(b.caller.queued, cq)
+	b.caller.queued = slices.Delete(b.caller.queued, i, i+1)
 }
 
 // fit works out anew which machines c's builds may go to.
@@ -171,7 +188,7 @@ func (c *class) applyExclusions(machines []*machine) {
 		others = others || c.match[i] && m.coming() && !c.excludes(m.ID.URI())
 	}
 	c.ok = make([]bool, len(machines))
-	c.machines, c.open, c.room = nil, 0, 0
+	c.machines, c.open, c.room, c.spare = nil, 0, 0, 0
 	for i, m := range machines {
 		if !c.match[i] || others && c.excludes(m.ID.URI()) {
 			continue
@@ -180,6 +197,7 @@ func (c *class) applyExclusions(machines []*machine) {
 		c.machines = append(c.machines, m)
 		c.open += count(m.open)
 		c.room += count(m.room)
+		c.spare += count(m.spare)
 	}
 }
 
@@ -211,7 +229,7 @@ func (q *Queue) class(r Request) *class {
 	}
 	c := &class{
 		list: r.List, system: r.System, features: features, exclude: exclude,
-		queues: make(map[*caller]*callerQueue), waiting: -1,
+		queues: make(map[*caller]*callerQueue), hungry: queueHeap{which: 1}, waiting: -1,
 	}
 	c.fit(q.machines)
 	q.byKey[key] = c

@@ -19,8 +19,8 @@
 //
 // The builds that are staging, staged or running are the placed ones. A
 // machine's load is its placed builds plus its held slots. A slot is granted
-// when the inputs are there, in the order of placing among those ready, so a
-// small build overtakes one whose inputs take an hour. A machine whose load is
+// when the inputs are there, so a small build overtakes one whose inputs take an
+// hour. A machine whose load is
 // below max-jobs has a free slot; one whose load is below max-jobs plus its
 // staging places can still take a build whose inputs travel while the slots
 // are busy. A fetching build holds neither.
@@ -52,9 +52,20 @@
 // # The order of builds
 //
 // The queue's order: higher priority, then the caller with fewest placed
-// builds, then the one with the longest chain of derivations that wait for it,
-// where that is known, then oldest. The chain is what a whole graph takes at least,
-// however many machines there are.
+// builds, then the caller whose last placing is longest ago, then the build with the
+// longest chain of derivations that wait for it, where that is known, then oldest.
+// The chain is what a whole graph takes at least, however many machines there are.
+//
+// A slot goes, among the builds whose inputs are there, by higher priority, then to the
+// caller with fewest running builds, then to the one whose last slot is longest
+// ago, then to the build placed first.
+//
+// Nobody's turn comes while others' builds fill the staging places, so each machine
+// has as many again for those who have no build in line: a build may take one if
+// its caller has no placed build without a slot, of its own priority or a higher
+// one, and no other place is free. So a caller's only build gets the next slot of
+// its machine, whatever others have queued. A build that another caller wants, too,
+// goes by the better turn of both.
 //
 // A build that has no slot yet is moved when its machine has more builds than
 // slots, or takes no builds any more, while another eligible machine has a free

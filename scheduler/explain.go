@@ -61,7 +61,8 @@ func (q *Queue) Explain(r Request) Explanation {
 		}
 	}
 	t := c.tally(q.machines)
-	m, rule := c.choose()
+	u := q.callers[r.Caller]
+	m, rule := c.choose(u == nil || u.hungry(r.Priority))
 	switch {
 	case t.matching == 0:
 		e.Situation = Impossible
@@ -76,7 +77,7 @@ func (q *Queue) Explain(r Request) Explanation {
 	}
 	e.Why = e.Situation.text(t)
 	if m != nil {
-		e.Why = "goes to " + printable(m.ID.URI()) + ": " + rule.text(m.open)
+		e.Why = "goes to " + printable(m.ID.URI()) + ": " + rule.text(m)
 	}
 	return e
 }
@@ -212,13 +213,16 @@ const (
 	whyWithdraw = "the machines changed, and the machine may not build it any more"
 )
 
-// text says why the machine was chosen; open tells whether it has a free slot.
-func (r choiceRule) text(open bool) string {
-	texts := stagingTexts
-	if open {
-		texts = slotTexts
+// text says why m was chosen.
+func (r choiceRule) text(m *machine) string {
+	switch {
+	case m.open:
+		return slotTexts[r]
+	case m.room:
+		return stagingTexts[r]
+	default:
+		return turnTexts[r]
 	}
-	return texts[r]
 }
 
 var slotTexts = [...]string{
@@ -235,6 +239,14 @@ var stagingTexts = [...]string{
 	ruleSpeed:        "no slot is free; fastest of those with a staging place and the lowest load/speed factor",
 	ruleLoad:         "no slot is free; least loaded of the fastest with a staging place",
 	ruleFirst:        "no slot is free; first in the list among equals with a staging place",
+}
+
+var turnTexts = [...]string{
+	ruleOnly:         "no slot is free; the only matching machine with a place for who has no build in line",
+	ruleLoadPerSpeed: "no slot is free; lowest load/speed factor of those with a place for who has no build in line",
+	ruleSpeed:        "no slot is free; fastest of those with a place for who has no build in line and the lowest load/speed factor",
+	ruleLoad:         "no slot is free; least loaded of the fastest with a place for who has no build in line",
+	ruleFirst:        "no slot is free; first in the list among equals with a place for who has no build in line",
 }
 
 // text says the situation in words.

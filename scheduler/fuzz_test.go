@@ -25,7 +25,7 @@ type world struct {
 }
 
 func newWorld(t *testing.T, bytes []byte) *world {
-	return &world{t: t, bytes: bytes, q: New(), twin: New(), naive: &naive{}}
+	return &world{t: t, bytes: bytes, q: New(), twin: New(), naive: &naive{placedAt: map[string]int{}, runningAt: map[string]int{}}}
 }
 
 // n returns a number below limit, drawn from the bytes; 0 when they are used up.
@@ -95,7 +95,7 @@ func (w *world) some(phases ...Phase) (BuildStatus, bool) {
 
 // event applies one event to all three.
 func (w *world) event() {
-	switch w.n(16) {
+	switch w.n(17) {
 	case 0:
 		w.listed = w.machines()
 		w.did(fmt.Sprintf("SetMachines(%+v)", w.listed),
@@ -130,6 +130,12 @@ func (w *world) event() {
 		}
 	case 14:
 		w.lostOrRelease()
+	case 16:
+		if b, ok := w.some(Queued, Staging, Staged, Running, Fetching, Lost); ok {
+			caller, priority := pick(w, "alice", "bob", "carol"), pick(w, 0, 0, 1, -1)
+			w.did(fmt.Sprintf("Join(%d, %s, %d)", b.ID, caller, priority), w.q.Join(b.ID, caller, priority),
+				w.twin.Join(b.ID, caller, priority), w.naive.Join(b.ID, caller, priority))
+		}
 	case 15:
 		// An upload that ended on a machine the build has left.
 		if b, ok := w.some(Queued, Staging, Staged, Running); ok {
@@ -238,7 +244,7 @@ func (w *world) check(orders []Order) {
 			if r := w.naive.build(o.Build).Request; !could(m.Machine, r) || !w.naive.takes(m) {
 				w.fatalf("%s of %+v on unfit %+v", o.Kind, r, m)
 			}
-			if w.naive.own(m) > m.MaxJobs+m.Staging {
+			if w.naive.own(m) > m.MaxJobs+2*m.Staging {
 				w.fatalf("%s on %s beyond its places", o.Kind, o.Machine)
 			}
 		}
@@ -250,6 +256,9 @@ func (w *world) check(orders []Order) {
 		}
 		if b.Phase == Queued && w.naive.choose(n.Request) != nil {
 			w.fatalf("build %d is queued though a machine has a place for it", b.ID)
+		}
+		if b.Phase == Queued && w.naive.chooseByTurn(n.Request) != nil {
+			w.fatalf("build %d is queued though it is its caller's turn and a machine has a place for that", b.ID)
 		}
 	}
 }

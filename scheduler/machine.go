@@ -38,6 +38,7 @@ type Machine struct {
 	// their inputs travel while all slots are busy. 0 means half of MaxJobs, at least
 	// one: enough to have the next inputs there when builds take longer than their
 	// uploads, and few enough that little is bound to a machine early. Negative means none.
+	// There are as many again for callers that have no build in line.
 	Staging int
 }
 
@@ -94,6 +95,7 @@ type machine struct {
 	// Derived by Queue.refresh, which counts them in the classes:
 	open    bool // takes builds and has a free slot
 	room    bool // takes builds and has a free slot or staging place (no class has a machine without slots)
+	spare   bool // takes builds and has room, or a place for a caller that has no build in line
 	movable bool // the builds in line may go elsewhere
 }
 
@@ -190,15 +192,44 @@ func sign(negative bool) int {
 	return 1
 }
 
+// A placeKind is what a machine has free for a build.
+type placeKind int
+
+const (
+	slotPlace    placeKind = iota // a build slot
+	stagingPlace                  // a staging place
+	turnPlace                     // one for a caller that has no build in line
+)
+
+// has tells whether m has a place of a kind, or a better one.
+func (m *machine) has(k placeKind) bool {
+	switch k {
+	case slotPlace:
+		return m.open
+	case stagingPlace:
+		return m.room
+	default:
+		return m.spare
+	}
+}
+
 // choose returns the machine for a build of class c: among those with a free
-// slot, else among those with a free staging place; nil when there is neither.
-// The rule is the last one needed to set it apart from all others.
-func (c *class) choose() (best *machine, rule choiceRule) {
-	if c.room == 0 {
+// slot, else among those with a free staging place, else, if its turn lets it,
+// among those with a place for that; nil when there is none. The rule is the last
+// one needed to set it apart from all others.
+func (c *class) choose(turn bool) (best *machine, rule choiceRule) {
+	kind := slotPlace
+	switch {
+	case c.open > 0:
+	case c.room > 0:
+		kind = stagingPlace
+	case c.spare > 0 && turn:
+		kind = turnPlace
+	default:
 		return nil, ruleOnly
 	}
 	for _, m := range c.machines {
-		if !m.room || (c.open > 0 && !m.open) {
+		if !m.has(kind) {
 			continue
 		}
 		if best == nil {

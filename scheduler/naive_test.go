@@ -1,6 +1,7 @@
 package scheduler_test
 
 import (
+	"cmp"
 	"slices"
 
 	. "nixdispatch/scheduler"
@@ -14,7 +15,9 @@ type naive struct {
 	removed []*naiveMachine
 	builds  []*naiveBuild // in the order they came
 	orders  []Order
-	turn    int // counts placings
+	turn    int // counts placings and grants
+	// When each caller last placed a build, and last got a slot.
+	placedAt, runningAt map[string]int
 }
 
 type naiveMachine struct {
@@ -182,26 +185,38 @@ func (n *naive) choose(r Request) *naiveMachine {
 	return n.best(r, n.placeFree)
 }
 
-// queue returns the queued builds in their order.
-func (n *naive) queue() []*naiveBuild {
-	var queued []*naiveBuild
-	placed := map[string]int{}
+// chooseByTurn chooses for a build that has no place in choose's way.
+func (n *naive) chooseByTurn(r Request) *naiveMachine {
 	for _, b := range n.builds {
-		switch b.phase {
-		case Queued:
-			queued = append(queued, b)
-		case Staging, Staged, Running:
-			placed[b.Caller]++
+		if b.Caller == r.Caller && (b.phase == Staging || b.phase == Staged) && b.Priority >= r.Priority {
+			return nil
 		}
 	}
+	return n.best(r, func(m *naiveMachine) bool {
+		return n.takes(m) && m.MaxJobs > 0 && n.load(m) < m.MaxJobs+2*m.Staging
+	})
+}
+
+// of counts the builds of a caller that are in one of phases.
+func (n *naive) of(caller string, phases ...Phase) int {
+	count := 0
+	for _, b := range n.builds {
+		if b.Caller == caller && slices.Contains(phases, b.phase) {
+			count++
+		}
+	}
+	return count
+}
+
+// queue returns the queued builds in their order.
+func (n *naive) queue() []*naiveBuild {
+	queued := slices.DeleteFunc(slices.Clone(n.builds), func(b *naiveBuild) bool { return b.phase != Queued })
 	slices.SortStableFunc(queued, func(a, b *naiveBuild) int {
-		if a.Priority != b.Priority {
-			return b.Priority - a.Priority
-		}
-		if placed[a.Caller] != placed[b.Caller] {
-			return placed[a.Caller] - placed[b.Caller]
-		}
-		return b.Chain - a.Chain
+		return cmp.Or(
+			b.Priority-a.Priority,
+			n.of(a.Caller, Staging, Staged, Running)-n.of(b.Caller, Staging, Staged, Running),
+			n.placedAt[a.Caller]-n.placedAt[b.Caller],
+			b.Chain-a.Chain)
 	})
 	return queued
 }
@@ -223,7 +238,7 @@ func (n *naive) settle() []Order {
 		for n.grant(n.sharers(m)) {
 		}
 	}
-	for n.place() || n.move() {
+	for n.place(n.choose) || n.move() || n.place(n.chooseByTurn) {
 	}
 	n.removed = slices.DeleteFunc(n.removed, func(m *naiveMachine) bool { return n.own(m) == 0 })
 	orders := n.orders
@@ -241,15 +256,18 @@ func (n *naive) grant(machines []*naiveMachine) bool {
 	}
 	ready = slices.DeleteFunc(ready, func(b *naiveBuild) bool { return b.phase != Staged })
 	slices.SortFunc(ready, func(a, b *naiveBuild) int {
-		if a.Priority != b.Priority {
-			return b.Priority - a.Priority
-		}
-		return a.placed - b.placed
+		return cmp.Or(
+			b.Priority-a.Priority,
+			n.of(a.Caller, Running)-n.of(b.Caller, Running),
+			n.runningAt[a.Caller]-n.runningAt[b.Caller],
+			a.placed-b.placed)
 	})
 	if len(ready) == 0 {
 		return false
 	}
 	ready[0].phase = Running
+	n.turn++
+	n.runningAt[ready[0].Caller] = n.turn
 	n.orders = append(n.orders, Order{Kind: Grant, Build: ready[0].ID, Machine: ready[0].on.ID})
 	return true
 }
@@ -257,11 +275,12 @@ func (n *naive) grant(machines []*naiveMachine) bool {
 func (n *naive) put(b *naiveBuild, m *naiveMachine) {
 	n.turn++
 	b.phase, b.on, b.placed = Staging, m, n.turn
+	n.placedAt[b.Caller] = n.turn
 }
 
-func (n *naive) place() bool {
+func (n *naive) place(choose func(Request) *naiveMachine) bool {
 	for _, b := range n.queue() {
-		if m := n.choose(b.Request); m != nil {
+		if m := choose(b.Request); m != nil {
 			n.put(b, m)
 			n.orders = append(n.orders, Order{Kind: Place, Build: b.ID, Machine: m.ID})
 			return true
@@ -387,13 +406,39 @@ func (n *naive) Requeue(id BuildID, failed MachineID) []Order {
 }
 
 func (n *naive) Remove(id BuildID) []Order {
+	caller := n.build(id).Caller
 	n.builds = slices.DeleteFunc(n.builds, func(b *naiveBuild) bool { return b.ID == id })
+	n.forget(caller)
+	return n.settle()
+}
+
+// forget makes a caller without builds a new one.
+func (n *naive) forget(caller string) {
+	if n.of(caller, Queued, Staging, Staged, Running, Fetching, Lost) == 0 {
+		delete(n.placedAt, caller)
+		delete(n.runningAt, caller)
+	}
+}
+
+func (n *naive) Join(id BuildID, caller string, priority int) []Order {
+	b := n.build(id)
+	b.Priority = max(b.Priority, priority)
+	own := b.Caller
+	waits := b.phase == Queued || b.phase == Staging || b.phase == Staged
+	mine, theirs := n.of(own, Staging, Staged, Running), n.of(caller, Staging, Staged, Running)
+	if b.phase != Queued {
+		mine--
+	}
+	if waits && theirs < mine {
+		b.Caller = caller
+		n.forget(own)
+	}
 	return n.settle()
 }
 
 // Offer is the table of replies, read from top to bottom.
 func (n *naive) Offer(r Request, amWilling bool) (Reply, MachineID) {
-	matching, alive, up, slots, queued, local := 0, 0, 0, 0, 0, 0
+	matching, alive, up, slots, queued, local, own := 0, 0, 0, 0, 0, 0, 0
 	most := map[string]int{}
 	for _, m := range n.listed {
 		if could(m.Machine, r) {
@@ -414,12 +459,18 @@ func (n *naive) Offer(r Request, amWilling bool) (Reply, MachineID) {
 	for _, b := range n.queue() {
 		if b.System == r.System && b.List == r.List {
 			queued++
+			if b.Caller == r.Caller {
+				own++
+			}
 			if b.CouldBuildLocally {
 				local++
 			}
 		}
 	}
-	here := r.CouldBuildLocally
+	here, limit := r.CouldBuildLocally, max(512, 4*slots)
+	if own == 0 {
+		limit *= 2
+	}
 	if m := n.best(r, n.slotFree); m != nil {
 		return Accept, m.ID
 	}
@@ -428,7 +479,7 @@ func (n *naive) Offer(r Request, amWilling bool) (Reply, MachineID) {
 		return Decline, ""
 	case alive == 0 && here:
 		return Decline, ""
-	case alive == 0 && queued < max(512, 4*slots):
+	case alive == 0 && queued < limit:
 		return AcceptQueued, ""
 	case alive == 0:
 		return Postpone, ""
@@ -436,11 +487,11 @@ func (n *naive) Offer(r Request, amWilling bool) (Reply, MachineID) {
 		return Decline, ""
 	case here && up == 0:
 		return Postpone, ""
-	case here && local < slots:
+	case here && local < slots, here && own == 0 && queued < max(512, 4*slots):
 		return AcceptQueued, ""
 	case here:
 		return Postpone, ""
-	case queued < max(512, 4*slots):
+	case queued < limit:
 		return AcceptQueued, ""
 	default:
 		return Postpone, ""

@@ -55,13 +55,15 @@ const (
 	ComingLocal
 	// FullLocalBusy: full, and no local slot is free for it, though it could be built
 	// locally. AcceptQueued while fewer such builds than remote slots are queued, so
-	// that no remote slot idles through the seconds a postponed caller waits.
+	// that no remote slot idles through the seconds a postponed caller waits; or if
+	// nothing of the caller's is queued, so that others do not keep it out.
 	FullLocalBusy
 	// FullLocalQueued: as before, and as many are queued. Postpone.
 	FullLocalQueued
 	// Full, and it cannot be built locally. AcceptQueued.
 	Full
-	// FullQueue: as before or as NoneUp, and max(512, 4 times the slots) are queued. Postpone.
+	// FullQueue: as before or as NoneUp, and max(512, 4 times the slots) are queued, or
+	// twice as many if nothing of the caller's is. Postpone.
 	FullQueue
 	// NoneUpLocal: matching machines exist, none is up or coming (though some may be
 	// parked), and it can be built locally. Decline.
@@ -98,8 +100,8 @@ const (
 func (q *Queue) Offer(r Request, amWilling bool) Decision {
 	c := q.class(r)
 	if c.open > 0 {
-		m, rule := c.choose()
-		return Decision{Reply: Accept, Situation: SlotFree, Machine: m.ID, Why: rule.text(true)}
+		m, rule := c.choose(false)
+		return Decision{Reply: Accept, Situation: SlotFree, Machine: m.ID, Why: rule.text(m)}
 	}
 	t := c.tally(q.machines)
 	switch {
@@ -116,12 +118,14 @@ func (q *Queue) Offer(r Request, amWilling bool) Decision {
 	if s := q.systems[systemKey{r.List, r.System}]; s != nil {
 		queued, local = s.queued, s.local
 	}
+	most := max(minQueued, queuedPerSlot*t.slots)
+	first := !q.callers[r.Caller].queues(r.List, r.System)
 	switch {
-	case r.CouldBuildLocally && local < t.slots:
+	case r.CouldBuildLocally && (local < t.slots || first && queued < most):
 		return t.decide(AcceptQueued, FullLocalBusy)
 	case r.CouldBuildLocally:
 		return t.decide(Postpone, FullLocalQueued)
-	case queued >= max(minQueued, queuedPerSlot*t.slots):
+	case queued >= 2*most, queued >= most && !first:
 		return t.decide(Postpone, FullQueue)
 	case t.coming == 0:
 		return t.decide(AcceptQueued, NoneUp)
@@ -181,7 +185,7 @@ func (q *Queue) Stranded() []BuildID {
 		if c.tally(q.machines).coming > 0 {
 			continue
 		}
-		for _, cq := range c.heads {
+		for _, cq := range c.heads.queues {
 			for _, b := range cq.builds {
 				ids = append(ids, b.req.ID)
 			}

@@ -221,7 +221,7 @@ func (q *Queue) list(ms []Machine) {
 	q.repool()
 	q.open = 0
 	for _, m := range slices.Concat(q.machines, q.removed) {
-		m.open, m.room = false, false
+		m.open, m.room, m.spare = false, false, false
 	}
 }
 
@@ -256,12 +256,7 @@ func (q *Queue) Enqueue(r Request) []Order {
 	r.Features, r.Exclude = slices.Clone(r.Features), slices.Clone(r.Exclude)
 	q.lastSeq++
 	b := &build{req: r, seq: q.lastSeq}
-	b.caller = q.callers[r.Caller]
-	if b.caller == nil {
-		b.caller = &caller{name: r.Caller}
-		q.callers[r.Caller] = b.caller
-	}
-	b.caller.refs++
+	q.own(b, r.Caller)
 	key := systemKey{r.List, r.System}
 	b.system = q.systems[key]
 	if b.system == nil {
@@ -375,9 +370,7 @@ func (q *Queue) Remove(id BuildID) []Order {
 	}
 	q.unuse(b)
 	delete(q.builds, id)
-	if b.caller.refs--; b.caller.refs == 0 {
-		delete(q.callers, b.caller.name)
-	}
+	q.disown(b)
 	if b.system.refs--; b.system.refs == 0 {
 		delete(q.systems, systemKey{b.req.List, b.req.System})
 	}

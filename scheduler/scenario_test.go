@@ -112,6 +112,9 @@ func (s *scenario) event(line string) (answer string) {
 		return orders(s.q.Release(uri(arg(1))))
 	case "requeue":
 		return orders(s.q.Requeue(s.id(arg(1)), uri(arg(2))))
+	case "join":
+		r := s.request(0, words[3:])
+		return orders(s.q.Join(s.id(arg(1)), arg(2), r.Priority))
 	case "remove":
 		return orders(s.q.Remove(s.id(arg(1))))
 	case "offer":

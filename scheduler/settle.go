@@ -9,13 +9,13 @@ import "slices"
 // Grants come first, for a build that has a slot cannot be moved. Placing and
 // moving bring no build whose inputs are there, so no grant can follow from them.
 // Each move leaves fewer builds to be moved and each placement fewer queued, so
-// it ends.
+// it ends. Places for those whose turn it is come last: others may do.
 func (q *Queue) settle(touched ...*machine) []Order {
 	for _, m := range touched {
 		for q.grantNext(m.pool) {
 		}
 	}
-	for q.placeNext() || q.moveNext() {
+	for q.placeNext() || q.moveNext() || q.placeHungry() {
 	}
 	q.forgetRemoved()
 	orders := q.orders
@@ -25,9 +25,8 @@ func (q *Queue) settle(touched ...*machine) []Order {
 
 func (q *Queue) order(o Order) { q.orders = append(q.orders, o) }
 
-// grantNext gives a slot of the pool to the staged build of the highest priority
-// that was placed first, among those that may have one, and tells whether there
-// was one.
+// grantNext gives a slot of the pool to the staged build whose turn it is among
+// those that may have one, and tells whether there was one.
 func (q *Queue) grantNext(p *pool) bool {
 	var next *build
 	for _, m := range p.machines {
@@ -45,7 +44,8 @@ func (q *Queue) grantNext(p *pool) bool {
 	}
 	m := next.machine
 	m.leaveLine(next)
-	next.phase = Running
+	q.turns++
+	next.run(q.turns)
 	m.running++
 	q.refresh(m)
 	q.order(Order{Kind: Grant, Build: next.req.ID, Machine: m.ID, Why: whyGrant})
@@ -53,10 +53,16 @@ func (q *Queue) grantNext(p *pool) bool {
 }
 
 func grantedBefore(a, b *build) bool {
-	if a.req.Priority != b.req.Priority {
+	switch {
+	case a.req.Priority != b.req.Priority:
 		return a.req.Priority > b.req.Priority
+	case a.caller.running != b.caller.running:
+		return a.caller.running < b.caller.running
+	case a.caller.runningAt != b.caller.runningAt:
+		return a.caller.runningAt < b.caller.runningAt
+	default:
+		return a.turn < b.turn
 	}
-	return a.turn < b.turn
 }
 
 // placeNext places the queued build that is next among those some machine has
@@ -64,18 +70,34 @@ func grantedBefore(a, b *build) bool {
 func (q *Queue) placeNext() bool {
 	var next *build
 	for _, c := range q.waiting {
-		if c.room > 0 && (next == nil || before(c.next(), next)) {
-			next = c.next()
+		if c.room > 0 && (next == nil || before(c.heads.next(), next)) {
+			next = c.heads.next()
 		}
 	}
-	if next == nil {
+	return q.placeChosen(next, false)
+}
+
+// placeHungry does the same for the builds of callers that have none in line, where
+// there is no room but a place for these.
+func (q *Queue) placeHungry() bool {
+	var next *build
+	for _, c := range q.waiting {
+		if c.spare > 0 && c.hungry.Len() > 0 && (next == nil || before(c.hungry.next(), next)) {
+			next = c.hungry.next()
+		}
+	}
+	return q.placeChosen(next, true)
+}
+
+func (q *Queue) placeChosen(b *build, turn bool) bool {
+	if b == nil {
 		return false
 	}
-	m, rule := next.class.choose()
-	why := rule.text(m.open)
-	q.dequeue(next)
-	q.place(next, m)
-	q.order(Order{Kind: Place, Build: next.req.ID, Machine: m.ID, Why: why})
+	m, rule := b.class.choose(turn)
+	why := rule.text(m)
+	q.dequeue(b)
+	q.place(b, m)
+	q.order(Order{Kind: Place, Build: b.req.ID, Machine: m.ID, Why: why})
 	return true
 }
 
@@ -96,7 +118,7 @@ func (q *Queue) moveNext() bool {
 		}
 	}
 	b := from.leastFar()
-	to, _ := b.class.choose()
+	to, _ := b.class.choose(false)
 	q.unplace(b)
 	q.place(b, to)
 	q.order(Order{Kind: Move, Build: b.req.ID, Machine: to.ID, From: from.ID, Why: whyMove})
@@ -149,7 +171,7 @@ func (q *Queue) enqueue(b *build) {
 func (q *Queue) dequeue(b *build) {
 	c := b.class
 	c.drop(b)
-	if len(c.heads) == 0 {
+	if c.heads.Len() == 0 {
 		last := q.waiting[len(q.waiting)-1]
 		q.waiting[c.waiting] = last
 		last.waiting = c.waiting
@@ -170,7 +192,8 @@ func (q *Queue) place(b *build, m *machine) {
 	if m.movable {
 		b.class.movable++
 	}
-	b.caller.addPlaced(1)
+	b.caller.placedAt = q.turns
+	b.count(1)
 	q.refresh(m)
 }
 
@@ -183,8 +206,8 @@ func (q *Queue) unplace(b *build) {
 		m.leaveLine(b)
 	}
 	m.placed--
+	b.count(-1)
 	b.machine = nil
-	b.caller.addPlaced(-1)
 	q.refresh(m)
 }
 
@@ -211,14 +234,16 @@ func (q *Queue) refreshOne(m *machine) {
 	takes, load := m.takes(), m.load()
 	open := takes && load < m.MaxJobs
 	room := takes && load < m.MaxJobs+m.Staging
-	if m.open != open || m.room != room {
-		opens, rooms := count(open)-count(m.open), count(room)-count(m.room)
-		m.open, m.room = open, room
+	spare := takes && load < m.MaxJobs+2*m.Staging
+	if m.open != open || m.room != room || m.spare != spare {
+		opens, rooms, spares := count(open)-count(m.open), count(room)-count(m.room), count(spare)-count(m.spare)
+		m.open, m.room, m.spare = open, room, spare
 		q.open += opens
 		for _, c := range q.classes {
 			if c.ok[m.index] {
 				c.open += opens
 				c.room += rooms
+				c.spare += spares
 			}
 		}
 	}

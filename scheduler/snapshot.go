@@ -105,7 +105,7 @@ func (q *Queue) QueuedBySystem() []SystemStatus {
 		if c.matching > 0 {
 			continue
 		}
-		for _, cq := range c.heads {
+		for _, cq := range c.heads.queues {
 			unplaceable[c.system] += len(cq.builds)
 		}
 	}
