@@ -25,7 +25,8 @@ UNIT        = $$(go list ./... | grep -v /deploy/integration)
 
 # Programs the tests need, each with the Debian package that brings it.
 TEST_TOOLS = gcc=gcc as=binutils git=git ssh=openssh-client ssh-keygen=openssh-client \
-	ssh-agent=openssh-client sshd=openssh-server nix-store=nix-bin systemctl=systemd
+	ssh-agent=openssh-client sshd=openssh-server nix-store=nix-bin systemctl=systemd \
+	mandoc=mandoc zsh=zsh fish=fish
 
 # Tests for who asks for them with an environment variable: see docs/hacking.md.
 OPT_IN = ^TestGolden|^TestChaos(|DaemonKilled|DeadMachineCostsNothing)$$

@@ -115,6 +115,15 @@ func run(ctx context.Context, argv []string, std stdio) int {
 			return c.start(ctx, args, std)
 		}
 	}
+	generator := cli.Generator{
+		Program: program(all), Version: version, ManSection: "1", LookUp: lookUp(ctx),
+		SeeAlso: []string{"nix.conf(5)", "nix-dispatchd(8)"},
+	}
+	if ok, err := generator.Run(argv[1:], std.out); err != nil {
+		return usageError(std, name, "%v", err)
+	} else if ok {
+		return exitOK
+	}
 	fmt.Fprintf(std.err, "nix-dispatch: unknown subcommand %q\nTry 'nix-dispatch --help'.\n", name)
 	return exitUsage
 }
@@ -155,7 +164,8 @@ const programName = "nix-dispatch"
 
 const programAbout = `Shows what nix-dispatchd does, which builds on the machines of Nix's builders setting,
 and has it build derivations. 'nix-dispatch SUBCOMMAND --help' shows the options of a
-subcommand.
+subcommand, 'nix-dispatch completion bash|zsh|fish' prints what these shells need to complete
+its arguments.
 
 Environment: NIX_DISPATCH_SOCKET is the daemon's socket, unless --socket names one. By
 default it is $XDG_RUNTIME_DIR/nix-dispatch/socket if this user runs a daemon there, else

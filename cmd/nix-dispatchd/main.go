@@ -73,6 +73,12 @@ func run(ctx context.Context, args []string, told signals, stdout, stderr io.Wri
 	if len(args) > 0 && args[0] == "probe" {
 		return probe(ctx, args[1:], stdout, stderr)
 	}
+	if ok, err := generator().Run(args, stdout); err != nil {
+		fmt.Fprintf(stderr, "nix-dispatchd: %v\n", err)
+		return 2
+	} else if ok {
+		return 0
+	}
 	opts, level, err := parse(args, stdout)
 	if errors.Is(err, flag.ErrHelp) {
 		return 0
@@ -129,6 +135,15 @@ func commandLine() (*cli.Command, *settings) {
 		Name: "nix-dispatchd", Summary: "build for Nix on other machines", About: about,
 		Flags: flags, Commands: []*cli.Command{probe},
 	}, s
+}
+
+// generator makes the manual page and completions.
+func generator() *cli.Generator {
+	c, _ := commandLine()
+	return &cli.Generator{
+		Program: c, Version: version, ManSection: "8",
+		SeeAlso: []string{"nix-dispatch(1)", "nix-daemon(8)", "nix.conf(5)"},
+	}
 }
 
 func parse(args []string, stdout io.Writer) (daemon.Options, slog.Level, error) {

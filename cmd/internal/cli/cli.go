@@ -163,9 +163,9 @@ func (c *Command) shown() []*Command {
 
 // hasOptions tells whether there are options to speak of.
 func (c *Command) hasOptions() bool {
-	any := false
-	c.Flags.VisitAll(func(*flag.Flag) { any = true })
-	return any
+	some := false
+	c.Flags.VisitAll(func(*flag.Flag) { some = true })
+	return some
 }
 
 // synopses are the ways to call the command; prefix is the program's name for a
