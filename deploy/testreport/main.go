@@ -1,9 +1,10 @@
-// Command testreport runs test commands one after the other, shows what failed
-// and ends with one line, "N passed, N failed".
+// Command testreport runs test commands, shows what failed and ends with one line,
+// "N passed, N failed".
 //
-//	testreport [-opt-in REGEXP] 'NAME: COMMAND'...
+//	testreport [-opt-in REGEXP] [+]'NAME: COMMAND'...
 //
-// Each COMMAND is run by sh. Of one that prints what "go test -json" does, every
+// Each COMMAND is run by sh, after those before it have ended; with a plus sign,
+// beside the one before it. Of one that prints what "go test -json" does, every
 // test and subtest counts; any other counts as one check, by its exit status.
 //
 // A skipped test counts as skipped and makes the whole fail, for nobody shall take
@@ -23,6 +24,7 @@ import (
 	"os/signal"
 	"regexp"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
 )
@@ -34,7 +36,8 @@ func main() {
 	os.Exit(code)
 }
 
-// run returns the exit status: 0 if all passed, 1 if not, 2 for bad usage.
+// run returns the exit status: 0 if all passed, 1 if not, 2 for bad usage. What the
+// commands print goes to stderr as it comes, which must be safe for concurrent use.
 func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	flags := flag.NewFlagSet("testreport", flag.ContinueOnError)
 	flags.SetOutput(stderr)
@@ -47,37 +50,58 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 		fmt.Fprintln(stderr, "usage: testreport [-opt-in REGEXP] 'NAME: COMMAND'...", errors.Join(err))
 		return 2
 	}
-	r := newReport(stdout, mayskip)
+	shown := &lockedWriter{w: stdout}
+	var steps []*step
+	var groups [][]*step // those of a group run beside each other
 	for _, arg := range flags.Args() {
+		arg, beside := strings.CutPrefix(arg, "+")
 		name, command, ok := strings.Cut(arg, ": ")
 		if !ok {
 			fmt.Fprintf(stderr, "testreport: %q: want 'NAME: COMMAND'\n", arg)
 			return 2
 		}
-		r.step(ctx, name, command, stderr)
+		s := newStep(name, command, shown, mayskip)
+		steps = append(steps, s)
+		if beside && len(groups) > 0 {
+			groups[len(groups)-1] = append(groups[len(groups)-1], s)
+		} else {
+			groups = append(groups, []*step{s})
+		}
 	}
-	if !r.verdict() {
+	started := time.Now()
+	for _, group := range groups {
+		var running sync.WaitGroup
+		for _, s := range group {
+			running.Go(func() { s.run(ctx, stderr) })
+		}
+		running.Wait()
+	}
+	fmt.Fprintf(stdout, "\nit took %.0f s\n", time.Since(started).Seconds())
+	if !verdict(stdout, steps) {
 		return 1
 	}
 	return 0
 }
 
-// step runs one command.
-func (r *report) step(ctx context.Context, name, command string, stderr io.Writer) {
-	if ctx.Err() != nil {
-		r.fail(name, "not run: interrupted")
-		return
-	}
-	fmt.Fprintf(r.out, "== %s\n", name)
+// run runs the step's command to its end, and says so.
+func (s *step) run(ctx context.Context, stderr io.Writer) {
 	started := time.Now()
-	r.begin()
-	err := r.execute(ctx, command, stderr)
-	r.finish(name, err)
-	fmt.Fprintf(r.out, "== %s: %s in %.0f s\n", name, map[bool]string{true: "ok", false: "FAILED"}[r.stepOK()], time.Since(started).Seconds())
+	fmt.Fprintf(s.out, "== %s\n", s.name)
+	var processor time.Duration
+	if ctx.Err() != nil {
+		s.finish(errors.New("not run: interrupted"))
+	} else {
+		var err error
+		processor, err = s.execute(ctx, stderr)
+		s.finish(err)
+	}
+	fmt.Fprintf(s.out, "== %s: %s in %.0f s, %.0f s of processor time\n", s.name,
+		map[bool]string{true: "ok", false: "FAILED"}[s.ok()], time.Since(started).Seconds(), processor.Seconds())
 }
 
-func (r *report) execute(ctx context.Context, command string, stderr io.Writer) error {
-	cmd := exec.CommandContext(ctx, "/bin/sh", "-c", command)
+// execute returns the processor time of the command and its children, too.
+func (s *step) execute(ctx context.Context, stderr io.Writer) (processor time.Duration, err error) {
+	cmd := exec.CommandContext(ctx, "/bin/sh", "-c", s.command)
 	cmd.Stderr = stderr
 	// An interrupt has reached the whole group from the terminal; what is told to
 	// this process alone is passed on.
@@ -85,20 +109,21 @@ func (r *report) execute(ctx context.Context, command string, stderr io.Writer) 
 	cmd.WaitDelay = 30 * time.Second
 	out, err := cmd.StdoutPipe()
 	if err != nil {
-		return err
+		return 0, err
 	}
 	if err := cmd.Start(); err != nil {
-		return err
+		return 0, err
 	}
 	lines := bufio.NewReader(out)
 	for {
 		line, err := lines.ReadBytes('\n')
 		if len(line) > 0 {
-			r.line(line)
+			s.line(line)
 		}
 		if err != nil {
 			break
 		}
 	}
-	return cmd.Wait()
+	err = cmd.Wait()
+	return cmd.ProcessState.UserTime() + cmd.ProcessState.SystemTime(), err
 }

@@ -7,6 +7,7 @@ import (
 	"regexp"
 	"slices"
 	"strings"
+	"sync"
 )
 
 // slow is from how many seconds on a test is shown when it passes.
@@ -37,99 +38,109 @@ func (id testID) String() string {
 	return id.pkg + " " + id.test
 }
 
-// A report counts what passed. It is for one goroutine.
-type report struct {
-	out     io.Writer
-	mayskip *regexp.Regexp
+// A step is one command and what became of its tests. It is for one goroutine;
+// steps that run beside each other share nothing but out.
+type step struct {
+	name, command string
+	out           io.Writer // safe for concurrent use
+	mayskip       *regexp.Regexp
 
 	passed, skipped int
 	failed          []string // names
 	skips           []string // names and reasons
 
-	// Of the step in progress.
-	failedBefore int
-	events       int               // how many lines were events
-	tests        int               // how many tests began
-	output       map[testID]string // of what has not ended
-	running      map[testID]bool   // tests that have not ended
-	failedIn     map[string]int    // failed tests by package
-	passedIn     map[string]int    // passed tests by package
-	builds       map[string]string // compilers' messages by import path
+	events   int               // how many lines were events
+	tests    int               // how many tests began
+	output   map[testID]string // of what has not ended
+	running  map[testID]bool   // tests that have not ended
+	failedIn map[string]int    // failed tests by package
+	passedIn map[string]int    // passed tests by package
+	builds   map[string]string // compilers' messages by import path
 }
 
-func newReport(out io.Writer, mayskip *regexp.Regexp) *report {
-	return &report{out: out, mayskip: mayskip}
+func newStep(name, command string, out io.Writer, mayskip *regexp.Regexp) *step {
+	return &step{
+		name: name, command: command, out: out, mayskip: mayskip,
+		output: make(map[testID]string), running: make(map[testID]bool),
+		failedIn: make(map[string]int), passedIn: make(map[string]int),
+		builds: make(map[string]string),
+	}
 }
 
-func (r *report) begin() {
-	r.failedBefore, r.events, r.tests = len(r.failed), 0, 0
-	r.output, r.builds = make(map[testID]string), make(map[string]string)
-	r.running = make(map[testID]bool)
-	r.failedIn, r.passedIn = make(map[string]int), make(map[string]int)
+// A lockedWriter is written to by one goroutine at a time.
+type lockedWriter struct {
+	mu sync.Mutex
+	w  io.Writer
 }
 
-func (r *report) stepOK() bool { return len(r.failed) == r.failedBefore }
+func (l *lockedWriter) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.w.Write(p)
+}
+
+func (s *step) ok() bool { return len(s.failed) == 0 }
 
 // line takes one line of a command's output. What is no event is shown as it is.
-func (r *report) line(line []byte) {
+func (s *step) line(line []byte) {
 	var e event
 	if err := json.Unmarshal(line, &e); err != nil || e.Action == "" {
-		r.out.Write(line)
+		s.out.Write(line)
 		return
 	}
-	r.events++
+	s.events++
 	id := testID{e.Package, e.Test}
 	switch e.Action {
 	case "run":
-		r.tests++
-		r.running[id] = true
+		s.tests++
+		s.running[id] = true
 	case "output":
-		r.keep(id, e.Output)
+		s.keep(id, e.Output)
 	case "build-output":
-		r.builds[e.ImportPath] += e.Output
+		s.builds[e.ImportPath] += e.Output
 	case "pass", "fail", "skip":
-		delete(r.running, id)
+		delete(s.running, id)
 		if id.test == "" {
-			r.endPackage(e)
+			s.endPackage(e)
 		} else {
-			r.endTest(id, e)
+			s.endTest(id, e)
 		}
-		delete(r.output, id)
+		delete(s.output, id)
 	}
 }
 
 // keep appends to a test's output, without the lines that only tell its progress.
-func (r *report) keep(id testID, text string) {
+func (s *step) keep(id testID, text string) {
 	if strings.HasPrefix(text, "=== ") {
 		return
 	}
-	text = r.output[id] + text
+	text = s.output[id] + text
 	if len(text) > maxOutput {
 		text = text[len(text)-maxOutput:]
 	}
-	r.output[id] = text
+	s.output[id] = text
 }
 
-func (r *report) endTest(id testID, e event) {
+func (s *step) endTest(id testID, e event) {
 	top := !strings.Contains(id.test, "/")
 	switch e.Action {
 	case "pass":
-		r.passed++
-		r.passedIn[id.pkg]++
+		s.passed++
+		s.passedIn[id.pkg]++
 		if top && e.Elapsed >= slow {
-			fmt.Fprintf(r.out, "   %6.1f s  %s\n", e.Elapsed, id.test)
+			fmt.Fprintf(s.out, "   %6.1f s  %s\n", e.Elapsed, id.test)
 		}
 	case "fail":
-		r.failedIn[id.pkg]++
-		r.fail(id.String(), r.output[id])
+		s.failedIn[id.pkg]++
+		s.fail(id.String(), s.output[id])
 	case "skip":
-		reason := skipReason(r.output[id])
-		if r.mayskip.MatchString(id.test) {
-			fmt.Fprintf(r.out, "   left out  %s: %s\n", id.test, reason)
+		reason := skipReason(s.output[id])
+		if s.mayskip.MatchString(id.test) {
+			fmt.Fprintf(s.out, "   left out  %s: %s\n", id.test, reason)
 			return
 		}
-		r.skipped++
-		r.skips = append(r.skips, id.String()+": "+reason)
+		s.skipped++
+		s.skips = append(s.skips, id.String()+": "+reason)
 	}
 }
 
@@ -141,73 +152,78 @@ func skipReason(output string) string {
 
 // endPackage reports a package. One may fail without any of its tests: it does
 // not compile, or its process died.
-func (r *report) endPackage(e event) {
-	lost := r.lose(e.Package)
+func (s *step) endPackage(e event) {
+	lost := s.lose(e.Package)
 	switch {
 	case e.Action == "skip": // no test files
 	case e.Action == "pass" && lost == 0:
-		if r.passedIn[e.Package] > 0 {
-			fmt.Fprintf(r.out, "ok %6.1f s  %s (%d)\n", e.Elapsed, e.Package, r.passedIn[e.Package])
+		if s.passedIn[e.Package] > 0 {
+			fmt.Fprintf(s.out, "ok %6.1f s  %s (%d)\n", e.Elapsed, e.Package, s.passedIn[e.Package])
 		}
-	case r.failedIn[e.Package]+lost == 0:
-		r.fail(e.Package, r.builds[e.FailedBuild]+r.output[testID{e.Package, ""}])
+	case s.failedIn[e.Package]+lost == 0:
+		s.fail(e.Package, s.builds[e.FailedBuild]+s.output[testID{e.Package, ""}])
 	default:
-		fmt.Fprintf(r.out, "FAIL %4.1f s  %s\n", e.Elapsed, e.Package)
+		fmt.Fprintf(s.out, "FAIL %4.1f s  %s\n", e.Elapsed, e.Package)
 	}
 }
 
 // lose counts tests of a package as failed that began and never ended; "" is
 // for all packages.
-func (r *report) lose(pkg string) int {
+func (s *step) lose(pkg string) int {
 	var lost []testID
-	for id := range r.running {
+	for id := range s.running {
 		if pkg == "" || id.pkg == pkg {
 			lost = append(lost, id)
 		}
 	}
 	slices.SortFunc(lost, func(a, b testID) int { return strings.Compare(a.String(), b.String()) })
 	for _, id := range lost {
-		delete(r.running, id)
-		r.fail(id.String()+" (did not end)", r.output[id])
+		delete(s.running, id)
+		s.fail(id.String()+" (did not end)", s.output[id])
 	}
 	return len(lost)
 }
 
-func (r *report) fail(name, output string) {
-	r.failed = append(r.failed, name)
-	fmt.Fprintf(r.out, "--- FAILED: %s\n%s", name, output)
+func (s *step) fail(name, output string) {
+	s.failed = append(s.failed, name)
 	if output != "" && !strings.HasSuffix(output, "\n") {
-		fmt.Fprintln(r.out)
+		output += "\n"
 	}
+	fmt.Fprintf(s.out, "--- FAILED: %s\n%s", name, output)
 }
 
 // finish ends a step whose command ended with err.
-func (r *report) finish(name string, err error) {
-	r.lose("")
+func (s *step) finish(err error) {
+	s.lose("")
 	switch {
-	case r.events == 0 && err == nil:
-		r.passed++
-	case r.events > 0 && err == nil && r.tests == 0:
-		r.fail(name, "it ran no tests")
-	case err != nil && r.stepOK():
-		r.fail(name, err.Error())
+	case s.events == 0 && err == nil:
+		s.passed++
+	case s.events > 0 && err == nil && s.tests == 0:
+		s.fail(s.name, "it ran no tests")
+	case err != nil && s.ok():
+		s.fail(s.name, err.Error())
 	}
 }
 
-// verdict prints the outcome, the last line for all to see, and tells whether all
-// is well.
-func (r *report) verdict() bool {
-	fmt.Fprintln(r.out)
-	for _, name := range r.failed {
-		fmt.Fprintf(r.out, "failed: %s\n", name)
+// verdict prints the outcome of all steps, the last line for all to see, and tells
+// whether all is well.
+func verdict(out io.Writer, steps []*step) bool {
+	var passed, failed, skipped int
+	for _, s := range steps {
+		passed, failed, skipped = passed+s.passed, failed+len(s.failed), skipped+s.skipped
+		for _, name := range s.failed {
+			fmt.Fprintf(out, "failed: %s\n", name)
+		}
 	}
-	for _, skip := range r.skips {
-		fmt.Fprintf(r.out, "skipped, which counts as a failure here: %s\n", skip)
+	for _, s := range steps {
+		for _, skip := range s.skips {
+			fmt.Fprintf(out, "skipped, which counts as a failure here: %s\n", skip)
+		}
 	}
-	fmt.Fprintf(r.out, "%d passed, %d failed", r.passed, len(r.failed))
-	if r.skipped > 0 {
-		fmt.Fprintf(r.out, ", %d skipped", r.skipped)
+	fmt.Fprintf(out, "%d passed, %d failed", passed, failed)
+	if skipped > 0 {
+		fmt.Fprintf(out, ", %d skipped", skipped)
 	}
-	fmt.Fprintln(r.out)
-	return len(r.failed) == 0 && r.skipped == 0 && r.passed > 0
+	fmt.Fprintln(out)
+	return failed == 0 && skipped == 0 && passed > 0
 }

@@ -53,11 +53,12 @@ func TestVerdict(t *testing.T) {
 		"a check fails":           {[]string{"vet: echo bad; false"}, 1, "0 passed, 1 failed", []string{"bad", "failed: vet"}},
 		"a skip is no pass":       {[]string{emit(t, 0, runA, saysA, skipA, pass)}, 1, "0 passed, 0 failed, 1 skipped", []string{"p TestA: a_test.go:7: want 1"}},
 		"a skip by name":          {[]string{"-opt-in=^TestA$", emit(t, 0, runA, saysA, skipA, runB, passB, pass)}, 0, "1 passed, 0 failed", []string{"left out  TestA"}},
+		"steps beside each other": {[]string{emit(t, 0, runA, passA, pass), "+" + emit(t, 1, runA, saysA, failA, runB, passB, fail), "+vet: true"}, 1, "3 passed, 1 failed", []string{"a_test.go:7: want 1", "failed: p TestA"}},
 		"goes on after a failure": {[]string{"a: false", "b: true"}, 1, "1 passed, 1 failed", nil},
 	} {
 		t.Run(name, func(t *testing.T) {
 			var out, errs bytes.Buffer
-			status := run(t.Context(), tc.steps, &out, &errs)
+			status := run(t.Context(), tc.steps, &out, &lockedWriter{w: &errs})
 			if status != tc.status {
 				t.Errorf("status = %d, want %d", status, tc.status)
 			}
@@ -80,5 +81,17 @@ func TestUsage(t *testing.T) {
 		if status := run(t.Context(), args, &out, &errs); status != 2 {
 			t.Errorf("run(%q) = %d, want 2", args, status)
 		}
+	}
+}
+
+// Each of two steps ends only when the other has begun.
+func TestStepsBesideEachOther(t *testing.T) {
+	a, b := filepath.Join(t.TempDir(), "a"), filepath.Join(t.TempDir(), "b")
+	meet := func(mine, other string) string {
+		return fmt.Sprintf("touch %s; n=0; until test -e %s; do n=$((n+1)); test $n -lt 1000 || exit 1; sleep 0.02; done", mine, other)
+	}
+	var out, errs bytes.Buffer
+	if status := run(t.Context(), []string{"a: " + meet(a, b), "+b: " + meet(b, a)}, &out, &lockedWriter{w: &errs}); status != 0 {
+		t.Errorf("status = %d\n%s%s", status, out.String(), errs.String())
 	}
 }
