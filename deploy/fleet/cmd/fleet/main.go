@@ -53,12 +53,14 @@ func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	err := run(ctx, os.Args[1:], os.Stdout, os.Stderr)
 	stop()
-	var exit *exec.ExitError
+	// What run has started says for itself why it failed; an error that wraps the
+	// end of another program is one of ours, and is shown.
+	exit, ran := err.(*exec.ExitError)
 	switch {
 	case err == nil:
 	case errors.Is(err, errUsage):
 		os.Exit(2)
-	case errors.As(err, &exit) && exit.ExitCode() > 0:
+	case ran && exit.ExitCode() > 0:
 		os.Exit(exit.ExitCode())
 	default:
 		fmt.Fprintln(os.Stderr, "fleet:", err)
