@@ -9,32 +9,37 @@ FUZZTIME ?= 30s
 VERSION ?= $(shell git describe --always --dirty 2>/dev/null || echo unknown)
 # grpcnotrace leaves out request tracing, which nobody reads: a smaller program
 # that starts faster, and one is started for every build.
-GOFLAGS_BUILD = -trimpath -tags grpcnotrace -ldflags '-s -w -X main.version=$(VERSION)'
+GOFLAGS_BUILD = -ldflags '-s -w -X main.version=$(VERSION)'
 
-# git may distrust a checkout of another user's; VERSION needs no help from Go.
-export GOFLAGS := $(GOFLAGS) -buildvcs=false
+# All is compiled in the same way, and so once; only the race detector needs C and
+# its own. git may distrust a checkout of another user's; VERSION needs no help
+# from Go.
+export GOFLAGS := $(GOFLAGS) -trimpath -tags=grpcnotrace -buildvcs=false
+export CGO_ENABLED = 0
 
 STATICCHECK        = honnef.co/go/tools/cmd/staticcheck@v0.8.2
 PROTOC_GEN_GO      = google.golang.org/protobuf/cmd/protoc-gen-go@v1.36.12
 PROTOC_GEN_GO_GRPC = google.golang.org/grpc/cmd/protoc-gen-go-grpc@v1.6.2
 
-# What runs on the fleet takes minutes and wants the machine for itself; the rest
-# is run with the race detector.
+# What runs on the fleet takes minutes and mostly waits; the rest is run with the
+# race detector.
 INTEGRATION = ./deploy/integration
 UNIT        = $$(go list ./... | grep -v /deploy/integration)
 
 # Programs the tests need, each with the Debian package that brings it.
-TEST_TOOLS = gcc=gcc as=binutils git=git ssh=openssh-client ssh-keygen=openssh-client \
-	ssh-agent=openssh-client sshd=openssh-server nix-store=nix-bin systemctl=systemd \
-	mandoc=mandoc zsh=zsh fish=fish
+TEST_TOOLS = gcc=gcc /usr/include/stdlib.h=libc6-dev as=binutils git=git ssh=openssh-client \
+	ssh-keygen=openssh-client ssh-agent=openssh-client sshd=openssh-server nix-store=nix-bin \
+	systemctl=systemd mandoc=mandoc zsh=zsh fish=fish
 
 # Tests for who asks for them with an environment variable: see docs/hacking.md.
 OPT_IN = ^TestGolden|^TestChaos(|DaemonKilled|DeadMachineCostsNothing)$$
 
 TOOLS           = $(CURDIR)/bin/tools
-RACE_RUN        = CGO_ENABLED=1 go test -race -count=1 -timeout 15m
-# Those that run in parallel mostly wait.
-INTEGRATION_RUN = go test -count=1 -timeout 40m -parallel 4
+# Vetting is a step of its own.
+RACE_RUN        = CGO_ENABLED=1 go test -race -vet=off -count=1 -timeout 20m
+INTEGRATION_RUN = NIX_DISPATCH_REQUIRE_FLEET=1 go test -vet=off -count=1 -timeout 40m -parallel 4
+# Integration tests that measure, and want the machine for themselves.
+MEASURING       = ^TestFasterThanStockHook$$
 
 .PHONY: help build demo bench test unit race integration chaos fuzz lint staticcheck generate check-generated install clean
 .PHONY: tools prepare prepare-tests
@@ -44,7 +49,7 @@ help: ## Show the targets.
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
 
 build: ## Build the programs into bin/ (BIN=).
-	CGO_ENABLED=0 go build $(GOFLAGS_BUILD) -o $(BIN)/ ./cmd/...
+	go build $(GOFLAGS_BUILD) -o $(BIN)/ ./cmd/...
 
 demo: build tools prepare ## See it work: real builds on three real machines, made here. Needs root.
 	@$(TOOLS)/demo -bin $(BIN)
@@ -59,8 +64,9 @@ test: prepare-tests ## Everything: checks, unit tests with the race detector, in
 	@NIX_DISPATCH_REQUIRE_FLEET=1 $(TOOLS)/testreport -opt-in '$(OPT_IN)' \
 		'gofmt: test -z "$$(gofmt -l . | tee /dev/stderr)"' \
 		'vet: go vet ./...' \
+		'measuring: $(INTEGRATION_RUN) -json -run "$(MEASURING)" $(INTEGRATION)' \
 		'unit, race: $(RACE_RUN) -json $(UNIT)' \
-		'integration: $(INTEGRATION_RUN) -json $(INTEGRATION)'
+		+'integration: $(INTEGRATION_RUN) -json -skip "$(MEASURING)" $(INTEGRATION)'
 
 unit: ## The tests that need neither root nor other programs, in seconds.
 	go test $(UNIT)
@@ -69,10 +75,10 @@ race: ## The same with the race detector.
 	$(RACE_RUN) $(UNIT)
 
 integration: prepare-tests ## The tests on real Nix machines made here. Needs root.
-	NIX_DISPATCH_REQUIRE_FLEET=1 $(INTEGRATION_RUN) $(INTEGRATION)
+	$(INTEGRATION_RUN) $(INTEGRATION)
 
 chaos: prepare-tests ## Everything that can go wrong with machines, callers and the daemon. Needs root.
-	NIX_DISPATCH_CHAOS=1 NIX_DISPATCH_CHAOS_SEED=$(SEED) NIX_DISPATCH_REQUIRE_FLEET=1 $(INTEGRATION_RUN) -v -run '^TestChaos' $(INTEGRATION)
+	NIX_DISPATCH_CHAOS=1 NIX_DISPATCH_CHAOS_SEED=$(SEED) $(INTEGRATION_RUN) -v -run '^TestChaos' $(INTEGRATION)
 
 fuzz: ## Run every fuzz target for a while (FUZZTIME=30s).
 	@set -e; grep -rn --include='*_test.go' '^func Fuzz' . | \

@@ -31,9 +31,10 @@ func (s *site) peakMemory() int {
 }
 
 // A path of any size passes through the daemon without filling its memory:
-// 512 MiB, or 4 GiB where NIX_DISPATCH_BIG is set.
+// 256 MiB, or 4 GiB where NIX_DISPATCH_BIG is set.
 func TestBigPathsTakeNoMemory(t *testing.T) {
-	size := 512 << 20
+	t.Parallel()
+	size := 256 << 20
 	if os.Getenv("NIX_DISPATCH_BIG") != "" {
 		size = 4 << 30
 	}

@@ -10,6 +10,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -43,8 +44,10 @@ var graphSites = []struct {
 
 // TestGraph builds a graph of derivations by plain nix-build.
 func TestGraph(t *testing.T) {
+	t.Parallel()
 	for _, c := range graphSites {
 		t.Run("client="+c.client, func(t *testing.T) {
+			t.Parallel()
 			s := newGraphSite(t, c.client, c.schemes)
 			for _, user := range []string{"alice", "root"} {
 				s.countBuilds()
@@ -61,6 +64,7 @@ func TestGraph(t *testing.T) {
 
 // TestGraphByDispatchBuild builds the graph by nix-dispatch build.
 func TestGraphByDispatchBuild(t *testing.T) {
+	t.Parallel()
 	s := newGraphSite(t, fleet.Trixie, [3]string{"ssh", "ssh", "ssh-ng"})
 	t.Run("paths", func(t *testing.T) {
 		s := s.in(t)
@@ -154,19 +158,18 @@ type graph struct {
 }
 
 // graphSalt makes each graph of this process another.
-var graphSalt int
+var graphSalt atomic.Int64
 
 // instantiate makes a new graph.
 func (s *site) instantiate(user string) *graph {
 	s.t.Helper()
-	graphSalt++
 	hash, err := s.client.Run(s.t.Context(), "nix-hash", "--type", "sha256", "--base32", "/srv/sources")
 	if err != nil {
 		s.t.Fatal(err)
 	}
 	g := &graph{drvs: make(map[nix.StorePath]*nix.Derivation)}
 	g.expr = fmt.Sprintf(`import /srv/graph.nix { salt = "%s-%d"; sources = /srv/sources; sourcesHash = "%s"; }`,
-		user, graphSalt, strings.TrimSpace(hash.Stdout))
+		user, graphSalt.Add(1), strings.TrimSpace(hash.Stdout))
 	out, err := s.client.RunAs(s.t.Context(), user, "nix-instantiate", "--expr", g.expr)
 	if err != nil {
 		s.t.Fatal(err)

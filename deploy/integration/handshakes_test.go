@@ -10,6 +10,7 @@ import (
 
 // TestHandshakes runs 100 builds on 4 machines over one SSH connection to each.
 func TestHandshakes(t *testing.T) {
+	t.Parallel()
 	const builds, slots = 100, 4
 	var cfg siteConfig
 	for n, suite := range append(suites, suites[1]) {

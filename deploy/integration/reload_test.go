@@ -72,6 +72,7 @@ func (s *site) mustDispatch(args ...string) fleet.Output {
 // with a syntax error. The edits add and remove machines, and change how they
 // are reached, how many slots they have and what they build.
 func TestReloadUnderLoad(t *testing.T) {
+	t.Parallel()
 	s := newSite(t, siteConfig{machines: []machineConfig{
 		{name: "mac", columns: "x86_64-linux - 4"},
 		{name: "kitty", scheme: "ssh-ng", columns: "x86_64-linux - 4", suite: fleet.Sid},

@@ -20,6 +20,7 @@ const patience = 3 * time.Minute
 // that count: with few slots, and with more than sshd allows sessions on a
 // connection.
 func TestSlots(t *testing.T) {
+	t.Parallel()
 	s := newSite(t, siteConfig{machines: []machineConfig{
 		{name: "few", suite: fleet.Sid, columns: "x86_64-linux - 3 1 - few", host: feature("few")},
 		{name: "crowd", scheme: "ssh-ng", columns: "x86_64-linux - 12 1 - crowd", host: feature("crowd")},
