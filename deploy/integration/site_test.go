@@ -325,13 +325,16 @@ func (s *site) status() statusReport {
 	return r
 }
 
-// eventually waits until ok, or fails the test.
+// eventually waits until ok, or fails the test. To look is often to start a
+// process, so what takes longer is looked at less often.
 func (s *site) eventually(within time.Duration, what string, ok func() bool) {
 	s.t.Helper()
-	for end := time.Now().Add(within); !ok(); time.Sleep(50 * time.Millisecond) {
+	pause := 30 * time.Millisecond
+	for end := time.Now().Add(within); !ok(); time.Sleep(pause) {
 		if time.Now().After(end) {
 			s.t.Fatalf("not so after %s: %s", within, what)
 		}
+		pause = min(pause*5/4, 300*time.Millisecond)
 	}
 }
 
