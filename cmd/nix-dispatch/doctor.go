@@ -92,7 +92,7 @@ func (p *pinger) examine(ctx context.Context, socket string, asJSON bool, std st
 	}
 	p.claims = true
 	status := p.lookAtDaemon(ctx, socket, tell)
-	thisHost().look(socket, tell)
+	thisHost().look(socket, p.served(ctx, status), tell)
 	if status != nil {
 		p.lookAtMachines(ctx, status, tell)
 	}

@@ -21,18 +21,15 @@ const (
 	rootSubject = "root's own builds"
 )
 
-// A hookSetting is a value of build-hook and where it stands.
-type hookSetting struct{ value, where string }
+// A confSetting is the value of a setting of Nix and where it stands.
+type confSetting struct {
+	value, where string
+	found        bool // it is set at all
+}
 
 // lookAtHook tells whether Nix of this version runs nix-dispatch.
-func (h *host) lookAtHook(version string, tell func(finding)) {
-	v := hookRules(version)
-	d, err := h.findNixDaemon()
-	if err != nil {
-		h.lookAtFilesAlone(v, err, tell)
-		return
-	}
-	set, err := h.daemonHook(d, v)
+func (h *host) lookAtHook(d *nixDaemon, v rules, tell func(finding)) {
+	set, err := h.daemonSetting(hookSubject, d, v.ignoresFile)
 	if err != nil {
 		tell(problem(hookSubject, "correct that line: Nix rejects it, too", "%v", err))
 		return
@@ -82,9 +79,9 @@ func runnable(path string) bool {
 }
 
 // judge is about what nix-daemon runs for builds.
-func (h *host) judge(set hookSetting, v rules, env map[string]string) finding {
+func (h *host) judge(set confSetting, v rules, env map[string]string) finding {
 	program, ours, arguments := hookProgram(set.value)
-	inFile, _ := h.fileHook(env)
+	inFile, _ := h.fileSetting(hookSubject, env)
 	_, fileIsOurs, _ := hookProgram(inFile.value)
 	switch {
 	case !ours && v.ignoresFile && fileIsOurs:
@@ -104,7 +101,7 @@ func (h *host) judge(set hookSetting, v rules, env map[string]string) finding {
 
 // lookAtFilesAlone is for who may not see what nix-daemon was started with.
 func (h *host) lookAtFilesAlone(v rules, reason error, tell func(finding)) {
-	set, err := h.fileHook(map[string]string{"NIX_CONF_DIR": h.getenv("NIX_CONF_DIR")})
+	set, err := h.fileSetting(hookSubject, map[string]string{"NIX_CONF_DIR": h.getenv("NIX_CONF_DIR")})
 	_, ours, _ := hookProgram(set.value)
 	if err == nil && ours && !v.ignoresFile {
 		tell(h.judge(set, v, nil))
@@ -117,28 +114,37 @@ func (h *host) lookAtFilesAlone(v rules, reason error, tell func(finding)) {
 	tell(warning(hookSubject, "run this as root", "not known whether Nix runs nix-dispatch: %s", why))
 }
 
-// daemonHook is the value that counts for a nix-daemon: on its command line, in
-// its environment, in root's configuration files, in the system's.
-func (h *host) daemonHook(d *nixDaemon, v rules) (hookSetting, error) {
-	set := hookSetting{}
+const commandLine = "nix-daemon's command line"
+
+// daemonSetting is the value that counts for a nix-daemon: on its command line, in
+// its environment, in root's configuration files, in the system's unless it heeds
+// that not.
+func (h *host) daemonSetting(name string, d *nixDaemon, ignoresFile bool) (confSetting, error) {
+	set := confSetting{}
 	for i, arg := range d.args {
 		rest := d.args[i+1:]
 		switch {
-		case arg == "--option" && len(rest) > 1 && rest[0] == "build-hook":
-			set = hookSetting{rest[1], "nix-daemon's command line"}
-		case arg == "--build-hook" && len(rest) > 0:
-			set = hookSetting{rest[0], "nix-daemon's command line"}
+		case arg == "--option" && len(rest) > 1 && rest[0] == name:
+			set = confSetting{rest[1], commandLine, true}
+		case arg == "--"+name && len(rest) > 0:
+			set = confSetting{rest[0], commandLine, true}
 		}
 	}
-	if set.value != "" {
+	if set.found {
 		return set, nil
 	}
-	set, err := h.environmentHook(d.env, "nix-daemon's")
-	if err == nil && set.value == "" {
-		set, err = h.userHook(d.env, h.rootHome)
+	return h.confSetting(name, d.env, "nix-daemon's", h.rootHome, ignoresFile)
+}
+
+// confSetting is the value that counts for a Nix with an environment, which is
+// whose: what stands there, then the files in a home directory, then the system's.
+func (h *host) confSetting(name string, env map[string]string, whose, home string, ignoresFile bool) (confSetting, error) {
+	set, err := h.environmentSetting(name, env, whose)
+	if err == nil && !set.found {
+		set, err = h.userSetting(name, env, home)
 	}
-	if err == nil && set.value == "" && !v.ignoresFile {
-		set, err = h.fileHook(d.env)
+	if err == nil && !set.found && !ignoresFile {
+		set, err = h.fileSetting(name, env)
 	}
 	return set, err
 }
@@ -149,7 +155,7 @@ func (h *host) lookAtRoot(v rules, tell func(finding)) {
 	if h.uid == 0 {
 		env = h.confEnvironment()
 	}
-	set, err := h.directHook(env, h.rootHome, v)
+	set, err := h.confSetting(hookSubject, env, "your", h.rootHome, v.ignoresFile)
 	_, ours, _ := hookProgram(set.value)
 	switch {
 	case err != nil:
@@ -174,18 +180,6 @@ func (h *host) confEnvironment() map[string]string {
 	return env
 }
 
-// directHook is the value that counts for a Nix that opens the store itself.
-func (h *host) directHook(env map[string]string, home string, v rules) (hookSetting, error) {
-	set, err := h.environmentHook(env, "your")
-	if err == nil && set.value == "" {
-		set, err = h.userHook(env, home)
-	}
-	if err == nil && set.value == "" && !v.ignoresFile {
-		set, err = h.fileHook(env)
-	}
-	return set, err
-}
-
 // conf is Nix's configuration with some environment, without the files that skip
 // picks.
 func (h *host) conf(env map[string]string, home string, skip func(path string) bool) nix.ConfSource {
@@ -201,29 +195,29 @@ func (h *host) conf(env map[string]string, home string, skip func(path string) b
 	}
 }
 
-func setting(c nix.ConfSource, where string) (hookSetting, error) {
-	value, _, err := c.Setting("build-hook")
-	return hookSetting{value, where}, err
+func setting(name string, c nix.ConfSource, where string) (confSetting, error) {
+	value, found, err := c.Setting(name)
+	return confSetting{value, where, found}, err
 }
 
-// environmentHook is the value that NIX_CONFIG gives.
-func (h *host) environmentHook(env map[string]string, whose string) (hookSetting, error) {
+// environmentSetting is the value that NIX_CONFIG gives.
+func (h *host) environmentSetting(name string, env map[string]string, whose string) (confSetting, error) {
 	all := func(string) bool { return true }
-	return setting(h.conf(map[string]string{"NIX_CONFIG": env["NIX_CONFIG"]}, "", all), "NIX_CONFIG in "+whose+" environment")
+	return setting(name, h.conf(map[string]string{"NIX_CONFIG": env["NIX_CONFIG"]}, "", all), "NIX_CONFIG in "+whose+" environment")
 }
 
-// userHook is the value that a user's configuration files give.
-func (h *host) userHook(env map[string]string, home string) (hookSetting, error) {
+// userSetting is the value that a user's configuration files give.
+func (h *host) userSetting(name string, env map[string]string, home string) (confSetting, error) {
 	system := systemConf(env)
 	env = without(env, "NIX_CONFIG")
-	return setting(h.conf(env, cmp.Or(env["HOME"], home), func(path string) bool { return path == system }), cmp.Or(env["HOME"], home)+"/.config/nix/nix.conf")
+	return setting(name, h.conf(env, cmp.Or(env["HOME"], home), func(path string) bool { return path == system }), cmp.Or(env["HOME"], home)+"/.config/nix/nix.conf")
 }
 
-// fileHook is the value that the system's configuration file gives.
-func (h *host) fileHook(env map[string]string) (hookSetting, error) {
+// fileSetting is the value that the system's configuration file gives.
+func (h *host) fileSetting(name string, env map[string]string) (confSetting, error) {
 	env = without(env, "NIX_CONFIG")
 	env["NIX_USER_CONF_FILES"] = noFile
-	return setting(h.conf(env, "", func(path string) bool { return path == noFile }), systemConf(env))
+	return setting(name, h.conf(env, "", func(path string) bool { return path == noFile }), systemConf(env))
 }
 
 // noFile is the name of no file.

@@ -32,8 +32,9 @@ type host struct {
 	// askNix asks the local nix-daemon who it is; askOwn asks the Nix of a store that
 	// this user opens without it.
 	askNix, askOwn func() (localNix, error)
-	findStock      func() (string, error)
-	group          func(name string) (*user.Group, error)
+	// findStock finds Nix's own hook as buildhook.FindStock does.
+	findStock func(getenv func(string) string, startedBy string) (string, error)
+	group     func(name string) (*user.Group, error)
 	// home is the user's directory; rootHome and rootUID are root's home directory and number.
 	home, rootHome string
 	rootUID        int
@@ -93,8 +94,9 @@ func readConfFile(name string) ([]byte, error) {
 	return os.ReadFile(name)
 }
 
-// look tells of all there is to see on this host.
-func (h *host) look(socket string, tell func(finding)) {
+// look tells of all there is to see on this host. served is nil if nix-dispatchd
+// does not tell.
+func (h *host) look(socket string, served *servedList, tell func(finding)) {
 	owner := h.lookAtSocket(socket, tell)
 	if owner == h.uid && socket == daemonsocket.User() {
 		h.lookAtOwn(tell)
@@ -109,11 +111,27 @@ func (h *host) look(socket string, tell func(finding)) {
 	defer local.close() // until then nix-daemon runs, even if it is started for each caller
 	tell(fine("nix-daemon", "Nix %s answers", local.version))
 	h.lookAtTrust(owner, local.trust, tell)
-	h.lookAtHook(local.version, tell)
-	if hook, err := h.findStock(); err == nil {
-		tell(fine("Nix's own hook", "%s", hook))
+	v := hookRules(local.version)
+	d, err := h.findNixDaemon()
+	if err != nil {
+		h.lookAtFilesAlone(v, err, tell)
+		h.lookAtStock(h.getenv, "", tell)
+		return
+	}
+	h.lookAtHook(d, v, tell)
+	if served != nil {
+		h.lookAtBuilders(d, served, tell)
+	}
+	h.lookAtStock(func(name string) string { return d.env[name] }, d.exe, tell)
+}
+
+// lookAtStock looks for Nix's own hook as a hook would that a Nix has started.
+func (h *host) lookAtStock(getenv func(string) string, nixProgram string, tell func(finding)) {
+	const subject = "Nix's own hook"
+	if hook, err := h.findStock(getenv, nixProgram); err == nil {
+		tell(fine(subject, "%s", hook))
 	} else {
-		tell(warning("Nix's own hook", "set NIX_DISPATCH_STOCK_HOOK in nix-daemon's environment", "what nix-dispatch leaves to it would fail: %v", err))
+		tell(warning(subject, "set NIX_DISPATCH_STOCK_HOOK in nix-daemon's environment", "what nix-dispatch leaves to it would fail: %v", err))
 	}
 }
 
@@ -166,6 +184,7 @@ func (h *host) lookAtTrust(owner int, trust worker.Trust, tell func(finding)) {
 
 // A nixDaemon is the running process.
 type nixDaemon struct {
+	exe  string // its program; "" if that cannot be seen
 	args []string
 	env  map[string]string
 }
@@ -200,7 +219,11 @@ func (h *host) findNixDaemon() (*nixDaemon, error) {
 		if slices.Contains(args, "--stdio") {
 			continue // it serves one client
 		}
-		d := &nixDaemon{args: args, env: make(map[string]string)}
+		exe, err := os.Readlink(dir + "/exe")
+		if err != nil {
+			exe = ""
+		}
+		d := &nixDaemon{exe: exe, args: args, env: make(map[string]string)}
 		for _, e := range env {
 			name, value, _ := strings.Cut(e, "=")
 			d.env[name] = value

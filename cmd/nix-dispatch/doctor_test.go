@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/user"
 	"path/filepath"
+	"runtime"
 	"strconv"
 	"strings"
 	"testing"
@@ -17,6 +18,7 @@ import (
 	"google.golang.org/protobuf/types/known/durationpb"
 
 	dispatchv1 "nixdispatch/proto/dispatch/v1"
+	"nixdispatch/proto/nix"
 	"nixdispatch/proto/nix/worker"
 )
 
@@ -62,7 +64,7 @@ func (f fakeHost) host(t *testing.T) *host {
 			return nil, fs.ErrNotExist
 		},
 		askNix:    func() (localNix, error) { return localNix{f.version, f.trust, func() {}}, nil },
-		findStock: func() (string, error) { return "/usr/libexec/nix/build-remote", nil },
+		findStock: func(func(string) string, string) (string, error) { return "/usr/libexec/nix/build-remote", nil },
 		group:     func(string) (*user.Group, error) { return nil, user.UnknownGroupError("nix-dispatch") },
 	}
 }
@@ -132,12 +134,64 @@ func TestDoctorOnBuildHook(t *testing.T) {
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
 			var found []finding
-			tt.host.host(t).lookAtHook(tt.host.version, func(f finding) { found = append(found, f) })
+			lookAtSetting(tt.host.host(t), tt.host.version, func(f finding) { found = append(found, f) })
 			if got := about(found, hookSubject); !strings.HasPrefix(got, tt.want) {
 				t.Errorf("said %q, want %q", got, tt.want)
 			}
 			if got := about(found, rootSubject); !strings.HasPrefix(got, tt.root) || tt.root == "" && got != "" {
 				t.Errorf("of root's builds it said %q, want %q", got, tt.root)
+			}
+		})
+	}
+}
+
+// lookAtSetting is what look does about nix-daemon's process.
+func lookAtSetting(h *host, version string, tell func(finding)) {
+	d, err := h.findNixDaemon()
+	if err != nil {
+		h.lookAtFilesAlone(hookRules(version), err, tell)
+		return
+	}
+	h.lookAtHook(d, hookRules(version), tell)
+}
+
+func TestDoctorOnBuilders(t *testing.T) {
+	system := nix.SystemName(runtime.GOOS, runtime.GOARCH)
+	served := &servedList{
+		lines: []*dispatchv1.Machine{
+			{StoreUri: "ssh://mac", Systems: []string{system}, MaxJobs: 4, SpeedFactor: 1},
+			{StoreUri: "ssh://kitty", Systems: []string{"riscv64-linux"}, MaxJobs: 1, SpeedFactor: 2, SupportedFeatures: []string{"kvm"}},
+		},
+		others: []string{"unix:///elsewhere"},
+	}
+	const conf, machines = "/etc/nix/nix.conf", "/etc/nix/machines"
+	const both = "ssh://mac - - 4\nssh://kitty riscv64-linux - 1 2 kvm\n"
+	for _, tt := range []struct {
+		name  string
+		files map[string]string
+		args  []string
+		want  string
+	}{
+		{"the default", map[string]string{machines: both}, nil, "ok: nix-daemon and nix-dispatchd have the same list (which is the default, @/etc/nix/machines)"},
+		{"with what is left to others", map[string]string{machines: both + "unix:///elsewhere"}, nil, "ok: "},
+		{"in nix.conf", map[string]string{conf: "builders = ssh://mac - - 4 ; ssh://kitty riscv64-linux - 1 2 kvm\n"}, nil, "ok: nix-daemon and nix-dispatchd have the same list (set by /etc/nix/nix.conf)"},
+		{"on the command line", map[string]string{machines: both}, []string{"--option", "builders", "ssh://old ; ssh://mac - - 5"},
+			"warning: nix-daemon's setting (set by nix-daemon's command line) is not the list that nix-dispatchd serves: " +
+				"only Nix has ssh://old; only nix-dispatchd has ssh://kitty; not the same in both: ssh://mac; builds go by Nix's; give both the same list"},
+		{"empty", map[string]string{machines: both, conf: "builders =\n"}, nil, "problem: nix-daemon's setting is empty (set by /etc/nix/nix.conf): its builds ask for no machine; take that out"},
+		{"another file that is not there", map[string]string{conf: "builders = @/no/such/file\n"}, nil, "warning: nix-daemon's setting (set by /etc/nix/nix.conf) is not the list"},
+		{"bad", map[string]string{conf: "builders = ssh://mac - - many\n"}, nil, "problem: nix-daemon's setting (set by /etc/nix/nix.conf): builders:1: "},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			h := fakeHost{version: "2.34.8", args: append([]string{"nix-daemon"}, tt.args...), files: tt.files}.host(t)
+			d, err := h.findNixDaemon()
+			if err != nil {
+				t.Fatal(err)
+			}
+			var found []finding
+			h.lookAtBuilders(d, served, func(f finding) { found = append(found, f) })
+			if got := about(found, buildersSubject); !strings.HasPrefix(got, tt.want) || len(found) != 1 {
+				t.Errorf("said %q, want %q", got, tt.want)
 			}
 		})
 	}
@@ -177,7 +231,7 @@ func TestDoctorOnSocketAndTrust(t *testing.T) {
 				h.group = func(string) (*user.Group, error) { return &user.Group{Gid: tt.gid}, nil }
 			}
 			var found []finding
-			h.look(socket, func(f finding) { found = append(found, f) })
+			h.look(socket, nil, func(f finding) { found = append(found, f) })
 			for subject, want := range tt.want {
 				if got := about(found, subject); !strings.HasPrefix(got, want) {
 					t.Errorf("%s: %q, want %q", subject, got, want)

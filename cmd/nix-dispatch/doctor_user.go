@@ -67,9 +67,9 @@ func (h *host) lookAtOwn(tell func(finding)) {
 		tell(fine("store", "Nix %s opens this user's usual store", local.version))
 	}
 	v := hookRules(local.version)
-	set, err := h.directHook(h.confEnvironment(), h.home, v)
+	set, err := h.confSetting(hookSubject, h.confEnvironment(), "your", h.home, v.ignoresFile)
 	program, ours, arguments := hookProgram(set.value)
-	const subject, file = "build-hook", "~/.config/nix/nix.conf"
+	const subject, file = hookSubject, "~/.config/nix/nix.conf"
 	switch {
 	case err != nil:
 		tell(problem(subject, "correct that line: Nix rejects it, too", "%v", err))
@@ -83,4 +83,5 @@ func (h *host) lookAtOwn(tell func(finding)) {
 	default:
 		tell(fine(subject, "this user's builds run %s (set by %s)", set.value, set.where))
 	}
+	h.lookAtStock(func(name string) string { return h.getenv(name) }, "", tell)
 }

@@ -63,6 +63,7 @@ func TestDoctor(t *testing.T) {
 				"build-hook":        {"ok: nix-daemon runs " + hookSetting(suite) + " (set by "},
 				"root's own builds": {"ok: they run " + hookSetting(suite)},
 				"Nix's own hook":    {"ok: "},
+				"builders":          {"ok: nix-daemon and nix-dispatchd have the same list (which is the default, @/etc/nix/machines)"},
 				"ssh://root@mac":    {"ok: its Nix was reached in "},
 				"ssh-ng://root@old": {"ok: its Nix was reached in "},
 				"ssh://nix@mid": {
@@ -100,7 +101,9 @@ func (s *site) doctorFindsWhatIsWrong(suite string) {
 	conf := "build-hook = " + hookSetting(suite) + "\n"
 	s.write("/etc/nix/nix.conf", "experimental-features = nix-command\n"+conf)
 	s.write("/root/.config/nix/nix.conf", "")
-	if err := s.client.RestartNixDaemon(s.t.Context(), fleet.NixDaemon{}); err != nil {
+	// What only nix-daemon's environment says is not what this one's does.
+	env := []string{"NIX_CONFIG=builders = ssh://elsewhere", "NIX_DISPATCH_STOCK_HOOK=/nowhere"}
+	if err := s.client.RestartNixDaemon(s.t.Context(), fleet.NixDaemon{Env: env}); err != nil {
 		s.t.Fatal(err)
 	}
 	got, ok := s.doctor("root")
@@ -110,6 +113,9 @@ func (s *site) doctorFindsWhatIsWrong(suite string) {
 		"ssh://root@mac":    {"warning: it is drained, since ", "ok: its Nix was reached in "},
 		"ssh://root@nobody": {"problem: resolve: "},
 		"unix:///elsewhere": {"warning: "},
+		"builders": {"warning: nix-daemon's setting (set by NIX_CONFIG in nix-daemon's environment) is not the list that nix-dispatchd serves: " +
+			"only Nix has ssh://elsewhere; only nix-dispatchd has ssh://root@mac, ssh://root@nobody; builds go by Nix's"},
+		"Nix's own hook": {"warning: what nix-dispatch leaves to it would fail: NIX_DISPATCH_STOCK_HOOK names \"/nowhere\""},
 	}
 	if suite == fleet.Trixie {
 		want["build-hook"] = []string{"problem: /etc/nix/nix.conf sets it, and Nix " + s.client.NixVersion() + " ignores it there; put NIX_CONFIG=build-hook = " + programs + "/nix-dispatch-hook"}

@@ -4,13 +4,19 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"nixdispatch/deploy/fleet"
 )
 
-// elsewhere is a store on the client itself that is a machine to Nix's own hook,
-// and to the daemon one of a kind that it does not serve.
-const elsewhere = "/srv/elsewhere"
+const (
+	// elsewhere is a store on the client itself that is a machine, named by its path.
+	elsewhere = "/srv/elsewhere"
+	// farSocket is where a nix-daemon of another store on the client listens, farURI
+	// that as a machine, of a kind that the daemon does not serve.
+	farSocket = "/srv/far.sock"
+	farURI    = "unix://" + farSocket + "?root=/srv/far"
+)
 
 // What the daemon does not serve goes to Nix's own hook and works as without us.
 func TestWhatGoesToTheStockHook(t *testing.T) {
@@ -19,7 +25,7 @@ func TestWhatGoesToTheStockHook(t *testing.T) {
 		t.Run(suite, func(t *testing.T) {
 			const conf = "experimental-features = nix-command ca-derivations\nsandbox-paths = /bin /usr /lib /lib64\n"
 			host := fleet.HostConfig{NixConf: conf}
-			s := newSite(t, siteConfig{client: suite, nixConf: conf + "system-features = big-parallel ca-derivations special\n",
+			s := newSite(t, siteConfig{client: suite, nixConf: conf + "system-features = big-parallel ca-derivations special far\n",
 				machines: []machineConfig{
 					{name: "mac", suite: suite, columns: "x86_64-linux - 2 1 big-parallel,ca-derivations", host: host},
 					{name: "mini", suite: suite, host: host},
@@ -30,13 +36,16 @@ func TestWhatGoesToTheStockHook(t *testing.T) {
 			}
 			mac, _, _ := strings.Cut(string(lines), "\n")
 			s.stopDaemon(syscall.SIGTERM)
-			s.write("/etc/nix/machines", mac+"\n"+elsewhere+" x86_64-linux - 1 1 - special\n")
+			s.write("/etc/nix/machines", mac+"\n"+elsewhere+" x86_64-linux - 1 1 - special\n"+farURI+" x86_64-linux - 1 1 - far\n")
 			s.startDaemon()
+			s.startFarNix()
 			t.Run("floating content-addressed derivation", func(t *testing.T) { s.within(t).floating() })
 			t.Run("another list of machines", func(t *testing.T) { s.within(t).otherBuilders() })
 			t.Run("an ordinary user's list of machines", func(t *testing.T) { s.within(t).ignoredBuilders() })
 			t.Run("another store", func(t *testing.T) { s.within(t).otherStore() })
 			t.Run("a machine that is a path", func(t *testing.T) { s.within(t).pathMachine() })
+			t.Run("a machine of another kind", func(t *testing.T) { s.within(t).farMachine() })
+			t.Run("a binary cache in place of a store", func(t *testing.T) { s.within(t).intoBinaryCache() })
 			t.Run("no machines", func(t *testing.T) { s.within(t).noBuilders() })
 			t.Run("a bad line", func(t *testing.T) { s.within(t).badLine() })
 		})
@@ -123,6 +132,56 @@ func (s *site) pathMachine() {
 		}
 	}
 	s.t.Errorf("status is %+v, want %s in it, up", s.status().Machines, uri)
+}
+
+// startFarNix starts a nix-daemon for another store, which ends with the client.
+func (s *site) startFarNix() {
+	s.t.Helper()
+	cmd := s.client.Command(s.t.Context(), "root", "nix-daemon", "--store", "/srv/far", "--option", "builders", "", "--option", "max-jobs", "1")
+	cmd.Env = append(cmd.Env, "NIX_DAEMON_SOCKET_PATH="+farSocket)
+	if err := cmd.Start(); err != nil {
+		s.t.Fatal(err)
+	}
+	s.t.Cleanup(func() {
+		_ = cmd.Process.Kill() // it may have ended
+		_ = cmd.Wait()
+	})
+	s.eventually(time.Minute, "the other nix-daemon listens", func() bool {
+		_, err := s.client.Run(s.t.Context(), "test", "-S", farSocket)
+		return err == nil
+	})
+}
+
+func (s *site) farMachine() {
+	out, err := s.nixBuild("alice", shell("far", "echo far > $out", features("far")))
+	path := s.built(out, err, "far\n")
+	s.contents("/srv/far"+path, "far\n")
+	if n := builtOn(out.Stderr)[farURI]; n != 1 {
+		s.t.Errorf("built on %v, want %s", builtOn(out.Stderr), farURI)
+	}
+	e, reasons := s.explain("--system", "x86_64-linux", "--features", "far")
+	if want := "unsupported: store URI \"" + farURI + "\" is neither ssh:// nor ssh-ng:// nor a path; left to the stock hook"; reasons[farURI] != want {
+		s.t.Errorf("explain = %+v, want %q of %s", e, want, farURI)
+	}
+}
+
+// intoBinaryCache builds with a store that can build nothing by itself: only hooks
+// bring outputs into it, and only Nix's own does.
+func (s *site) intoBinaryCache() {
+	before := s.started()
+	expr := shell("cached", "echo cached > $out", "")
+	out, err := s.client.Run(s.t.Context(), "nix", "build", "--store", "file:///srv/cache", "--no-link", "--print-out-paths", "--impure", "--expr", expr)
+	if err != nil {
+		s.t.Fatalf("nix build: %v\n%s", err, out.Stderr)
+	}
+	s.ranOn("cached", "mac")
+	if n := s.started() - before; n != 0 {
+		s.t.Errorf("the daemon took %d builds for a store that it does not serve", n)
+	}
+	path := strings.TrimSpace(out.Stdout)
+	if text, err := s.client.Run(s.t.Context(), "nix", "store", "cat", "--store", "file:///srv/cache", path); err != nil || text.Stdout != "cached\n" {
+		s.t.Errorf("the cache has %q of %s: %v\n%s", text.Stdout, path, err, text.Stderr)
+	}
 }
 
 func (s *site) noBuilders() {

@@ -24,16 +24,26 @@ const (
 	stockHookEnd = hookFailed
 )
 
-// findStockHook finds Nix's own build hook: named by the environment, else that
-// of the Nix that runs us, else that of the system.
+// findStockHook finds the build hook of the Nix that runs this process.
 func findStockHook() (string, error) {
-	if path := os.Getenv(stockHookEnv); path != "" {
+	exe, err := os.Readlink(fmt.Sprintf("/proc/%d/exe", os.Getppid()))
+	if err != nil {
+		exe = "" // then PATH tells
+	}
+	return FindStock(os.Getenv, exe)
+}
+
+// FindStock finds Nix's own build hook as a hook does that runs in an environment
+// and was started by a program: named by the environment, else that of the program
+// if it is Nix, else that of the Nix in PATH, else that of the system.
+func FindStock(getenv func(string) string, startedBy string) (string, error) {
+	if path := getenv(stockHookEnv); path != "" {
 		if !executable(path) {
 			return "", fmt.Errorf("%s names %q, which cannot be run", stockHookEnv, path)
 		}
 		return path, nil
 	}
-	programs := nixPrograms()
+	programs := nixPrograms(getenv("PATH"), startedBy)
 	var candidates []string
 	for _, program := range programs {
 		candidates = append(candidates, filepath.Join(filepath.Dir(program), libexecHook))
@@ -53,16 +63,22 @@ func findStockHook() (string, error) {
 	return "", fmt.Errorf("it was not found (looked for %s); set %s", strings.Join(candidates, ", "), stockHookEnv)
 }
 
-// nixPrograms are the Nix that started us and the one in PATH, links resolved.
-func nixPrograms() []string {
+// nixPrograms are the Nix that started a hook and the one in its PATH, links
+// resolved.
+func nixPrograms(path, startedBy string) []string {
 	var programs []string
-	if path, err := os.Readlink(fmt.Sprintf("/proc/%d/exe", os.Getppid())); err == nil && strings.HasPrefix(filepath.Base(path), "nix") {
-		programs = append(programs, path)
+	if strings.HasPrefix(filepath.Base(startedBy), "nix") {
+		programs = append(programs, startedBy)
 	}
-	if path, err := exec.LookPath("nix"); err == nil {
-		if path, err = filepath.EvalSymlinks(path); err == nil {
-			programs = append(programs, path)
+	for _, dir := range filepath.SplitList(path) {
+		program := filepath.Join(dir, "nix")
+		if !filepath.IsAbs(program) || !executable(program) {
+			continue
 		}
+		if program, err := filepath.EvalSymlinks(program); err == nil {
+			programs = append(programs, program)
+		}
+		break
 	}
 	return programs
 }

@@ -2,6 +2,7 @@ package buildhook
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -200,5 +201,27 @@ func TestFindsTheStockHookOfThisSystem(t *testing.T) {
 	got, err := findStockHook()
 	if err != nil || !strings.Contains(got, "build-remote") {
 		t.Errorf("findStockHook() = %q, %v", got, err)
+	}
+}
+
+// The doctor looks with another process's environment and program.
+func TestFindsTheStockHookAsAnotherProcessWould(t *testing.T) {
+	root := t.TempDir()
+	for _, name := range []string{"one/bin/nix", "one/libexec/nix/build-remote", "two/bin/nix-daemon", "two/libexec/nix/build-remote", "three/bin/nix"} {
+		path := filepath.Join(root, name)
+		if err := errors.Join(os.MkdirAll(filepath.Dir(path), 0o755), os.WriteFile(path, nil, 0o755)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, tt := range []struct{ name, env, path, startedBy, want string }{
+		{"named", root + "/one/bin/nix", "", "", root + "/one/bin/nix"},
+		{"beside the one in PATH", "", "relative:" + root + ":" + root + "/one/bin", "", root + "/one/libexec/nix/build-remote"},
+		{"beside the one that starts it", "", root + "/one/bin", root + "/two/bin/nix-daemon", root + "/two/libexec/nix/build-remote"},
+		{"not Nix", "", root + "/one/bin", "/usr/bin/env", root + "/one/libexec/nix/build-remote"},
+	} {
+		env := map[string]string{stockHookEnv: tt.env, "PATH": tt.path}
+		if got, err := FindStock(func(name string) string { return env[name] }, tt.startedBy); err != nil || got != tt.want {
+			t.Errorf("%s: %q, %v, want %q", tt.name, got, err, tt.want)
+		}
 	}
 }
