@@ -29,7 +29,8 @@ UNIT        = $$(go list ./... | grep -v /deploy/integration)
 # Programs the tests need, each with the Debian package that brings it.
 TEST_TOOLS = gcc=gcc /usr/include/stdlib.h=libc6-dev as=binutils git=git ssh=openssh-client \
 	ssh-keygen=openssh-client ssh-agent=openssh-client sshd=openssh-server nix-store=nix-bin \
-	systemctl=systemd mandoc=mandoc zsh=zsh fish=fish
+	systemctl=systemd mandoc=mandoc zsh=zsh fish=fish \
+	prometheus=prometheus promtool=prometheus
 
 # Tests for who asks for them with an environment variable: see docs/hacking.md.
 OPT_IN = ^TestGolden|^TestChaos(|DaemonKilled|DeadMachineCostsNothing)$$
@@ -41,7 +42,7 @@ INTEGRATION_RUN = NIX_DISPATCH_REQUIRE_FLEET=1 go test -vet=off -count=1 -timeou
 # Integration tests that measure, and want the machine for themselves.
 MEASURING       = ^TestFasterThanStockHook$$
 
-.PHONY: help build demo bench test unit race integration chaos fuzz lint staticcheck generate check-generated install clean
+.PHONY: help build demo bench test unit race integration chaos fuzz lint staticcheck generate check-generated dashboard install clean
 .PHONY: tools prepare prepare-tests
 .DEFAULT_GOAL := help
 
@@ -103,6 +104,10 @@ generate: ## Make the Go code of the gRPC interface anew.
 		--go_out=proto --go_opt=paths=source_relative \
 		--go-grpc_out=proto --go-grpc_opt=paths=source_relative \
 		dispatch/v1/dispatch.proto
+
+dashboard: ## Write the Grafana dashboard anew.
+	go run ./deploy/prometheus/dashboard >deploy/prometheus/dashboard.json.new
+	mv deploy/prometheus/dashboard.json.new deploy/prometheus/dashboard.json
 
 check-generated: generate ## Check that the committed Go code is what generate makes.
 	git diff --exit-code -- proto/dispatch/v1

@@ -4,6 +4,8 @@ import (
 	"cmp"
 	"errors"
 	"fmt"
+	"maps"
+	"slices"
 	"time"
 
 	dispatchv1 "nixdispatch/proto/dispatch/v1"
@@ -65,6 +67,13 @@ const (
 	failureKilled = "killed" // the builder, perhaps for want of memory
 	failureStart  = "start"  // of the remote process
 )
+
+// failureKinds are all of them.
+func failureKinds() []string {
+	kinds := append(slices.Collect(maps.Values(failureReasons)), failureLost, failureKilled, failureStart)
+	slices.Sort(kinds)
+	return slices.Compact(kinds)
+}
 
 // failureReason is a machine's failure as a label value.
 func failureReason(err *machineError) string {

@@ -97,14 +97,19 @@ func (m *metrics) know(list *machineList) {
 		m.machines[line.StoreURI] = true
 	}
 	m.mu.Unlock()
+	// A counter that is born with its first event has no increase then.
 	for _, line := range list.lines {
 		for _, s := range line.SystemTypes {
 			m.unplaceable.WithLabelValues(s)
+			m.builds.WithLabelValues(line.StoreURI, s, "built")
+			m.builds.WithLabelValues(line.StoreURI, s, resultFailed)
 		}
 		m.sent(line.StoreURI)
 		m.received(line.StoreURI)
 		m.running(line.StoreURI)
-		m.failures.WithLabelValues(line.StoreURI, failureLost)
+		for _, reason := range failureKinds() {
+			m.failures.WithLabelValues(line.StoreURI, reason)
+		}
 	}
 }
 
@@ -174,12 +179,14 @@ var resultLabels = map[dispatchv1.BuildStatus]string{
 	dispatchv1.BuildStatus_BUILD_STATUS_MISC_FAILURE:              "not_built",
 }
 
-// buildEnded counts a build. What is not in resultLabels is the derivation's own
-// failure.
+// resultFailed is what is not in resultLabels: the derivation's own failure.
+const resultFailed = "failed"
+
+// buildEnded counts a build.
 func (m *metrics) buildEnded(b *build, o outcome) {
 	result, ok := resultLabels[o.status]
 	if !ok {
-		result = "failed"
+		result = resultFailed
 	}
 	machine := m.machine(o.machine)
 	m.builds.WithLabelValues(machine, m.system(b.drv.Platform), result).Inc()

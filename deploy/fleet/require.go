@@ -31,11 +31,20 @@ func require(t TB, err error) {
 	}
 	for _, name := range []string{"NIX_DISPATCH_REQUIRE_FLEET", "CI"} {
 		if os.Getenv(name) != "" {
-			t.Fatalf("no fleet of real Nix machines here: %v (%s is set, so this is not skipped)", err, name)
+			t.Fatalf("what this test needs is not here: %v (%s is set, so this is not skipped)", err, name)
 			return
 		}
 	}
-	t.Skipf("no fleet of real Nix machines here: %v", err)
+	t.Skipf("what this test needs is not here: %v", err)
+}
+
+// RequireProgram finds a program for a test that needs it, and ends the test as
+// Require does where it is not installed.
+func RequireProgram(t TB, name string) (path string) {
+	t.Helper()
+	path, err := exec.LookPath(name)
+	require(t, err)
+	return path
 }
 
 // tryNamespaces starts a process the way hosts are started.
