@@ -119,8 +119,11 @@ func (g *goal) build(ctx context.Context, b *build) (*build, outcome, error) {
 	if err := g.awaitInputs(ctx); err != nil {
 		return b, outcome{}, err
 	}
-	if g.local(b) {
+	if here, why := g.local(b); here {
 		o, err := g.buildLocally(ctx, b)
+		if err == nil && !o.status.Succeeded() && why != "" {
+			o.err += "\n" + why
+		}
 		return b, o, err
 	}
 	inputs, err := g.inputs()
@@ -183,22 +186,22 @@ func (g *goal) inputsThere() (bool, error) {
 }
 
 // local tells whether the derivation is left to the local Nix: because no
-// machine could ever build it, because its outputs' paths are not known
-// beforehand, or because moving its inputs would cost more than building it.
-func (g *goal) local(b *build) bool {
+// machine could ever build it, which why explains, because its outputs' paths are
+// not known beforehand, or because moving its inputs would cost more than building it.
+func (g *goal) local(b *build) (here bool, why string) {
 	features := g.drv.RequiredSystemFeatures()
 	switch {
 	case !g.drv.AllOutputsKnown(), g.drv.Platform == "builtin":
-		return true
+		return true, ""
 	case g.drv.PreferLocalBuild() && g.drv.Platform == nixSystem() && len(features) == 0:
-		return true
-	default:
-		impossible := g.r.d.dispatcher.explain(b.request()).Situation == scheduler.Impossible
-		if impossible {
-			g.r.d.metrics.leftUnplaceable(g.drv)
-		}
-		return impossible
+		return true, ""
 	}
+	e := g.r.d.dispatcher.explain(b.request())
+	if e.Situation != scheduler.Impossible {
+		return false, ""
+	}
+	g.r.d.metrics.leftUnplaceable(g.drv)
+	return true, e.Text(maxExplained)
 }
 
 // buildLocally asks the local Nix, which may have other ways to build it.

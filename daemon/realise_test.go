@@ -202,6 +202,20 @@ func TestRealiseLeavesToTheLocalNixWhatIsIts(t *testing.T) {
 	}
 }
 
+// What no machine can build and the local Nix cannot either fails with both reasons.
+func TestRealiseExplainsWhatNothingCanBuild(t *testing.T) {
+	t.Parallel()
+	m := oneMachine("ssh")
+	s := newSite(t, m)
+	r := s.drv("thing", drvConfig{system: "riscv64-linux"})
+	r.fail = &nix.BuildResult{Status: nix.PermanentFailure, ErrorMsg: "platform mismatch"}
+	got := s.realise(asked(r)).stories[r.path].finished.GetError()
+	explained := s.explain(&dispatchv1.ExplainRequest{DrvPath: string(r.path)}).GetText()
+	if want := "platform mismatch\n" + explained; got != want || !strings.Contains(got, m.uri()+" does not support system riscv64-linux") {
+		t.Errorf("error %q, want %q", got, want)
+	}
+}
+
 func TestRealiseEnforcesLimitsOnLocalBuilds(t *testing.T) {
 	t.Parallel()
 	s := newSite(t, oneMachine("ssh"))
