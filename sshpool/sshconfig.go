@@ -92,6 +92,7 @@ func (r *resolver) resolve(ctx context.Context, cfg Config) (*Target, error) {
 		// ssh leaves out a file of -i that it cannot find.
 		if _, err := os.Stat(file); err != nil {
 			t.lost = append(t.lost, err.Error())
+			t.Warnings = append(t.Warnings, "the key named for the machine is left out: "+err.Error())
 		}
 	}
 	t.SSHConfigFile = configFileOf(cfg.SSHOptions)

@@ -218,6 +218,9 @@ func TestGivenKeyThatIsMissing(t *testing.T) {
 	if _, unused := offersOf(target); !strings.Contains(unused, cfg.IdentityFiles[0]+": no such file") {
 		t.Errorf("cannot use %q", unused)
 	}
+	if len(target.Warnings) != 1 || !strings.Contains(target.Warnings[0], cfg.IdentityFiles[0]) {
+		t.Errorf("warnings %q, want one that names the key", target.Warnings)
+	}
 }
 
 // Without any configuration the target is ssh's default, and nothing to warn of.

@@ -62,7 +62,8 @@ type Target struct {
 	RekeyBytes        uint64   // 0: the library's
 	Env               []string // "NAME=value" to send with each session
 
-	// Warnings are options that are set and cannot be followed, each with what
+	// Warnings are options that are set and cannot be followed, and keys that are
+	// missing, each with what
 	// that means.
 	Warnings []string
 

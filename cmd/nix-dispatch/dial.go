@@ -5,7 +5,9 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"strings"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"google.golang.org/grpc"
@@ -148,9 +150,11 @@ func reportCallError(w io.Writer, socket string, err error) int {
 	case codes.Canceled:
 		fmt.Fprintln(w, "nix-dispatch: interrupted")
 	case codes.Unavailable, codes.DeadlineExceeded:
-		fmt.Fprintf(w, "nix-dispatch: the daemon is out of reach: %s\n"+
-			"Is nix-dispatchd running? 'systemctl status nix-dispatchd' tells; --socket names another socket than %s.\n",
-			message, socket)
+		advice := "Is nix-dispatchd running? 'systemctl status nix-dispatchd' tells; --socket names another socket than " + socket + "."
+		if strings.Contains(message, syscall.EACCES.Error()) {
+			advice = "Only root and the members of the group nix-dispatch may use it ('nix build' needs no group); --socket names another daemon's socket."
+		}
+		fmt.Fprintf(w, "nix-dispatch: the daemon is out of reach: %s\n%s\n", message, advice)
 	case codes.PermissionDenied:
 		fmt.Fprintf(w, "nix-dispatch: the daemon refuses: %s\n", message)
 	case codes.Unimplemented:

@@ -67,7 +67,7 @@ mac, asked by nix-dispatchd
 mac: ok in 3.0 ms
 distrust, asked by nix-dispatchd
   trust           0.0 ms  WARNING: user not trusted: no
-distrust: ok in 0.0 ms, with 1 warnings
+distrust: ok in 0.0 ms, warnings: 1
 `
 	if diff := cmp.Diff(want, stdout); diff != "" {
 		t.Errorf("printed (-want +got):\n%s", diff)

@@ -85,7 +85,7 @@ func (s *site) refused(user string) {
 	t := s.t
 	t.Helper()
 	_, stderr, exit := s.as(user, "status")
-	if exit == 0 || !strings.Contains(stderr, "permission denied") {
+	if exit == 0 || !strings.Contains(stderr, "permission denied\nOnly root and the members of the group nix-dispatch may use it") {
 		t.Errorf("status as %s: exit %d, %q, want permission denied", user, exit, stderr)
 	}
 	out, err := s.nixBuild(user, shell("plain-"+user, "echo plain > $out", ""))

@@ -105,7 +105,7 @@ func (r *Report) WriteEnd(w io.Writer) {
 	case !r.OK:
 		fmt.Fprintf(w, "%s: %s\n", OneLine(r.Machine), OneLine(cmp.Or(r.Error, "failed")))
 	case warnings > 0:
-		fmt.Fprintf(w, "%s: ok in %s, with %d warnings\n", OneLine(r.Machine), duration(total), warnings)
+		fmt.Fprintf(w, "%s: ok in %s, warnings: %d\n", OneLine(r.Machine), duration(total), warnings)
 	default:
 		fmt.Fprintf(w, "%s: ok in %s\n", OneLine(r.Machine), duration(total))
 	}
