@@ -134,4 +134,4 @@ prepare: tools
 
 prepare-tests: tools
 	@deploy/install-missing.sh $(TEST_TOOLS)
-	@$(TOOLS)/fleet prepare
+	@$(TOOLS)/fleet prepare --systemd

@@ -55,13 +55,7 @@ func hookRules(version string) rules {
 }
 
 // howTo says how nix-dispatch is switched on.
-func (v rules) howTo() string {
-	hook := hookBeside()
-	if v.ignoresFile {
-		return fmt.Sprintf("put NIX_CONFIG=build-hook = %s into nix-daemon's environment, and restart it", hook)
-	}
-	return fmt.Sprintf("put build-hook = %s into /etc/nix/nix.conf, and restart nix-daemon", hook)
-}
+const howTo = "run 'nix-dispatch enable' as root"
 
 // hookBeside is the hook's program beside this one.
 func hookBeside() string {
@@ -85,15 +79,15 @@ func (h *host) judge(set confSetting, v rules, env map[string]string) finding {
 	_, fileIsOurs, _ := hookProgram(inFile.value)
 	switch {
 	case !ours && v.ignoresFile && fileIsOurs:
-		return problem(hookSubject, v.howTo(), "%s sets it, and Nix %s ignores it there", inFile.where, v.version)
+		return problem(hookSubject, howTo, "%s sets it, and Nix %s ignores it there", inFile.where, v.version)
 	case set.value == "":
-		return problem(hookSubject, v.howTo(), "it is not set: Nix's own builds do not use nix-dispatch")
+		return problem(hookSubject, howTo, "it is not set: Nix's own builds do not use nix-dispatch")
 	case !ours:
-		return problem(hookSubject, v.howTo(), "%s sets it to %q, which is not nix-dispatch", set.where, set.value)
+		return problem(hookSubject, "take it out there, and "+howTo, "%s sets it to %q, which is not nix-dispatch", set.where, set.value)
 	case v.onePath && arguments:
-		return problem(hookSubject, v.howTo(), "%s sets it to %q, but Nix %s takes a path without arguments", set.where, set.value, v.version)
+		return problem(hookSubject, howTo, "%s sets it to %q, but Nix %s takes a path without arguments", set.where, set.value, v.version)
 	case !runnable(program):
-		return problem(hookSubject, v.howTo(), "%s names %q, which cannot be run", set.where, program)
+		return problem(hookSubject, howTo, "%s names %q, which cannot be run", set.where, program)
 	default:
 		return fine(hookSubject, "nix-daemon runs %s (set by %s)", set.value, set.where)
 	}
@@ -165,7 +159,7 @@ func (h *host) lookAtRoot(v rules, tell func(finding)) {
 	case h.uid != 0:
 		tell(warning(rootSubject, "run this as root", "not known whether they use nix-dispatch: root's configuration cannot be seen"))
 	default:
-		tell(warning(rootSubject, fmt.Sprintf("put build-hook = ... into %s/.config/nix/nix.conf, too", h.rootHome),
+		tell(warning(rootSubject, howTo,
 			"they do not pass nix-daemon, and do not use nix-dispatch"))
 	}
 }

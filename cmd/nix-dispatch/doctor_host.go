@@ -10,7 +10,6 @@ import (
 	"os/user"
 	"path"
 	"path/filepath"
-	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -216,7 +215,7 @@ func (h *host) findNixDaemon() (*nixDaemon, error) {
 			result = err
 			continue
 		}
-		if slices.Contains(args, "--stdio") {
+		if !acceptsConnections(args) {
 			continue // it serves one client
 		}
 		exe, err := os.Readlink(dir + "/exe")

@@ -70,6 +70,8 @@ func commands() []*command {
 		undrainCommand(),
 		reloadCommand(),
 		machinesCommand(),
+		enableCommand(),
+		disableCommand(),
 		hookCommand(),
 	}
 }

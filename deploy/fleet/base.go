@@ -55,15 +55,19 @@ func CacheDir() string {
 // builds a root, the others wait for it. A root appears in the cache only when
 // it is complete.
 func Prepare(ctx context.Context, log *slog.Logger, suites ...string) error {
+	return prepare(suites, func(suite string) error {
+		_, err := baseRoot(ctx, log, suite)
+		return err
+	})
+}
+
+func prepare(suites []string, one func(suite string) error) error {
 	if len(suites) == 0 {
 		suites = Suites()
 	}
-	g, ctx := errgroup.WithContext(ctx)
+	var g errgroup.Group
 	for _, suite := range slices.Compact(slices.Sorted(slices.Values(suites))) {
-		g.Go(func() error {
-			_, err := baseRoot(ctx, log, suite)
-			return err
-		})
+		g.Go(func() error { return one(suite) })
 	}
 	return g.Wait()
 }
@@ -74,26 +78,40 @@ func baseRoot(ctx context.Context, log *slog.Logger, suite string) (string, erro
 		return "", fmt.Errorf("unknown suite %q: want one of %s", suite, strings.Join(Suites(), ", "))
 	}
 	sum := sha256.Sum256([]byte(baseScript + "\x00" + runtime.GOARCH))
-	dir := filepath.Join(CacheDir(), "roots", suite+"-"+hex.EncodeToString(sum[:6]))
+	roots := filepath.Join(CacheDir(), "roots")
+	dir := filepath.Join(roots, suite+"-"+hex.EncodeToString(sum[:6]))
+	return cachedRoot(ctx, "base root of "+suite, suite, dir, func() error {
+		mirror, err := hostMirror()
+		if err != nil {
+			return err
+		}
+		removeOldRoots(log, filepath.Join(roots, suite+"-*"), filepath.Join(roots, "."+suite+"-*"))
+		return buildRoot(ctx, log, suite, dir, baseScript, mirror.URI, mirror.Keyring)
+	})
+}
+
+// cachedRoot returns dir, which make makes if it is not there. The suite's lock is
+// held meanwhile.
+func cachedRoot(ctx context.Context, what, suite, dir string, make func() error) (string, error) {
 	if _, err := os.Stat(dir); err == nil {
 		return dir, nil
 	}
 	if os.Geteuid() != 0 {
-		return "", fmt.Errorf("base root of %s is not in %s, and making it needs root", suite, CacheDir())
+		return "", fmt.Errorf("%s is not in %s, and making it needs root", what, CacheDir())
 	}
 	if err := os.MkdirAll(filepath.Dir(dir), 0o700); err != nil {
-		return "", fmt.Errorf("make base root of %s: %w", suite, err)
+		return "", fmt.Errorf("make %s: %w", what, err)
 	}
 	unlock, err := lockFile(ctx, filepath.Join(CacheDir(), suite+".lock"))
 	if err != nil {
-		return "", fmt.Errorf("make base root of %s: %w", suite, err)
+		return "", fmt.Errorf("make %s: %w", what, err)
 	}
 	defer unlock()
 	if _, err := os.Stat(dir); err == nil { // another process made it meanwhile
 		return dir, nil
 	}
-	if err := buildBase(ctx, log, suite, dir); err != nil {
-		return "", fmt.Errorf("make base root of %s: %w", suite, err)
+	if err := make(); err != nil {
+		return "", fmt.Errorf("make %s: %w", what, err)
 	}
 	return dir, nil
 }
@@ -101,18 +119,15 @@ func baseRoot(ctx context.Context, log *slog.Logger, suite string) (string, erro
 // toolsMu lets one apt-get run at a time in this process.
 var toolsMu sync.Mutex
 
-func buildBase(ctx context.Context, log *slog.Logger, suite, dir string) error {
+// buildRoot has a script make a directory of the cache: it gets the suite, an empty
+// directory, args and where downloaded packages are kept.
+func buildRoot(ctx context.Context, log *slog.Logger, suite, dir, script string, args ...string) error {
 	toolsMu.Lock()
 	err := ensureTools(ctx, slices.Concat(runTools, buildTools))
 	toolsMu.Unlock()
 	if err != nil {
 		return err
 	}
-	mirror, err := hostMirror()
-	if err != nil {
-		return err
-	}
-	removeOldRoots(log, filepath.Dir(dir), suite)
 	temp := filepath.Join(filepath.Dir(dir), "."+filepath.Base(dir))
 	debs := filepath.Join(CacheDir(), "debs", suite)
 	for _, d := range []string{temp, debs} {
@@ -122,22 +137,22 @@ func buildBase(ctx context.Context, log *slog.Logger, suite, dir string) error {
 	}
 	started := time.Now()
 	logName := filepath.Join(CacheDir(), suite+".log")
-	if err := runBaseScript(ctx, log, logName, suite, temp, mirror.URI, mirror.Keyring, debs); err != nil {
+	if err := runScript(ctx, log, logName, script, suite, append(append([]string{temp}, args...), debs)...); err != nil {
 		os.RemoveAll(temp)
 		return err
 	}
 	if err := os.Rename(temp, dir); err != nil {
 		return err
 	}
-	log.Info("base root made", "suite", suite, "seconds", int(time.Since(started).Seconds()))
+	log.Info("root made", "suite", suite, "seconds", int(time.Since(started).Seconds()))
 	return nil
 }
 
 // removeOldRoots removes what an interrupted run or an older recipe left, as
 // far as no host stands on it. The caller holds the suite's lock.
-func removeOldRoots(log *slog.Logger, roots, suite string) {
-	for _, pattern := range []string{suite + "-*", "." + suite + "-*"} {
-		old, _ := filepath.Glob(filepath.Join(roots, pattern))
+func removeOldRoots(log *slog.Logger, patterns ...string) {
+	for _, pattern := range patterns {
+		old, _ := filepath.Glob(pattern)
 		for _, dir := range old {
 			if mounted(dir) {
 				continue
@@ -149,7 +164,7 @@ func removeOldRoots(log *slog.Logger, roots, suite string) {
 	}
 }
 
-func runBaseScript(ctx context.Context, log *slog.Logger, logName, suite string, args ...string) error {
+func runScript(ctx context.Context, log *slog.Logger, logName, script, suite string, args ...string) error {
 	logFile, err := os.Create(logName)
 	if err != nil {
 		return err
@@ -160,7 +175,7 @@ func runBaseScript(ctx context.Context, log *slog.Logger, logName, suite string,
 		return err
 	}
 	defer r.Close()
-	cmd := exec.CommandContext(ctx, "/bin/sh", append([]string{"-c", baseScript, "base.sh", suite}, args...)...)
+	cmd := exec.CommandContext(ctx, "/bin/sh", append([]string{"-c", script, "script", suite}, args...)...)
 	cmd.Stdout, cmd.Stderr = w, w
 	cmd.WaitDelay = 10 * time.Second
 	// Pdeathsig is tied to the thread that starts the child, so the whole run

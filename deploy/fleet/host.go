@@ -41,6 +41,11 @@ type HostConfig struct {
 	// NoDaemon leaves nix-daemon off (StartNixDaemon starts it later).
 	NoDaemon bool
 
+	// Systemd makes systemd process 1, of the suite's version, and nix-daemon a service
+	// of it, with Debian's own unit; NixDaemon and NoDaemon do not apply. It has no say
+	// over resources: the host's control group has no controllers.
+	Systemd bool
+
 	// Binds shows directories or files of this machine in the host, read-only:
 	// absolute path in the host -> path here.
 	Binds map[string]string
@@ -63,6 +68,7 @@ type Host struct {
 	index int
 	dir   string // upper and work: the overlay's, root: where it is mounted, nix: /nix
 	base  string
+	layer string  // over base; "" for none
 	key   keyPair // of sshd
 
 	powerMu sync.Mutex // one of Boot, Kill, Freeze, CutOff... at a time
@@ -95,6 +101,11 @@ func (f *Fleet) Host(ctx context.Context, config HostConfig) (*Host, error) {
 		return nil, fmt.Errorf("make host %s: %w", config.Name, err)
 	}
 	h := &Host{fleet: f, name: config.Name, dir: f.hostDir(config.Name), base: base, key: key, config: config}
+	if config.Systemd {
+		if h.layer, err = systemdLayer(ctx, f.log, config.Suite, base); err != nil {
+			return nil, fmt.Errorf("make host %s: %w", config.Name, err)
+		}
+	}
 	if err := f.add(h); err != nil {
 		return nil, fmt.Errorf("make host %s: %w", config.Name, err)
 	}
@@ -213,7 +224,7 @@ func (h *Host) snapshot() hostState {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	return hostState{
-		Config: h.config, Index: h.index, Base: h.base, HostKey: h.key,
+		Config: h.config, Index: h.index, Base: h.base, Layer: h.layer, HostKey: h.key,
 		Init: h.init, Cut: h.cut, Frozen: h.frozen,
 	}
 }

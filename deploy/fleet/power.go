@@ -49,7 +49,11 @@ func (h *Host) boot(ctx context.Context) error {
 		return err
 	}
 	defer w.Close()
-	args := []string{"-c", hostScript, "host.sh", h.base, h.dir, h.name, initScript(config)}
+	lower := h.base
+	if h.layer != "" {
+		lower = h.layer + ":" + h.base
+	}
+	args := []string{"-c", hostScript, "host.sh", lower, h.dir, h.name, h.initScript()}
 	for to, from := range config.Binds {
 		args = append(args, from, to)
 	}
@@ -90,9 +94,13 @@ const idle = "sleep 99999d"
 
 // initScript is what runs in the finished root, as process 1: it takes its files
 // from stdin, starts the services, and then only collects orphans.
-func initScript(c HostConfig) string {
+func (h *Host) initScript() string {
+	c := h.snapshot().Config
 	script := "set -e\ntar -xpf - -C /\nexec </dev/null\nmkdir -p /run/sshd /var/log\n" +
 		"/usr/sbin/sshd -E " + sshdLog + "\n"
+	if c.Systemd {
+		return script + h.runSystemd()
+	}
 	if !c.NoDaemon {
 		script += nixDaemonScript(c.NixDaemon)
 	}
@@ -132,6 +140,11 @@ func (h *Host) kill(ctx context.Context) error {
 		return err
 	}
 	h.change(func() { h.init, h.cut, h.frozen = process{}, false, false })
+	if h.snapshot().Config.Systemd {
+		if err := removeCgroups(h.cgroup()); err != nil {
+			return err
+		}
+	}
 	if mounts == "" {
 		return nil
 	}

@@ -38,6 +38,7 @@ type hostState struct {
 	Config  HostConfig
 	Index   int
 	Base    string
+	Layer   string
 	HostKey keyPair
 	Init    process // zero when off
 	Cut     bool
@@ -136,7 +137,7 @@ func load(name string, log *slog.Logger) (*Fleet, error) {
 	}
 	for _, hs := range s.Hosts {
 		f.hosts[hs.Config.Name] = &Host{
-			fleet: f, name: hs.Config.Name, index: hs.Index, base: hs.Base, key: hs.HostKey,
+			fleet: f, name: hs.Config.Name, index: hs.Index, base: hs.Base, layer: hs.Layer, key: hs.HostKey,
 			dir:    f.hostDir(hs.Config.Name),
 			config: hs.Config, init: hs.Init, cut: hs.Cut, frozen: hs.Frozen,
 		}
@@ -216,7 +217,7 @@ func reapOne(ctx context.Context, log *slog.Logger, dir string) error {
 	if err := s.Network.signal(unix.SIGKILL); err != nil {
 		return err
 	}
-	return removeTree(ctx, dir)
+	return errors.Join(removeTree(ctx, dir), removeCgroups(cgroupPrefix(filepath.Base(dir))))
 }
 
 // removeTree removes a directory whose last users may just be dying.

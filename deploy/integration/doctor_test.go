@@ -118,7 +118,7 @@ func (s *site) doctorFindsWhatIsWrong(suite string) {
 		"Nix's own hook": {"warning: what nix-dispatch leaves to it would fail: NIX_DISPATCH_STOCK_HOOK names \"/nowhere\""},
 	}
 	if suite == fleet.Trixie {
-		want["build-hook"] = []string{"problem: /etc/nix/nix.conf sets it, and Nix " + s.client.NixVersion() + " ignores it there; put NIX_CONFIG=build-hook = " + programs + "/nix-dispatch-hook"}
+		want["build-hook"] = []string{"problem: /etc/nix/nix.conf sets it, and Nix " + s.client.NixVersion() + " ignores it there; run 'nix-dispatch enable' as root"}
 		want["root's own builds"] = []string{"warning: they do not pass nix-daemon"}
 	}
 	s.found(got, want)

@@ -14,12 +14,16 @@ import (
 )
 
 func (in *invocation) prepare(ctx context.Context, args []string) error {
+	systemd := in.flags.Bool("systemd", false, "also for hosts with systemd")
 	suites, err := in.parseMixed(args, 0, "")
 	if err != nil {
 		return err
 	}
 	if err := fleet.EnsureTools(ctx); err != nil {
 		return err
+	}
+	if *systemd {
+		return fleet.PrepareSystemd(ctx, in.log, suites...)
 	}
 	return fleet.Prepare(ctx, in.log, suites...)
 }
@@ -32,6 +36,7 @@ func (in *invocation) up(ctx context.Context, args []string) error {
 	in.flags.StringVar(&config.SSHDConfig, "sshd-config", "", "further `LINES` of sshd_config")
 	in.flags.BoolVar(&config.NixTrusted, "trusted", false, "make the user nix a trusted user")
 	in.flags.BoolVar(&config.NoDaemon, "no-daemon", false, "do not start nix-daemon")
+	in.flags.BoolVar(&config.Systemd, "systemd", false, "systemd is process 1, and nix-daemon its service")
 	in.flags.Var(&features, "feature", "a system `FEATURE`; repeat for more")
 	in.flags.Var(&env, "daemon-env", "`NAME=VALUE` for nix-daemon's environment; repeat for more")
 	in.flags.Var(&binds, "bind", "`PATH=HERE`: show the directory HERE read-only at PATH; repeat for more")
