@@ -164,6 +164,13 @@ func (d *dispatcher) awaitSlot(ctx context.Context, b *build, at placement) erro
 	}
 }
 
+// possible tells whether a machine could ever build it.
+func (d *dispatcher) possible(r scheduler.Request) bool {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.queue.Possible(r)
+}
+
 // explain says where a build could go, in the scheduler's words.
 func (d *dispatcher) explain(r scheduler.Request) scheduler.Explanation {
 	d.mu.Lock()
@@ -216,10 +223,7 @@ func (d *dispatcher) snapshot() (scheduler.Snapshot, []*dispatchv1.BuildInfo) {
 	infos := make([]*dispatchv1.BuildInfo, 0, len(d.builds))
 	for _, sb := range s.Builds {
 		info := d.builds[sb.ID].infoLocked(sb)
-		if sb.Phase == scheduler.Queued {
-			explanation, _ := d.queue.ExplainBuild(sb.ID)
-			info.Reason = explanation.Why
-		}
+		info.Reason = sb.Why
 		infos = append(infos, info)
 	}
 	return s, infos

@@ -6,7 +6,6 @@ import (
 	"time"
 
 	"nixdispatch/proto/nix"
-	"nixdispatch/scheduler"
 )
 
 // A goal is one derivation of a realisation that has to be built.
@@ -196,12 +195,11 @@ func (g *goal) local(b *build) (here bool, why string) {
 	case g.drv.PreferLocalBuild() && g.drv.Platform == nixSystem() && len(features) == 0:
 		return true, ""
 	}
-	e := g.r.d.dispatcher.explain(b.request())
-	if e.Situation != scheduler.Impossible {
+	if g.r.d.dispatcher.possible(b.request()) {
 		return false, ""
 	}
 	g.r.d.metrics.leftUnplaceable(g.drv)
-	return true, e.Text(maxExplained)
+	return true, g.r.d.dispatcher.explain(b.request()).Text(maxExplained)
 }
 
 // buildLocally asks the local Nix, which may have other ways to build it.

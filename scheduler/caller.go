@@ -43,7 +43,7 @@ func (u *caller) addLine(priority, n int) {
 // queues tells whether a build of u's for a system and list is queued.
 func (u *caller) queues(list, system string) bool {
 	return u != nil && slices.ContainsFunc(u.queued, func(cq *callerQueue) bool {
-		return cq.class.list == list && cq.class.system == system
+		return cq.class.reach.list == list && cq.class.reach.system == system
 	})
 }
 

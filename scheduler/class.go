@@ -3,33 +3,19 @@ package scheduler
 import (
 	"container/heap"
 	"slices"
-	"strconv"
 )
 
-// A class is all builds with the same requirement: list of machines, system,
-// features and the machines they failed on. What machines they may go to is worked out once for
-// the class, so no event looks at each queued build.
+// A class is all builds that may go to the same machines: those of a reach, less
+// the ones they failed on. So no event looks at each queued build.
 type class struct {
-	list     string
-	system   string
-	features []string // sorted
-	exclude  []string // URIs, sorted
-
-	match    []bool     // by machine index: could ever run these builds
-	matching int        // how many of them do
-	ok       []bool     // by machine index: match, less the exclusions in force
-	machines []*machine // those that are ok, in list order
-
-	// Counts over machines, kept by Queue.refresh.
-	open    int // eligible machines with a free slot
-	room    int // eligible machines with a free slot or staging place
-	spare   int // eligible machines with room, or a place for a caller with no build in line
-	movable int // builds of this class that may be moved away from where they are
+	reach    *reach
+	exclude  []string   // URIs, sorted
+	excluded []*machine // those of the reach that have one of them
 
 	queues  map[*caller]*callerQueue
 	heads   queueHeap // the queues, the one whose first build is next on top
 	hungry  queueHeap // those of them whose caller has no build in line for the first one
-	waiting int       // index in Queue.waiting, -1 when nothing is queued
+	waiting int       // index in reach.waiting, -1 when nothing is queued
 	refs    int       // builds of this class, in any phase
 }
 
@@ -170,40 +156,54 @@ func (c *class) drop(b *build) {
 	b.caller.queued = slices.Delete(b.caller.queued, i, i+1)
 }
 
-// fit works out anew which machines c's builds may go to.
-func (c *class) fit(machines []*machine) {
-	c.match, c.matching = make([]bool, len(machines)), 0
-	for i, m := range machines {
-		c.match[i] = m.List == c.list && m.mismatch(c.system, c.features) == Eligible
-		c.matching += count(c.match[i])
+// newClass returns the class of builds that may go to r's machines but those with
+// the URIs in exclude, which are sorted.
+func newClass(r *reach, exclude []string) *class {
+	c := &class{
+		reach: r, exclude: exclude,
+		queues: make(map[*caller]*callerQueue), hungry: queueHeap{which: 1}, waiting: -1,
 	}
-	c.applyExclusions(machines)
+	c.fit()
+	return c
 }
 
-// applyExclusions takes the machines its builds failed on out of c, as long as
-// another machine that is up or coming can take them.
-func (c *class) applyExclusions(machines []*machine) {
-	others := false
-	for i, m := range machines {
-		others = others || c.match[i] && m.coming() && !c.excludes(m.ID.URI())
+// fit works out anew which machines c excludes.
+func (c *class) fit() {
+	c.excluded = nil
+	if len(c.exclude) == 0 {
+		return
 	}
-	c.ok = make([]bool, len(machines))
-	c.machines, c.open, c.room, c.spare = nil, 0, 0, 0
-	for i, m := range machines {
-		if !c.match[i] || others && c.excludes(m.ID.URI()) {
-			continue
+	for _, m := range c.reach.machines {
+		if _, found := slices.BinarySearch(c.exclude, m.ID.URI()); found {
+			c.excluded = append(c.excluded, m)
 		}
-		c.ok[i] = true
-		c.machines = append(c.machines, m)
-		c.open += count(m.open)
-		c.room += count(m.room)
-		c.spare += count(m.spare)
 	}
 }
 
-func (c *class) excludes(uri string) bool {
-	_, found := slices.BinarySearch(c.exclude, uri)
-	return found
+// avoids tells whether c's builds keep away from the machines that they failed on:
+// they do as long as another that is up or coming can take them.
+func (c *class) avoids() bool {
+	others := c.reach.coming
+	for _, m := range c.excluded {
+		others -= count(m.coming())
+	}
+	return len(c.excluded) > 0 && others > 0
+}
+
+// ok tells whether m is one of the machines that c's builds may go to now.
+func (c *class) ok(m *machine) bool {
+	return m.index >= 0 && c.reach.ok[m.index] && !(slices.Contains(c.excluded, m) && c.avoids())
+}
+
+// free counts the machines that have a place of a kind, or a better one, for c's builds.
+func (c *class) free(k placeKind) int {
+	n := c.reach.free[k]
+	if n > 0 && c.avoids() {
+		for _, m := range c.excluded {
+			n -= count(m.has(k))
+		}
+	}
+	return n
 }
 
 func count(b bool) int {
@@ -211,74 +211,4 @@ func count(b bool) int {
 		return 1
 	}
 	return 0
-}
-
-// maxIdleClasses bounds the classes kept though no build is of them. Keeping
-// some saves working out the machines for each of many equal builds.
-const maxIdleClasses = 256
-
-// class returns the class of builds such as r.
-func (q *Queue) class(r Request) *class {
-	features, exclude := sortedSet(r.Features), sortedURIs(r.Exclude)
-	key := classKey(r.List, r.System, features, exclude)
-	if c := q.byKey[key]; c != nil {
-		return c
-	}
-	if len(q.classes) >= 2*q.usedClasses+maxIdleClasses {
-		q.dropIdleClasses()
-	}
-	c := &class{
-		list: r.List, system: r.System, features: features, exclude: exclude,
-		queues: make(map[*caller]*callerQueue), hungry: queueHeap{which: 1}, waiting: -1,
-	}
-	c.fit(q.machines)
-	q.byKey[key] = c
-	q.classes = append(q.classes, c)
-	return c
-}
-
-func (q *Queue) dropIdleClasses() {
-	q.classes = slices.DeleteFunc(q.classes, func(c *class) bool {
-		if c.refs == 0 {
-			delete(q.byKey, classKey(c.list, c.system, c.features, c.exclude))
-		}
-		return c.refs == 0
-	})
-}
-
-// use makes b a build of class c.
-func (q *Queue) use(b *build, c *class) {
-	if c.refs == 0 {
-		q.usedClasses++
-	}
-	c.refs++
-	b.class = c
-}
-
-// unuse takes b out of its class.
-func (q *Queue) unuse(b *build) {
-	b.class.refs--
-	if b.class.refs == 0 {
-		q.usedClasses--
-	}
-}
-
-// classKey is different for different requirements, whatever bytes are in them.
-func classKey(list, system string, features, exclude []string) string {
-	key := make([]byte, 0, 64)
-	add := func(s string) {
-		key = strconv.AppendInt(key, int64(len(s)), 10)
-		key = append(key, ':')
-		key = append(key, s...)
-	}
-	add(list)
-	add(system)
-	for _, f := range features {
-		add(f)
-	}
-	key = append(key, '-')
-	for _, uri := range exclude {
-		add(uri)
-	}
-	return string(key)
 }

@@ -53,34 +53,44 @@ type Explanation struct {
 
 // Explain tells where a build such as r would go now. It changes nothing.
 func (q *Queue) Explain(r Request) Explanation {
-	c := q.class(r)
-	e := Explanation{System: r.System, Features: c.features}
+	n := q.requirement(r)
+	c := n.reach.class(r.Exclude)
+	e := Explanation{System: r.System, Features: n.features}
 	for _, m := range q.machines {
-		if m.List == c.list {
-			e.Machines = append(e.Machines, c.judge(m))
+		if m.List == n.list {
+			e.Machines = append(e.Machines, n.judge(m, c))
 		}
 	}
-	t := c.tally(q.machines)
+	t := n.reach.tally()
 	u := q.callers[r.Caller]
 	m, rule := c.choose(u == nil || u.hungry(r.Priority))
-	switch {
-	case t.matching == 0:
-		e.Situation = Impossible
-	case m != nil && m.open:
-		e.Situation, e.Chosen = SlotFree, m.ID
-	case m != nil:
-		e.Situation, e.Chosen = Full, m.ID
-	case t.coming == 0:
-		e.Situation = NoneUp
-	default:
-		e.Situation = Full
-	}
+	e.Situation = t.situation()
 	e.Why = e.Situation.text(t)
 	if m != nil {
+		e.Chosen = m.ID
+		if m.has(slotPlace) {
+			e.Situation = SlotFree
+		}
 		e.Why = "goes to " + printable(m.ID.URI()) + ": " + rule.text(m)
 	}
 	return e
 }
+
+// situation is that of builds for which there is no place.
+func (t tally) situation() Situation {
+	switch {
+	case t.matching == 0:
+		return Impossible
+	case t.coming == 0:
+		return NoneUp
+	default:
+		return Full
+	}
+}
+
+// Possible tells whether a machine could ever build r. It is what Explain tells with
+// its situation, without a word for each machine.
+func (q *Queue) Possible(r Request) bool { return len(q.requirement(r).reach.machines) > 0 }
 
 // ExplainBuild is Explain for a build the Queue knows, with the machines it
 // failed on, and tells where it is if it is placed already; false if it knows
@@ -98,9 +108,9 @@ func (q *Queue) ExplainBuild(id BuildID) (Explanation, bool) {
 	return e, true
 }
 
-// judge tells what keeps builds of c from m.
-func (c *class) judge(m *machine) Verdict {
-	v := Verdict{Machine: m.ID, Reason: m.mismatch(c.system, c.features)}
+// judge tells what keeps builds of c, which ask for n, from m.
+func (n *requirement) judge(m *machine, c *class) Verdict {
+	v := Verdict{Machine: m.ID, Reason: m.mismatch(n.system, n.features)}
 	switch {
 	case v.Reason != Eligible:
 	case m.state == Connecting:
@@ -111,26 +121,26 @@ func (c *class) judge(m *machine) Verdict {
 		v.Reason = BeingDrained
 	case m.state == Parked:
 		v.Reason = IsParked
-	case !c.ok[m.index]:
+	case !c.ok(m):
 		v.Reason = FailedBefore
-	case !m.open:
-		v.Reason, v.Place = SlotsTaken, m.room
+	case !m.has(slotPlace):
+		v.Reason, v.Place = SlotsTaken, m.has(stagingPlace)
 	}
-	v.Text = m.words(v.Reason, c)
+	v.Text = m.words(v.Reason, n)
 	return v
 }
 
 // words says reason in words.
-func (m *machine) words(reason Reason, c *class) string {
+func (m *machine) words(reason Reason, n *requirement) string {
 	switch reason {
 	case SystemUnsupported:
-		return "does not support system " + printable(c.system) + " (it has " + listed(m.Systems) + ")"
+		return "does not support system " + printable(n.system) + " (it has " + listed(m.Systems) + ")"
 	case FeatureMissing:
-		missing := slices.DeleteFunc(slices.Clone(c.features), func(f string) bool { return m.supported[f] })
+		missing := slices.DeleteFunc(slices.Clone(n.features), func(f string) bool { return m.supported[f] })
 		return "does not support required " + features(missing)
 	case MandatoryNotRequired:
 		extra := slices.DeleteFunc(slices.Clone(m.MandatoryFeatures), func(f string) bool {
-			_, found := slices.BinarySearch(c.features, f)
+			_, found := slices.BinarySearch(n.features, f)
 			return found
 		})
 		return "takes only builds that require " + features(extra)
@@ -150,7 +160,7 @@ func (m *machine) words(reason Reason, c *class) string {
 		return m.loadWords()
 	default:
 		return fmt.Sprintf("is eligible: %d of %d slots taken, speed factor %s",
-			m.load(), m.MaxJobs, strconv.FormatFloat(m.SpeedFactor, 'g', -1, 64))
+			m.load, m.MaxJobs, strconv.FormatFloat(m.SpeedFactor, 'g', -1, 64))
 	}
 }
 
@@ -178,7 +188,7 @@ func (m *machine) loadWords() string {
 	if len(m.pool.machines) > 1 {
 		words += ", counted over all lines with this URI"
 	}
-	if m.room {
+	if m.has(stagingPlace) {
 		words += "; a staging place is free"
 	}
 	return words
@@ -216,9 +226,9 @@ const (
 // text says why m was chosen.
 func (r choiceRule) text(m *machine) string {
 	switch {
-	case m.open:
+	case m.has(slotPlace):
 		return slotTexts[r]
-	case m.room:
+	case m.has(stagingPlace):
 		return stagingTexts[r]
 	default:
 		return turnTexts[r]

@@ -254,6 +254,9 @@ func (w *world) check(orders []Order) {
 		if b.Phase != n.phase || (n.on != nil && b.Machine != n.on.ID) {
 			w.fatalf("build %+v, want %s on %v", b, n.phase, n.on)
 		}
+		if e, _ := w.q.ExplainBuild(b.ID); b.Phase == Queued && (b.Why != e.Why || w.q.Possible(n.Request) == b.Unplaceable) {
+			w.fatalf("build %+v is explained by %q, situation %d", b, e.Why, e.Situation)
+		}
 		if b.Phase == Queued && w.naive.choose(n.Request) != nil {
 			w.fatalf("build %d is queued though a machine has a place for it", b.ID)
 		}

@@ -92,11 +92,14 @@ type machine struct {
 	held    int
 	// line holds the placed builds without a slot, in the order of their placing.
 	line []*build
-	// Derived by Queue.refresh, which counts them in the classes:
-	open    bool // takes builds and has a free slot
-	room    bool // takes builds and has a free slot or staging place (no class has a machine without slots)
-	spare   bool // takes builds and has room, or a place for a caller that has no build in line
-	movable bool // the builds in line may go elsewhere
+	// reaches are those that it is in.
+	reaches []*reach
+	// bound is the place of slots() in pool.bounds.
+	bound int
+	// Derived by Queue.refresh, which counts them in the reaches:
+	load    int       // how many of its slots are spoken for; see pool.free
+	place   placeKind // the best that it has for another build; noPlace if it takes none
+	movable bool      // the builds in line may go elsewhere
 }
 
 // configure takes over m's settings, normalised, and copies its lists.
@@ -130,7 +133,7 @@ func (m *machine) takes() bool { return m.index >= 0 && m.state == Up }
 
 // grants tells whether builds on m may be given a slot.
 func (m *machine) grants() bool {
-	return (m.state == Up || m.state == Draining || m.state == Parked) && m.pool.free(m, (*machine).busy) > 0
+	return (m.state == Up || m.state == Draining || m.state == Parked) && m.pool.free(m, m.pool.busy) > 0
 }
 
 // coming tells whether m is up or on its first connection attempt.
@@ -172,14 +175,14 @@ const (
 // compare tells which of a and b a build goes to, and by which rule; negative
 // means a. The rules are tried in order. a and b differ.
 func compare(a, b *machine) (int, choiceRule) {
-	la, lb := float64(a.load())/a.SpeedFactor, float64(b.load())/b.SpeedFactor
+	la, lb := float64(a.load)/a.SpeedFactor, float64(b.load)/b.SpeedFactor
 	switch {
 	case la != lb:
 		return sign(la < lb), ruleLoadPerSpeed
 	case a.SpeedFactor != b.SpeedFactor:
 		return sign(a.SpeedFactor > b.SpeedFactor), ruleSpeed
-	case a.load() != b.load():
-		return sign(a.load() < b.load()), ruleLoad
+	case a.load != b.load:
+		return sign(a.load < b.load), ruleLoad
 	default:
 		return sign(a.index < b.index), ruleFirst
 	}
@@ -199,19 +202,12 @@ const (
 	slotPlace    placeKind = iota // a build slot
 	stagingPlace                  // a staging place
 	turnPlace                     // one for a caller that has no build in line
+	placeKinds                    // how many there are
+	noPlace      = placeKinds
 )
 
 // has tells whether m has a place of a kind, or a better one.
-func (m *machine) has(k placeKind) bool {
-	switch k {
-	case slotPlace:
-		return m.open
-	case stagingPlace:
-		return m.room
-	default:
-		return m.spare
-	}
-}
+func (m *machine) has(k placeKind) bool { return m.place <= k }
 
 // choose returns the machine for a build of class c: among those with a free
 // slot, else among those with a free staging place, else, if its turn lets it,
@@ -220,16 +216,17 @@ func (m *machine) has(k placeKind) bool {
 func (c *class) choose(turn bool) (best *machine, rule choiceRule) {
 	kind := slotPlace
 	switch {
-	case c.open > 0:
-	case c.room > 0:
+	case c.free(slotPlace) > 0:
+	case c.free(stagingPlace) > 0:
 		kind = stagingPlace
-	case c.spare > 0 && turn:
+	case turn && c.free(turnPlace) > 0:
 		kind = turnPlace
 	default:
 		return nil, ruleOnly
 	}
-	for _, m := range c.machines {
-		if !m.has(kind) {
+	avoids := c.avoids()
+	for _, m := range c.reach.machines {
+		if !m.has(kind) || avoids && slices.Contains(c.excluded, m) {
 			continue
 		}
 		if best == nil {

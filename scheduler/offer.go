@@ -99,11 +99,11 @@ const (
 // not use the same machines do not keep each other out.
 func (q *Queue) Offer(r Request, amWilling bool) Decision {
 	c := q.class(r)
-	if c.open > 0 {
+	if c.free(slotPlace) > 0 {
 		m, rule := c.choose(false)
 		return Decision{Reply: Accept, Situation: SlotFree, Machine: m.ID, Why: rule.text(m)}
 	}
-	t := c.tally(q.machines)
+	t := c.reach.tally()
 	switch {
 	case t.matching == 0:
 		return t.decide(Decline, Impossible)
@@ -138,7 +138,7 @@ func (t tally) decide(reply Reply, s Situation) Decision {
 	return Decision{Reply: reply, Situation: s, Why: s.text(t)}
 }
 
-// A tally counts machines that could ever run builds of a class.
+// A tally counts the machines of a reach.
 type tally struct {
 	matching int // all of them
 	up       int
@@ -147,28 +147,25 @@ type tally struct {
 	slots    int // of those coming
 }
 
-func (c *class) tally(machines []*machine) tally {
-	t := tally{matching: c.matching}
-	for i, m := range machines {
-		if !c.match[i] {
-			continue
-		}
+func (r *reach) tally() tally {
+	t := tally{matching: len(r.machines)}
+	for _, m := range r.machines {
 		t.parked += count(m.state == Parked)
 		if m.coming() {
 			t.coming++
 			t.up += count(m.state == Up)
-			t.slots += c.moreSlots(m)
+			t.slots += r.moreSlots(m)
 		}
 	}
 	return t
 }
 
-// moreSlots is how many slots of its URI m adds to those of the machines of c
+// moreSlots is how many slots of its URI m adds to those of the machines of r
 // that are listed before it.
-func (c *class) moreSlots(m *machine) int {
+func (r *reach) moreSlots(m *machine) int {
 	most := 0
 	for _, other := range m.pool.machines {
-		if other.index >= 0 && other.index < m.index && c.match[other.index] && other.coming() {
+		if other.index >= 0 && other.index < m.index && r.ok[other.index] && other.coming() {
 			most = max(most, other.MaxJobs)
 		}
 	}
@@ -181,13 +178,15 @@ func (c *class) moreSlots(m *machine) int {
 // build that is stranded, not for the others.
 func (q *Queue) Stranded() []BuildID {
 	var ids []BuildID
-	for _, c := range q.waiting {
-		if c.tally(q.machines).coming > 0 {
+	for _, r := range q.waiting {
+		if r.coming > 0 {
 			continue
 		}
-		for _, cq := range c.heads.queues {
-			for _, b := range cq.builds {
-				ids = append(ids, b.req.ID)
+		for _, c := range r.waiting {
+			for _, cq := range c.heads.queues {
+				for _, b := range cq.builds {
+					ids = append(ids, b.req.ID)
+				}
 			}
 		}
 	}

@@ -11,6 +11,10 @@ type pool struct {
 	machines []*machine
 	// most is the largest max-jobs of those listed; 0 if none is.
 	most int
+	// bounds are the numbers of slots that machines may use, each once, ascending;
+	// own and busy count, for each of them, what all machines with as many have.
+	bounds    []int
+	own, busy []int
 }
 
 // own is the number of slots spoken for by m's own builds.
@@ -18,10 +22,6 @@ func (m *machine) own() int { return m.placed + m.held }
 
 // busy is the number of slots that m's own builds have or had.
 func (m *machine) busy() int { return m.running + m.held }
-
-// load is how many of the slots that m may use are spoken for, by builds of any
-// machine of its URI. It exceeds them when more builds are placed than have a slot.
-func (m *machine) load() int { return m.slots() - m.pool.free(m, (*machine).own) }
 
 // slots is how many of its URI's slots m may use: a machine that is listed no
 // more lives within what the URI has now.
@@ -32,29 +32,29 @@ func (m *machine) slots() int {
 	return m.MaxJobs
 }
 
+// recount counts own and busy anew.
+func (p *pool) recount() {
+	clear(p.own)
+	clear(p.busy)
+	for _, m := range p.machines {
+		p.own[m.bound] += m.own()
+		p.busy[m.bound] += m.busy()
+	}
+}
+
 // free is how many more builds m can have in slots, each in one below its own
-// machine's number of slots, when every machine has as many as count says;
-// negative when there are too many already.
+// machine's number of slots, when machines have as many as counts, p.own or p.busy,
+// says; negative when there are too many already.
 //
 // Builds can all have a slot if, for every number k, no more than k of them are
 // confined to the first k slots.
-func (p *pool) free(m *machine, count func(*machine) int) int {
-	if len(p.machines) == 1 {
-		return m.slots() - count(m)
-	}
-	free := math.MaxInt
-	for _, bound := range p.machines {
-		k := bound.slots()
-		if k < m.slots() {
-			continue
+func (p *pool) free(m *machine, counts []int) int {
+	free, confined := math.MaxInt, 0
+	for i, k := range p.bounds {
+		confined += counts[i]
+		if i >= m.bound {
+			free = min(free, k-confined)
 		}
-		left := k
-		for _, other := range p.machines {
-			if other.slots() <= k {
-				left -= count(other)
-			}
-		}
-		free = min(free, left)
 	}
 	return free
 }
@@ -84,6 +84,22 @@ func (q *Queue) repool() {
 				p.most = max(p.most, m.MaxJobs)
 			}
 		}
+	}
+	for _, p := range q.pools {
+		p.bound()
+	}
+}
+
+// bound works out the bounds.
+func (p *pool) bound() {
+	for _, m := range p.machines {
+		p.bounds = append(p.bounds, m.slots())
+	}
+	slices.Sort(p.bounds)
+	p.bounds = slices.Compact(p.bounds)
+	p.own, p.busy = make([]int, len(p.bounds)), make([]int, len(p.bounds))
+	for _, m := range p.machines {
+		m.bound, _ = slices.BinarySearch(p.bounds, m.slots())
 	}
 }
 

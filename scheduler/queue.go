@@ -101,12 +101,13 @@ type Order struct {
 
 // A build is a Request with where it is.
 type build struct {
-	req    Request
-	class  *class
-	caller *caller
-	system *systemQueue
-	seq    uint64 // age
-	phase  Phase
+	req         Request
+	requirement *requirement
+	class       *class
+	caller      *caller
+	system      *systemQueue
+	seq         uint64 // age
+	phase       Phase
 	// machine is where it is, or where it ran; nil when queued.
 	machine *machine
 	index   int    // in its buildHeap, while queued
@@ -139,10 +140,10 @@ type Queue struct {
 	callers  map[string]*caller
 	systems  map[systemKey]*systemQueue
 
-	byKey       map[string]*class
-	classes     []*class // in the order of their making
-	usedClasses int      // those with builds
-	waiting     []*class // those with queued builds, in no order that matters
+	requirements     map[string]*requirement
+	usedRequirements int // those with builds
+	reaches          map[reachKey]*reach
+	waiting          []*reach // those with queued builds, in no order that matters
 
 	open    int // machines with a free slot
 	lastSeq uint64
@@ -153,11 +154,12 @@ type Queue struct {
 // New returns a Queue without machines and builds.
 func New() *Queue {
 	return &Queue{
-		byID:    make(map[MachineID]*machine),
-		builds:  make(map[BuildID]*build),
-		callers: make(map[string]*caller),
-		systems: make(map[systemKey]*systemQueue),
-		byKey:   make(map[string]*class),
+		byID:         make(map[MachineID]*machine),
+		builds:       make(map[BuildID]*build),
+		callers:      make(map[string]*caller),
+		systems:      make(map[systemKey]*systemQueue),
+		requirements: make(map[string]*requirement),
+		reaches:      make(map[reachKey]*reach),
 	}
 }
 
@@ -168,16 +170,14 @@ func New() *Queue {
 // builds and are forgotten when nothing is on them. IDs must differ.
 func (q *Queue) SetMachines(ms []Machine) []Order {
 	q.list(ms)
-	for _, c := range q.classes {
-		c.fit(q.machines)
-	}
+	q.fit()
 	all := slices.Concat(q.machines, q.removed)
 	for _, m := range all {
 		q.refresh(m)
 	}
 	for _, m := range q.machines {
 		for _, b := range slices.Clone(m.line) {
-			if !b.class.match[m.index] {
+			if !b.class.reach.ok[m.index] {
 				q.unplace(b)
 				q.enqueue(b)
 				q.order(Order{Kind: Withdraw, Build: b.req.ID, From: m.ID, Why: whyWithdraw})
@@ -221,7 +221,7 @@ func (q *Queue) list(ms []Machine) {
 	q.repool()
 	q.open = 0
 	for _, m := range slices.Concat(q.machines, q.removed) {
-		m.open, m.room, m.spare = false, false, false
+		m.place, m.reaches = noPlace, nil
 	}
 }
 
@@ -238,13 +238,13 @@ func (q *Queue) SetState(id MachineID, state MachineState, reason string) []Orde
 	if m.state == state {
 		return nil
 	}
+	comes := -count(m.coming())
 	m.state = state
-	q.refresh(m)
-	for _, c := range q.classes {
-		if len(c.exclude) > 0 && m.index >= 0 && c.match[m.index] {
-			c.applyExclusions(q.machines)
-		}
+	comes += count(m.coming())
+	for _, r := range m.reaches {
+		r.coming += comes
 	}
+	q.refresh(m)
 	return q.settle(m)
 }
 
@@ -264,7 +264,7 @@ func (q *Queue) Enqueue(r Request) []Order {
 		q.systems[key] = b.system
 	}
 	b.system.refs++
-	q.use(b, q.class(r))
+	q.require(b)
 	q.builds[r.ID] = b
 	q.enqueue(b)
 	return q.settle()
@@ -347,14 +347,8 @@ func (q *Queue) Requeue(id BuildID, failed MachineID) []Order {
 // exclude makes b, which is not queued, a build that failed on machine id.
 func (q *Queue) exclude(b *build, id MachineID) {
 	b.req.Exclude = append(b.req.Exclude, id)
-	old := b.class
-	c := q.class(b.req)
-	if b.inLine() && b.machine.movable {
-		old.movable--
-		c.movable++
-	}
-	q.unuse(b)
-	q.use(b, c)
+	q.leaveClass(b)
+	q.enterClass(b)
 }
 
 // Remove tells that the build is done with: finished, failed or cancelled. What
@@ -368,7 +362,7 @@ func (q *Queue) Remove(id BuildID) []Order {
 	case b.phase == Queued:
 		q.dequeue(b)
 	}
-	q.unuse(b)
+	q.unrequire(b)
 	delete(q.builds, id)
 	q.disown(b)
 	if b.system.refs--; b.system.refs == 0 {

@@ -69,9 +69,14 @@ func grantedBefore(a, b *build) bool {
 // room for, and tells whether there was one.
 func (q *Queue) placeNext() bool {
 	var next *build
-	for _, c := range q.waiting {
-		if c.room > 0 && (next == nil || before(c.heads.next(), next)) {
-			next = c.heads.next()
+	for _, r := range q.waiting {
+		if r.free[stagingPlace] == 0 {
+			continue
+		}
+		for _, c := range r.waiting {
+			if (next == nil || before(c.heads.next(), next)) && c.free(stagingPlace) > 0 {
+				next = c.heads.next()
+			}
 		}
 	}
 	return q.placeChosen(next, false)
@@ -81,9 +86,14 @@ func (q *Queue) placeNext() bool {
 // there is no room but a place for these.
 func (q *Queue) placeHungry() bool {
 	var next *build
-	for _, c := range q.waiting {
-		if c.spare > 0 && c.hungry.Len() > 0 && (next == nil || before(c.hungry.next(), next)) {
-			next = c.hungry.next()
+	for _, r := range q.waiting {
+		if r.free[turnPlace] == 0 {
+			continue
+		}
+		for _, c := range r.waiting {
+			if c.hungry.Len() > 0 && (next == nil || before(c.hungry.next(), next)) && c.free(turnPlace) > 0 {
+				next = c.hungry.next()
+			}
 		}
 	}
 	return q.placeChosen(next, true)
@@ -106,7 +116,7 @@ func (q *Queue) placeChosen(b *build, turn bool) bool {
 // one with the highest load/speedFactor; there the build that got least far
 // goes, for it has the least to lose.
 func (q *Queue) moveNext() bool {
-	if q.open == 0 || !slices.ContainsFunc(q.classes, (*class).canMove) {
+	if !q.canMove() {
 		return false
 	}
 	var from *machine
@@ -117,6 +127,9 @@ func (q *Queue) moveNext() bool {
 			}
 		}
 	}
+	if from == nil {
+		return false
+	}
 	b := from.leastFar()
 	to, _ := b.class.choose(false)
 	q.unplace(b)
@@ -125,8 +138,19 @@ func (q *Queue) moveNext() bool {
 	return true
 }
 
-// canMove tells that some build of c may be moved, and that there is a free slot for it.
-func (c *class) canMove() bool { return c.movable > 0 && c.open > 0 }
+// canMove tells that some build may be moved, and that there is a free slot for it
+// unless it has failed there.
+func (q *Queue) canMove() bool {
+	if q.open == 0 {
+		return false
+	}
+	for _, r := range q.reaches {
+		if r.movable > 0 && r.free[slotPlace] > 0 {
+			return true
+		}
+	}
+	return false
+}
 
 // leavesBefore tells whether builds are moved from a rather than from b, which
 // comes before a in the list.
@@ -134,7 +158,7 @@ func leavesBefore(a, b *machine) bool {
 	if a.takes() != b.takes() {
 		return !a.takes()
 	}
-	return float64(a.load())/a.SpeedFactor > float64(b.load())/b.SpeedFactor
+	return float64(a.load)/a.SpeedFactor > float64(b.load)/b.SpeedFactor
 }
 
 // leastFar returns the build to be moved from m: one whose inputs are not there
@@ -144,7 +168,7 @@ func (m *machine) leastFar() *build {
 	var least *build
 	for _, b := range m.line {
 		switch {
-		case b.class.open == 0:
+		case b.class.free(slotPlace) == 0:
 		case least == nil,
 			b.phase < least.phase,
 			b.phase == least.phase && b.req.Priority <= least.req.Priority:
@@ -157,11 +181,15 @@ func (m *machine) leastFar() *build {
 // enqueue puts b, which is nowhere, into the queue.
 func (q *Queue) enqueue(b *build) {
 	b.phase, b.machine = Queued, nil
-	c := b.class
+	c, r := b.class, b.class.reach
 	c.push(b)
 	if c.waiting < 0 {
-		c.waiting = len(q.waiting)
-		q.waiting = append(q.waiting, c)
+		c.waiting = len(r.waiting)
+		r.waiting = append(r.waiting, c)
+	}
+	if r.index < 0 {
+		r.index = len(q.waiting)
+		q.waiting = append(q.waiting, r)
 	}
 	b.system.queued++
 	b.system.local += count(b.req.CouldBuildLocally)
@@ -169,14 +197,21 @@ func (q *Queue) enqueue(b *build) {
 
 // dequeue takes b out of the queue; then it is nowhere.
 func (q *Queue) dequeue(b *build) {
-	c := b.class
+	c, r := b.class, b.class.reach
 	c.drop(b)
 	if c.heads.Len() == 0 {
-		last := q.waiting[len(q.waiting)-1]
-		q.waiting[c.waiting] = last
+		last := r.waiting[len(r.waiting)-1]
+		r.waiting[c.waiting] = last
 		last.waiting = c.waiting
-		q.waiting = q.waiting[:len(q.waiting)-1]
+		r.waiting = r.waiting[:len(r.waiting)-1]
 		c.waiting = -1
+	}
+	if len(r.waiting) == 0 {
+		last := q.waiting[len(q.waiting)-1]
+		q.waiting[r.index] = last
+		last.index = r.index
+		q.waiting = q.waiting[:len(q.waiting)-1]
+		r.index = -1
 	}
 	b.system.queued--
 	b.system.local -= count(b.req.CouldBuildLocally)
@@ -190,7 +225,7 @@ func (q *Queue) place(b *build, m *machine) {
 	m.placed++
 	m.line = append(m.line, b)
 	if m.movable {
-		b.class.movable++
+		b.class.reach.movable++
 	}
 	b.caller.placedAt = q.turns
 	b.count(1)
@@ -218,40 +253,52 @@ func (m *machine) leaveLine(b *build) {
 	i := slices.Index(m.line, b)
 	m.line = slices.Delete(m.line, i, i+1)
 	if m.movable {
-		b.class.movable--
+		b.class.reach.movable--
 	}
 }
 
 // refresh works out what m's state and counters mean for the machines of its
-// pool, and keeps the counts of the classes. It must follow every change of either.
+// pool, and keeps the counts of the reaches. It must follow every change of either.
 func (q *Queue) refresh(m *machine) {
+	m.pool.recount()
 	for _, shares := range m.pool.machines {
 		q.refreshOne(shares)
 	}
 }
 
+// offers is the best place that m has for another build by its state and its load.
+func (m *machine) offers() placeKind {
+	switch {
+	case !m.takes():
+		return noPlace
+	case m.load < m.MaxJobs:
+		return slotPlace
+	case m.load < m.MaxJobs+m.Staging:
+		return stagingPlace
+	case m.load < m.MaxJobs+2*m.Staging:
+		return turnPlace
+	default:
+		return noPlace
+	}
+}
+
 func (q *Queue) refreshOne(m *machine) {
-	takes, load := m.takes(), m.load()
-	open := takes && load < m.MaxJobs
-	room := takes && load < m.MaxJobs+m.Staging
-	spare := takes && load < m.MaxJobs+2*m.Staging
-	if m.open != open || m.room != room || m.spare != spare {
-		opens, rooms, spares := count(open)-count(m.open), count(room)-count(m.room), count(spare)-count(m.spare)
-		m.open, m.room, m.spare = open, room, spare
-		q.open += opens
-		for _, c := range q.classes {
-			if c.ok[m.index] {
-				c.open += opens
-				c.room += rooms
-				c.spare += spares
+	m.load = m.slots() - m.pool.free(m, m.pool.own)
+	if place := m.offers(); m.place != place {
+		for k := range placeKinds {
+			n := count(place <= k) - count(m.place <= k)
+			for _, r := range m.reaches {
+				r.free[k] += n
 			}
 		}
+		q.open += count(place == slotPlace) - count(m.place == slotPlace)
+		m.place = place
 	}
-	movable := len(m.line) > 0 && (!takes || load > m.MaxJobs)
+	movable := len(m.line) > 0 && (!m.takes() || m.load > m.MaxJobs)
 	if m.movable != movable {
 		m.movable = movable
 		for _, b := range m.line {
-			b.class.movable += 2*count(movable) - 1
+			b.class.reach.movable += 2*count(movable) - 1
 		}
 	}
 }

@@ -33,6 +33,8 @@ type BuildStatus struct {
 	Phase Phase
 	// Unplaceable tells of a queued build that no machine of its list can ever build it.
 	Unplaceable bool
+	// Why says in a line why a queued build waits, as its Explanation does; Builds sets it.
+	Why string
 	// Machine is where it is; for a fetching or lost build where it ran; "" when queued.
 	Machine  MachineID
 	System   string
@@ -69,8 +71,17 @@ func (q *Queue) Machines() []MachineStatus {
 // Builds returns all builds, by ID.
 func (q *Queue) Builds() []BuildStatus {
 	list := make([]BuildStatus, 0, len(q.builds))
+	why := make(map[*reach]string)
 	for _, b := range q.builds {
-		list = append(list, b.status())
+		s := b.status()
+		if b.phase == Queued {
+			r := b.class.reach
+			if why[r] == "" {
+				why[r] = r.why()
+			}
+			s.Why = why[r]
+		}
+		list = append(list, s)
 	}
 	slices.SortFunc(list, func(a, b BuildStatus) int { return cmp.Compare(a.ID, b.ID) })
 	return list
@@ -85,11 +96,17 @@ func (q *Queue) Build(id BuildID) (BuildStatus, bool) {
 	return b.status(), true
 }
 
+// why tells why builds that are queued in r wait.
+func (r *reach) why() string {
+	t := r.tally()
+	return t.situation().text(t)
+}
+
 func (b *build) status() BuildStatus {
 	s := BuildStatus{
 		ID: b.req.ID, Phase: b.phase,
 		System: b.req.System, Caller: b.req.Caller, Priority: b.req.Priority,
-		Unplaceable: b.phase == Queued && b.class.matching == 0,
+		Unplaceable: b.phase == Queued && len(b.class.reach.machines) == 0,
 	}
 	if b.machine != nil {
 		s.Machine = b.machine.ID
@@ -101,12 +118,14 @@ func (b *build) status() BuildStatus {
 // costs no time for each build.
 func (q *Queue) QueuedBySystem() []SystemStatus {
 	queued, unplaceable := make(map[string]int), make(map[string]int)
-	for _, c := range q.waiting {
-		if c.matching > 0 {
+	for _, r := range q.waiting {
+		if len(r.machines) > 0 {
 			continue
 		}
-		for _, cq := range c.heads.queues {
-			unplaceable[c.system] += len(cq.builds)
+		for _, c := range r.waiting {
+			for _, cq := range c.heads.queues {
+				unplaceable[r.system] += len(cq.builds)
+			}
 		}
 	}
 	for key, s := range q.systems {
