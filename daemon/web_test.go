@@ -1,24 +1,17 @@
 package daemon
 
 import (
-	"crypto/ecdsa"
-	"crypto/elliptic"
-	"crypto/rand"
 	"crypto/tls"
 	"crypto/x509"
-	"crypto/x509/pkix"
-	"encoding/pem"
 	"io"
-	"math/big"
 	"net"
 	"net/http"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
-	"time"
 
-	"golang.org/x/crypto/bcrypt"
+	"nixdispatch/daemon/webtest"
 )
 
 // freeAddress is a loopback address that nobody listens on, but for a moment in
@@ -43,10 +36,10 @@ type browser struct {
 }
 
 // newBrowser is one that trusts a certificate, in PEM, for https.
-func newBrowser(t *testing.T, base string, certificate []byte) *browser {
+func newBrowser(t *testing.T, base string, certificate string) *browser {
 	t.Helper()
 	pool := x509.NewCertPool()
-	pool.AppendCertsFromPEM(certificate)
+	pool.AppendCertsFromPEM([]byte(certificate))
 	transport := &http.Transport{TLSClientConfig: &tls.Config{RootCAs: pool}}
 	t.Cleanup(transport.CloseIdleConnections)
 	return &browser{t: t, base: base, client: &http.Client{Transport: transport, Timeout: patience}}
@@ -84,7 +77,7 @@ func TestMetricsAreServed(t *testing.T) {
 	t.Parallel()
 	address := freeAddress(t)
 	newSiteWith(t, siteConfig{machines: []*fakeMachine{oneMachine("ssh")}, options: func(o *Options) { o.MetricsListen = address }})
-	b := newBrowser(t, "http://"+address, nil)
+	b := newBrowser(t, "http://"+address, "")
 	r, body := b.get("/metrics")
 	if want := `nix_dispatch_machine_up{machine="ssh://m1"} 1`; r.StatusCode != http.StatusOK || !strings.Contains(body, want) {
 		t.Errorf("GET /metrics = %d, %.200q; want it to contain %s", r.StatusCode, body, want)
@@ -97,32 +90,6 @@ func TestMetricsAreServed(t *testing.T) {
 	}
 }
 
-// writeCertificate puts a certificate for 127.0.0.1, and its key, into a directory.
-func writeCertificate(t *testing.T, dir string) (certificate []byte) {
-	t.Helper()
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
-		t.Fatal(err)
-	}
-	template := &x509.Certificate{
-		SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "nix-dispatch"},
-		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour),
-		IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)}, BasicConstraintsValid: true, IsCA: true,
-	}
-	der, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
-	if err != nil {
-		t.Fatal(err)
-	}
-	keyDER, err := x509.MarshalPKCS8PrivateKey(key)
-	if err != nil {
-		t.Fatal(err)
-	}
-	certificate = pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})
-	writeFile(t, filepath.Join(dir, "cert.pem"), string(certificate))
-	writeFile(t, filepath.Join(dir, "key.pem"), string(pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: keyDER})))
-	return certificate
-}
-
 func writeFile(t *testing.T, path, text string) {
 	t.Helper()
 	if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
@@ -130,23 +97,15 @@ func writeFile(t *testing.T, path, text string) {
 	}
 }
 
-// webConfig is a web configuration with TLS and one user.
-func webConfig(t *testing.T, user, password string) string {
-	t.Helper()
-	hash, err := bcrypt.GenerateFromPassword([]byte(password), bcrypt.MinCost)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return "tls_server_config:\n  cert_file: cert.pem\n  key_file: key.pem\nbasic_auth_users:\n  " + user + ": " + string(hash) + "\n"
-}
-
 // TestNothingIsServedToStrangers has TLS and a password.
 func TestNothingIsServedToStrangers(t *testing.T) {
 	t.Parallel()
 	dir, address := t.TempDir(), freeAddress(t)
-	certificate := writeCertificate(t, dir)
+	certificate, key := webtest.Certificate(t)
+	writeFile(t, filepath.Join(dir, "cert.pem"), certificate)
+	writeFile(t, filepath.Join(dir, "key.pem"), key)
 	file := filepath.Join(dir, "web.yml")
-	writeFile(t, file, webConfig(t, "prometheus", "secret"))
+	writeFile(t, file, webtest.Config(t, "prometheus", "secret"))
 	newSiteWith(t, siteConfig{machines: []*fakeMachine{oneMachine("ssh")}, options: func(o *Options) {
 		o.MetricsListen, o.MetricsConfig = address, file
 	}})
@@ -164,7 +123,7 @@ func TestNothingIsServedToStrangers(t *testing.T) {
 	}
 	want("who knows the password", friend, "/metrics", http.StatusOK)
 	stranger := newBrowser(t, "https://"+address, certificate)
-	plain := newBrowser(t, "http://"+address, nil)
+	plain := newBrowser(t, "http://"+address, "")
 	plain.user, plain.password = "prometheus", "secret"
 	wrong := newBrowser(t, "https://"+address, certificate)
 	wrong.user, wrong.password = "prometheus", "guess"
@@ -175,7 +134,7 @@ func TestNothingIsServedToStrangers(t *testing.T) {
 	}
 
 	// The file counts as it is now.
-	writeFile(t, file, webConfig(t, "prometheus", "new"))
+	writeFile(t, file, webtest.Config(t, "prometheus", "new"))
 	want("who has the old password", friend, "/metrics", http.StatusUnauthorized)
 	friend.password = "new"
 	want("who has the new one", friend, "/metrics", http.StatusOK)

@@ -85,10 +85,15 @@ func (f *Fleet) Proxy(listen, to string, config ProxyConfig) (*Proxy, error) {
 	if err != nil {
 		return nil, fmt.Errorf("listen on %q: %w", listen, err)
 	}
+	return f.proxy(listener, f.inNetwork, remote.String(), config), nil
+}
+
+// proxy makes a Proxy on listener to an address in a network that in leads to.
+func (f *Fleet) proxy(listener net.Listener, in func(func() error) error, to string, config ProxyConfig) *Proxy {
 	p := NewProxy(listener, func(ctx context.Context) (conn net.Conn, err error) {
-		err = f.inNetwork(func() (err error) {
+		err = in(func() (err error) {
 			var d net.Dialer
-			conn, err = d.DialContext(ctx, "tcp", remote.String())
+			conn, err = d.DialContext(ctx, "tcp", to)
 			return err
 		})
 		return conn, err
@@ -96,5 +101,17 @@ func (f *Fleet) Proxy(listen, to string, config ProxyConfig) (*Proxy, error) {
 	f.proxiesMu.Lock()
 	defer f.proxiesMu.Unlock()
 	f.proxies = append(f.proxies, p)
-	return p, nil
+	return p
+}
+
+// Forward makes a Proxy from an address of this machine, such as "127.0.0.1:0", to
+// one in the host's own network, such as "127.0.0.1:9747". It runs in this process
+// until the fleet is closed or it is.
+func (h *Host) Forward(listen, to string) (*Proxy, error) {
+	l, err := net.Listen("tcp", listen)
+	if err != nil {
+		return nil, fmt.Errorf("forward to host %s: %w", h.name, err)
+	}
+	in := func(fn func() error) error { return inNetworkOf(h.snapshot().Init, fn) }
+	return h.fleet.proxy(l, in, to, ProxyConfig{}), nil
 }

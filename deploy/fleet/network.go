@@ -121,28 +121,34 @@ func (f *Fleet) netTool(ctx context.Context, tool string, in process, batch stri
 	return nil
 }
 
-// inNetwork runs fn on a thread that is in the fleet's network namespace. What
+// inNetwork runs fn in the fleet's network namespace.
+func (f *Fleet) inNetwork(fn func() error) error { return inNetworkOf(f.network, fn) }
+
+// inNetworkOf runs fn on a thread that is in a process's network namespace. What
 // fn opens on its own goroutine (sockets) is in that namespace for good.
-func (f *Fleet) inNetwork(fn func() error) error {
+func inNetworkOf(p process, fn func() error) error {
+	if !p.alive() {
+		return fmt.Errorf("enter the network of process %d: it has ended", p.PID)
+	}
 	ours, err := unix.Open("/proc/thread-self/ns/net", unix.O_RDONLY|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return fmt.Errorf("open our network namespace: %w", err)
 	}
 	defer unix.Close(ours)
-	theirs, err := unix.Open(fmt.Sprintf("/proc/%d/ns/net", f.network.PID), unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	theirs, err := unix.Open(fmt.Sprintf("/proc/%d/ns/net", p.PID), unix.O_RDONLY|unix.O_CLOEXEC, 0)
 	if err != nil {
-		return fmt.Errorf("open the fleet's network namespace: %w", err)
+		return fmt.Errorf("open the network namespace of process %d: %w", p.PID, err)
 	}
 	defer unix.Close(theirs)
 	runtime.LockOSThread()
 	if err := unix.Setns(theirs, unix.CLONE_NEWNET); err != nil {
 		runtime.UnlockOSThread()
-		return fmt.Errorf("enter the fleet's network namespace: %w", err)
+		return fmt.Errorf("enter the network namespace of process %d: %w", p.PID, err)
 	}
 	fnErr := fn()
 	if err := unix.Setns(ours, unix.CLONE_NEWNET); err != nil {
 		// The thread stays locked and so ends with its goroutine.
-		return fmt.Errorf("leave the fleet's network namespace: %w", err)
+		return fmt.Errorf("leave the network namespace of process %d: %w", p.PID, err)
 	}
 	runtime.UnlockOSThread()
 	return fnErr
