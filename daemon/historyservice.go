@@ -31,8 +31,12 @@ func (s *server) History(req *dispatchv1.HistoryRequest, stream grpc.ServerStrea
 	if req.GetSince() != nil {
 		q.Since = req.GetSince().AsTime()
 	}
+	c, _ := callerFrom(stream.Context())
 	sent := uint32(0)
 	err := s.d.record.rows.Each(q, func(r history.Row) error {
+		if !c.mayRead(r.UID) {
+			r.Error = firstLine(r.Error) // the end of the log follows
+		}
 		if err := stream.Send(finishedBuild(r)); err != nil {
 			return err
 		}
@@ -71,6 +75,7 @@ func finishedBuild(r history.Row) *dispatchv1.FinishedBuild {
 
 // Log gives the log of a build.
 func (s *server) Log(req *dispatchv1.LogRequest, stream grpc.ServerStreamingServer[dispatchv1.LogResponse]) error {
+	c, _ := callerFrom(stream.Context())
 	var drvPath nix.StorePath
 	if req.GetBuildId() == 0 {
 		var err error
@@ -80,6 +85,9 @@ func (s *server) Log(req *dispatchv1.LogRequest, stream grpc.ServerStreamingServ
 	}
 	if b, done := s.d.dispatcher.read(scheduler.BuildID(req.GetBuildId()), drvPath); b != nil {
 		defer done()
+		if !c.mayRead(b.caller.uid) {
+			return toStatus(errNotYours)
+		}
 		return b.sendLog(stream, req.GetFollow())
 	}
 	id, err := s.d.record.find(req.GetBuildId(), drvPath)
@@ -89,7 +97,7 @@ func (s *server) Log(req *dispatchv1.LogRequest, stream grpc.ServerStreamingServ
 	if s.d.record.logs == nil {
 		return toStatus(errNoLog)
 	}
-	file, err := s.d.record.logs.open(id)
+	file, err := s.d.record.logs.open(id, c)
 	if errors.Is(err, fs.ErrNotExist) {
 		return toStatus(errNoLog)
 	}

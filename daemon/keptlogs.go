@@ -5,11 +5,11 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"log/slog"
 	"os"
 	"path/filepath"
 	"slices"
-	"strconv"
 	"sync"
 
 	"nixdispatch/scheduler"
@@ -23,7 +23,7 @@ const (
 )
 
 // keptLogs are the logs of builds that have ended, each in a file named by the
-// build's id. Safe for concurrent use.
+// build's id and the user id of who asked for it. Safe for concurrent use.
 type keptLogs struct {
 	dir string
 	log *slog.Logger
@@ -35,7 +35,16 @@ type keptLogs struct {
 
 type keptLog struct {
 	id   uint64
+	uid  uint32
 	size int64
+}
+
+func (l keptLog) name() string { return fmt.Sprintf("%d-%d", l.id, l.uid) }
+
+// parseKeptLog reads a file's name.
+func parseKeptLog(name string) (l keptLog, ok bool) {
+	_, err := fmt.Sscanf(name, "%d-%d", &l.id, &l.uid)
+	return l, err == nil && l.name() == name
 }
 
 // openKeptLogs finds the logs that are kept in dir.
@@ -49,14 +58,15 @@ func openKeptLogs(dir string, log *slog.Logger) (*keptLogs, error) {
 	}
 	k := &keptLogs{dir: dir, log: log}
 	for _, e := range entries {
-		id, err := strconv.ParseUint(e.Name(), 10, 64)
-		info, statErr := e.Info()
-		if err != nil || statErr != nil {
+		l, ok := parseKeptLog(e.Name())
+		info, err := e.Info()
+		if !ok || err != nil {
 			_ = os.Remove(filepath.Join(dir, e.Name())) // one that was not finished
 			continue
 		}
-		k.files = append(k.files, keptLog{id, info.Size()})
-		k.bytes += info.Size()
+		l.size = info.Size()
+		k.files = append(k.files, l)
+		k.bytes += l.size
 	}
 	slices.SortFunc(k.files, func(a, b keptLog) int { return cmp.Compare(a.id, b.id) })
 	return k, nil
@@ -72,39 +82,40 @@ func (k *keptLogs) lastID() uint64 {
 	return k.files[len(k.files)-1].id
 }
 
-func (k *keptLogs) name(id uint64) string { return filepath.Join(k.dir, strconv.FormatUint(id, 10)) }
+func (k *keptLogs) path(l keptLog) string { return filepath.Join(k.dir, l.name()) }
 
 // keep writes down what a build has printed. A build that printed nothing leaves
 // no file.
-func (k *keptLogs) keep(id scheduler.BuildID, s *spool) {
+func (k *keptLogs) keep(id scheduler.BuildID, uid uint32, s *spool) {
 	if s.length() == 0 {
 		return
 	}
-	size, err := k.write(uint64(id), s)
-	if err != nil {
+	l := keptLog{id: uint64(id), uid: uid}
+	var err error
+	if l.size, err = k.write(l, s); err != nil {
 		k.log.Warn("the log of a build is not kept", "build_id", id, "err", err)
 		return
 	}
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	k.files = append(k.files, keptLog{uint64(id), size})
-	k.bytes += size
+	k.files = append(k.files, l)
+	k.bytes += l.size
 	for k.bytes > maxKeptLogs && len(k.files) > 1 {
-		_ = os.Remove(k.name(k.files[0].id)) // it counts no longer in any case
+		_ = os.Remove(k.path(k.files[0])) // it counts no longer in any case
 		k.bytes -= k.files[0].size
 		k.files = k.files[1:]
 	}
 }
 
-func (k *keptLogs) write(id uint64, s *spool) (size int64, err error) {
-	part := k.name(id) + ".part"
+func (k *keptLogs) write(l keptLog, s *spool) (size int64, err error) {
+	part := k.path(l) + ".part"
 	f, err := os.OpenFile(part, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
 	if err != nil {
 		return 0, err
 	}
 	defer func() {
 		if err = errors.Join(err, f.Close()); err == nil {
-			err = os.Rename(part, k.name(id))
+			err = os.Rename(part, k.path(l))
 		}
 		if err != nil {
 			_ = os.Remove(part) // the disk is full, or worse
@@ -121,9 +132,22 @@ func (k *keptLogs) write(id uint64, s *spool) (size int64, err error) {
 	return size + n, err
 }
 
-// open opens the log of a build that has ended. The error is fs.ErrNotExist for
-// one that printed nothing or ended too long ago.
-func (k *keptLogs) open(id uint64) (*os.File, error) { return os.Open(k.name(id)) }
+// open opens the log of a build that has ended, for a caller. The error is
+// fs.ErrNotExist for one that printed nothing or ended too long ago, errNotYours for
+// one that the caller may not read.
+func (k *keptLogs) open(id uint64, c caller) (*os.File, error) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	at := slices.IndexFunc(k.files, func(l keptLog) bool { return l.id == id })
+	switch {
+	case at < 0:
+		return nil, fs.ErrNotExist
+	case !c.mayRead(k.files[at].uid):
+		return nil, errNotYours
+	default:
+		return os.Open(k.path(k.files[at]))
+	}
+}
 
 // A spoolReader reads a spool from an offset to its present end.
 type spoolReader struct {

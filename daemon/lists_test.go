@@ -197,7 +197,7 @@ func TestWhoMayNameMachines(t *testing.T) {
 			s.d.opts.MachinesGroup = tt.group
 			settings := s.hello()
 			settings.Builders = s.lines["m2"]
-			h := &hookConversation{d: s.d, caller: tt.caller, settings: settings}
+			h := s.conversation(tt.caller, settings)
 			got, f := h.decide(&dispatchv1.Try{DrvPath: string(s.drv("thing", drvConfig{}).path)})
 			want := stock
 			if tt.want {

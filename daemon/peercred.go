@@ -40,6 +40,11 @@ func (c caller) commands() bool {
 	return c.uid == 0 || c.uid == uint32(os.Geteuid()) //nolint:gosec // a uid
 }
 
+// mayRead tells whether the caller may read what a build has printed that was
+// asked for by uid: one's own, and what root asked for. That is also what goes
+// through nix-daemon, which shows its logs to everybody on the host.
+func (c caller) mayRead(uid uint32) bool { return c.commands() || uid == c.uid || uid == 0 }
+
 // in tells whether the caller is a member of a group. It looks that up each time,
 // so that adding a user to the group needs no restart.
 func (c caller) in(name string) bool {

@@ -61,7 +61,7 @@ func (r *record) close() error {
 // add writes down how a build ended.
 func (r *record) add(b *build, o outcome) {
 	if r.logs != nil {
-		r.logs.keep(b.id, b.feed.log)
+		r.logs.keep(b.id, b.caller.uid, b.feed.log)
 	}
 	if r.rows == nil {
 		return
@@ -74,6 +74,7 @@ func (r *record) add(b *build, o outcome) {
 		DrvPath:     string(b.drvPath),
 		System:      b.drv.Platform,
 		Caller:      b.caller.String(),
+		UID:         b.caller.uid,
 		Machine:     o.machine,
 		Status:      statusWords(o.status),
 		Failed:      !o.status.Succeeded(),

@@ -200,10 +200,10 @@ func TestKeptLogsAreBounded(t *testing.T) {
 		long.Write(line)
 	}
 	long.Write([]byte("the end\n"))
-	k.keep(1, newSpool(t.TempDir())) // says nothing
+	k.keep(1, 1000, newSpool(t.TempDir())) // says nothing
 	const logs = maxKeptLogs/maxKeptLog + 2
 	for id := range scheduler.BuildID(logs) {
-		k.keep(id+2, long)
+		k.keep(id+2, 1000, long)
 	}
 	if k.bytes > maxKeptLogs || k.lastID() != logs+1 {
 		t.Errorf("%d bytes of logs are kept, the last of build %d", k.bytes, k.lastID())
@@ -218,10 +218,10 @@ func TestKeptLogsAreBounded(t *testing.T) {
 		}
 		return ids
 	}
-	if got := names(); len(got) != len(k.files) || slices.Contains(got, "1") || slices.Contains(got, "2") {
+	if got := names(); len(got) != len(k.files) || slices.Contains(got, "1-1000") || slices.Contains(got, "2-1000") {
 		t.Errorf("files %v, want the last %d", got, len(k.files))
 	}
-	text, err := os.ReadFile(k.name(logs))
+	text, err := os.ReadFile(filepath.Join(dir, fmt.Sprintf("%d-1000", logs)))
 	if err != nil || !strings.HasPrefix(string(text), "(the first ") || !strings.HasSuffix(string(text), "\nthe end\n") {
 		t.Errorf("the log begins with %.40q and ends with %.20q, %v", text, text[max(0, len(text)-20):], err)
 	}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"path/filepath"
+	"strings"
 	"time"
 
 	"google.golang.org/grpc"
@@ -152,5 +153,16 @@ func toStatus(err error) error {
 			code = codes.FailedPrecondition
 		}
 	}
-	return status.Error(code, err.Error())
+	return status.Error(code, clipped(err.Error()))
+}
+
+// maxErrorText bounds the message of an error of a call, in bytes: it may quote
+// what was asked for.
+const maxErrorText = 16 << 10
+
+func clipped(s string) string {
+	if len(s) <= maxErrorText {
+		return s
+	}
+	return strings.ToValidUTF8(s[:maxErrorText], "") + "..."
 }

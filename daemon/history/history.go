@@ -27,6 +27,8 @@ type Row struct {
 	System  string `json:"system"`
 	// Caller is who asked for it first, such as "uid 1000".
 	Caller string `json:"caller"`
+	// UID is that of the process which did, by the kernel's word.
+	UID uint32 `json:"uid"`
 	// Machine is the store URI of the last machine; "" if there was none.
 	Machine string `json:"machine,omitempty"`
 	// Status is Nix's name of the status, such as "built".

@@ -153,7 +153,8 @@ type DispatchServiceClient interface {
 	//	INVALID_ARGUMENT: several machines have that name.
 	//	UNAVAILABLE: the daemon is shutting down.
 	Ping(ctx context.Context, in *PingRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[PingResponse], error)
-	// History tells of builds that have ended, the newest first.
+	// History tells of builds that have ended, the newest first. Of builds that the
+	// caller may not read the log of, errors have their first line only.
 	//
 	// Errors:
 	//
@@ -161,11 +162,14 @@ type DispatchServiceClient interface {
 	History(ctx context.Context, in *HistoryRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[FinishedBuild], error)
 	// Log gives the log of a build: what there is so far of one in progress, and
 	// with follow the rest as it comes; or what is kept of one that has ended.
+	// Callers may read the logs of builds that they or root have asked for; root and
+	// the daemon's user may read all.
 	//
 	// Errors:
 	//
 	//	INVALID_ARGUMENT: neither a build nor a derivation is given.
 	//	NOT_FOUND: there is no such build, or no log of it is kept (any more).
+	//	PERMISSION_DENIED: the build is another user's.
 	Log(ctx context.Context, in *LogRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[LogResponse], error)
 }
 
@@ -465,7 +469,8 @@ type DispatchServiceServer interface {
 	//	INVALID_ARGUMENT: several machines have that name.
 	//	UNAVAILABLE: the daemon is shutting down.
 	Ping(*PingRequest, grpc.ServerStreamingServer[PingResponse]) error
-	// History tells of builds that have ended, the newest first.
+	// History tells of builds that have ended, the newest first. Of builds that the
+	// caller may not read the log of, errors have their first line only.
 	//
 	// Errors:
 	//
@@ -473,11 +478,14 @@ type DispatchServiceServer interface {
 	History(*HistoryRequest, grpc.ServerStreamingServer[FinishedBuild]) error
 	// Log gives the log of a build: what there is so far of one in progress, and
 	// with follow the rest as it comes; or what is kept of one that has ended.
+	// Callers may read the logs of builds that they or root have asked for; root and
+	// the daemon's user may read all.
 	//
 	// Errors:
 	//
 	//	INVALID_ARGUMENT: neither a build nor a derivation is given.
 	//	NOT_FOUND: there is no such build, or no log of it is kept (any more).
+	//	PERMISSION_DENIED: the build is another user's.
 	Log(*LogRequest, grpc.ServerStreamingServer[LogResponse]) error
 	mustEmbedUnimplementedDispatchServiceServer()
 }
