@@ -25,6 +25,7 @@ type build struct {
 	drvPath    nix.StorePath
 	drv        *nix.Derivation
 	caller     caller // who asked first
+	user       string // whose it is, for people
 	substitute bool   // whether the machine may substitute inputs
 	local      bool   // whether the caller's own Nix could build it
 	chain      int    // of derivations that wait for it, as far as is known
@@ -48,6 +49,8 @@ type build struct {
 	// The dispatcher's mutex guards the rest.
 
 	place     placement
+	turn      string // by which it goes, see origin
+	priority  int
 	waiting   time.Time // since when it has had no machine; zero while it has one
 	followers int
 	readers   int // of the log, who do not follow
@@ -80,7 +83,8 @@ func (b *build) request() scheduler.Request {
 		List:     b.lease.key,
 		System:   b.drv.Platform,
 		Features: b.drv.RequiredSystemFeatures(),
-		Caller:   b.caller.String(),
+		Caller:   b.turn,
+		Priority: b.priority,
 		Chain:    b.chain,
 
 		CouldBuildLocally: b.local,
@@ -112,6 +116,8 @@ func (b *build) infoLocked(s scheduler.BuildStatus) *dispatchv1.BuildInfo {
 		System:  b.drv.Platform,
 
 		Unplaceable: s.Unplaceable,
+		User:        b.user,
+		Priority:    int32(s.Priority), //nolint:gosec // bounded when it came in
 	}
 	if since, _ := b.feed.buildingSince(); !since.IsZero() {
 		info.BuildingSince = timestamppb.New(since)
@@ -189,7 +195,7 @@ func sleep(ctx context.Context, d time.Duration) error {
 // goroutine.
 func (d *Daemon) run(ctx context.Context, b *build) {
 	log := d.log.With("build_id", b.id, "drv_path", b.drvPath)
-	log.Info("build accepted", "system", b.drv.Platform)
+	log.Info("build accepted", "system", b.drv.Platform, "user", b.user)
 	o, err := d.attempts(ctx, b, log)
 	if err != nil {
 		o = outcomeOf(err)

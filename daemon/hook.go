@@ -293,6 +293,7 @@ func (h *hookConversation) useList() error {
 // offer puts the derivation to the scheduler.
 func (h *hookConversation) offer(try *dispatchv1.Try, drvPath nix.StorePath, drv *nix.Derivation) (*dispatchv1.Reply, *hookFollower) {
 	b := h.d.newBuild(h.store, drvPath, drv, h.settings.GetBuildersUseSubstitutes(), h.caller)
+	b.wantedFor(originOf(h.caller, h.settings.GetClient()), 0)
 	b.local, b.lease = !try.GetTaken() && h.couldBuildLocally(drv), h.lease
 	if b.local && h.d.leftLocal.has(b.drvKey()) {
 		return reply(dispatchv1.Reply_ACTION_DECLINE, "nix-dispatch build left it to the local Nix"), nil

@@ -26,6 +26,7 @@ type realisation struct {
 	substitute bool
 	keepGoing  bool
 	holdRoots  bool
+	priority   int
 	store      *localStore
 	lease      *lease // on the list of machines to build on
 
@@ -81,6 +82,10 @@ func (s *server) Build(req *dispatchv1.BuildRequest, stream grpc.ServerStreaming
 		return toStatus(err)
 	}
 	c, _ := callerFrom(stream.Context())
+	priority, err := c.priority(req.GetPriority())
+	if err != nil {
+		return toStatus(err)
+	}
 	machines, err := s.d.leaseFor(req, c)
 	if err != nil {
 		return toStatus(err)
@@ -92,6 +97,7 @@ func (s *server) Build(req *dispatchv1.BuildRequest, stream grpc.ServerStreaming
 		substitute:  req.GetBuildersUseSubstitutes(),
 		keepGoing:   req.GetKeepGoing(),
 		holdRoots:   req.GetHoldRoots(),
+		priority:    priority,
 		known:       make(map[nix.StorePath]nix.PathInfo),
 		outputs:     make(map[nix.StorePath]map[string]nix.StorePath),
 		goals:       make(map[nix.StorePath]*goal),

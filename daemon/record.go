@@ -73,7 +73,7 @@ func (r *record) add(b *build, o outcome) {
 		ID:          uint64(b.id),
 		DrvPath:     string(b.drvPath),
 		System:      b.drv.Platform,
-		Caller:      b.caller.String(),
+		Caller:      b.user,
 		UID:         b.caller.uid,
 		Machine:     o.machine,
 		Status:      statusWords(o.status),

@@ -140,7 +140,7 @@ func toStatus(err error) error {
 		code = codes.InvalidArgument
 	case errors.Is(err, errNoSuchBuild), errors.Is(err, errNoLog), errors.Is(err, errNotInStore), errors.Is(err, errNoSuchMachine):
 		code = codes.NotFound
-	case errors.Is(err, errNotYours), errors.Is(err, errNotAllowed), errors.Is(err, errMayNotName):
+	case errors.Is(err, errNotYours), errors.Is(err, errNotAllowed), errors.Is(err, errMayNotName), errors.Is(err, errMayNotRaise):
 		code = codes.PermissionDenied
 	case errors.Is(err, errNoHistory), errors.Is(err, errForeignStore):
 		code = codes.FailedPrecondition

@@ -12,7 +12,7 @@ import (
 // newBuild makes a build that is not in the queue yet, for the daemon's own machines.
 func (d *Daemon) newBuild(store *localStore, drvPath nix.StorePath, drv *nix.Derivation, substitute bool, by caller) *build {
 	now := time.Now()
-	return &build{
+	b := &build{
 		store:           store,
 		drvPath:         drvPath,
 		drv:             drv,
@@ -26,6 +26,8 @@ func (d *Daemon) newBuild(store *localStore, drvPath nix.StorePath, drv *nix.Der
 		hooks:           make(map[*hookFollower]struct{}),
 		handOverChanged: make(chan struct{}),
 	}
+	b.wantedFor(originOf(by, nil), 0)
+	return b
 }
 
 // startLocked runs a submitted build until its outcome. The dispatcher's mutex
@@ -49,6 +51,7 @@ func (d *Daemon) offerHook(b *build, f *hookFollower, amWilling bool) scheduler.
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	if flying := q.shared[b.key()]; flying != nil {
+		q.joinTurnLocked(flying, b)
 		q.joinHookLocked(f, flying)
 		return scheduler.Decision{Reply: scheduler.Accept, Machine: flying.place.machine, Why: "it is being built for another caller"}
 	}
@@ -74,6 +77,7 @@ func (d *Daemon) submit(b *build, l limits, inputs []nix.StorePath) (*follower, 
 	f := &follower{limits: l}
 	switch flying := q.shared[b.key()]; {
 	case flying != nil:
+		q.joinTurnLocked(flying, b)
 		q.joinLocked(f, flying)
 	case d.stopping():
 		return nil, errShutdown

@@ -17,11 +17,11 @@ type caller struct {
 // inLine counts builds of a priority that are in line.
 type inLine struct{ priority, builds int }
 
-// hungry tells whether u has no build in line that goes before or with one of
-// the priority.
+// hungry tells whether a place is kept for a build of u's of the priority: it has
+// none in line or, if the priority is a raised one, only lower ones.
 func (u *caller) hungry(priority int) bool {
 	for _, l := range u.line {
-		if l.priority >= priority {
+		if l.priority >= priority || priority <= 0 {
 			return false
 		}
 	}

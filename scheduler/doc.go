@@ -61,10 +61,10 @@
 // ago, then to the build placed first.
 //
 // Nobody's turn comes while others' builds fill the staging places, so each machine
-// has as many again for those who have no build in line: a build may take one if
-// its caller has no placed build without a slot, of its own priority or a higher
-// one, and no other place is free. So a caller's only build gets the next slot of
-// its machine, whatever others have queued. A build that another caller wants, too,
+// has as many again for those who have no build in line: a build may take one if no
+// other place is free and its caller has no placed build without a slot; or, if its
+// priority is above 0, only ones of a lower priority. So a caller's only build gets
+// the next slot of its machine, whatever others have queued. A build that another caller wants, too,
 // goes by the better turn of both.
 //
 // A build that has no slot yet is moved when its machine has more builds than

@@ -188,7 +188,7 @@ func (n *naive) choose(r Request) *naiveMachine {
 // chooseByTurn chooses for a build that has no place in choose's way.
 func (n *naive) chooseByTurn(r Request) *naiveMachine {
 	for _, b := range n.builds {
-		if b.Caller == r.Caller && (b.phase == Staging || b.phase == Staged) && b.Priority >= r.Priority {
+		if b.Caller == r.Caller && (b.phase == Staging || b.phase == Staged) && (b.Priority >= r.Priority || r.Priority <= 0) {
 			return nil
 		}
 	}

@@ -76,6 +76,14 @@ func buildFlags(flags *flag.FlagSet) *buildOptions {
 		req.Builders = &text
 		return nil
 	})
+	flags.Func("priority", "let `N`, from -10 to 10, decide which builds go first, whosever they are; above 0 is root's to say", func(text string) error {
+		n, err := strconv.ParseInt(text, 10, 8)
+		if err != nil || n < -10 || n > 10 {
+			return errors.New("want a whole number from -10 to 10")
+		}
+		req.Priority = int32(n)
+		return nil
+	})
 	flags.Func("timeout", "stop a build after this `TIME`", durationFlag(&req.Limits.Timeout))
 	flags.Func("max-silent-time", "stop a build that prints nothing for this `TIME`", durationFlag(&req.Limits.MaxSilentTime))
 	flags.Uint64Var(&req.Limits.MaxLogSize, "max-build-log-size", 0, "stop a build that prints more than this many `BYTES`")

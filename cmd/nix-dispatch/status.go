@@ -79,6 +79,9 @@ type (
 		Machine string  `json:"machine"`
 		Seconds float64 `json:"seconds"`
 		Reason  string  `json:"reason"`
+		// User is whose build it is, as far as that is known.
+		User     string `json:"user"`
+		Priority int32  `json:"priority"`
 	}
 )
 
@@ -121,7 +124,10 @@ func statusOf(resp *dispatchv1.StatusResponse, now time.Time) statusJSON {
 		})
 	}
 	for _, b := range resp.Builds {
-		s.Builds = append(s.Builds, buildJSON{b.Id, b.DrvPath, phaseName(b.Phase), b.Machine, age(b, now).Seconds(), b.Reason})
+		s.Builds = append(s.Builds, buildJSON{
+			ID: b.Id, DrvPath: b.DrvPath, Phase: phaseName(b.Phase), Machine: b.Machine,
+			Seconds: age(b, now).Seconds(), Reason: b.Reason, User: b.User, Priority: b.Priority,
+		})
 	}
 	return s
 }
@@ -204,10 +210,10 @@ func printStatus(w io.Writer, resp *dispatchv1.StatusResponse, now time.Time) {
 		fmt.Fprintln(w, "no builds in progress")
 		return
 	}
-	fmt.Fprintln(tw, "BUILD\tPHASE\tTIME\tMACHINE\tDERIVATION\tREASON")
+	fmt.Fprintln(tw, "BUILD\tPHASE\tTIME\tUSER\tMACHINE\tDERIVATION\tREASON")
 	for _, b := range resp.Builds {
-		fmt.Fprintf(tw, "%d\t%s\t%v\t%s\t%s\t%s\n", b.Id, phaseName(b.Phase), age(b, now).Round(time.Second),
-			cmp.Or(cell(b.Machine), "-"), cell(b.DrvPath), cell(b.Reason))
+		fmt.Fprintf(tw, "%d\t%s\t%v\t%s\t%s\t%s\t%s\n", b.Id, phaseName(b.Phase), age(b, now).Round(time.Second),
+			cell(b.User), cmp.Or(cell(b.Machine), "-"), cell(b.DrvPath), cell(b.Reason))
 	}
 	tw.Flush()
 	if n := resp.GetUnplaceable(); n > 0 {

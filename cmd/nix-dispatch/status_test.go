@@ -30,13 +30,13 @@ func TestStatus(t *testing.T) {
 		Reload: &dispatchv1.ReloadStatus{
 			Time: timestamppb.New(now), Errors: []*dispatchv1.MachineError{{File: "machines", Line: 3, Message: "machines:3: bad\x1b"}}},
 		Builds: []*dispatchv1.BuildInfo{
-			{Id: 7, DrvPath: helloDrv, Phase: dispatchv1.Phase_PHASE_BUILDING, Machine: "ssh://mac", Since: timestamppb.New(now.Add(-time.Minute))},
+			{Id: 7, DrvPath: helloDrv, Phase: dispatchv1.Phase_PHASE_BUILDING, Machine: "ssh://mac", Since: timestamppb.New(now.Add(-time.Minute)), User: "al\x1bice", Priority: -3},
 			{Id: 8, DrvPath: otherDrv, Phase: dispatchv1.Phase_PHASE_QUEUED, Reason: "all slots are taken"},
 		},
 	}}).start(t)
 
 	code, stdout, _ := runCommand(t.Context(), d.socket, "status")
-	want := []string{"ssh://mac", "parked", "1 of 8", "1.5 GiB", "0.50 of 8", "not known", "ssh://poochie", "down", "no route", "7", "building", "1m0s", "queued", "all slots are taken",
+	want := []string{"ssh://mac", "parked", "1 of 8", "1.5 GiB", "0.50 of 8", "not known", "ssh://poochie", "down", "no route", "7", "building", "1m0s", "alce", "queued", "all slots are taken",
 		"was not read anew at", "machines:3: bad", "can ever run: 1"}
 	for _, word := range want {
 		if code != exitOK || !strings.Contains(stdout, word) || strings.ContainsRune(stdout, 0x1b) {
@@ -71,8 +71,8 @@ func TestStatus(t *testing.T) {
 		t.Errorf("machines (-want +got):\n%s", diff)
 	}
 	if diff := cmp.Diff([]map[string]any{
-		{"id": 7.0, "drvPath": helloDrv, "phase": "building", "machine": "ssh://mac", "reason": ""},
-		{"id": 8.0, "drvPath": otherDrv, "phase": "queued", "machine": "", "seconds": 0.0, "reason": "all slots are taken"},
+		{"id": 7.0, "drvPath": helloDrv, "phase": "building", "machine": "ssh://mac", "reason": "", "user": "al\x1bice", "priority": -3.0},
+		{"id": 8.0, "drvPath": otherDrv, "phase": "queued", "machine": "", "seconds": 0.0, "reason": "all slots are taken", "user": "", "priority": 0.0},
 	}, got.Builds); diff != "" {
 		t.Errorf("builds (-want +got):\n%s", diff)
 	}

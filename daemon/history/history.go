@@ -25,7 +25,7 @@ type Row struct {
 	ID      uint64 `json:"id"`
 	DrvPath string `json:"drvPath"`
 	System  string `json:"system"`
-	// Caller is who asked for it first, such as "uid 1000".
+	// Caller is who asked for it first: a user's name, or what else is known of it.
 	Caller string `json:"caller"`
 	// UID is that of the process which did, by the kernel's word.
 	UID uint32 `json:"uid"`

@@ -57,6 +57,16 @@ func TestCallerGone(t *testing.T) {
 			}
 			return s.runs(bystander, s.allMachines()...) == 1
 		})
+		// Whose a build is that comes through nix-daemon is known, too.
+		for _, b := range s.status().Builds {
+			want := "root"
+			if strings.Contains(b.DrvPath, "-daemon-") || strings.Contains(b.DrvPath, "bystander") {
+				want = "alice"
+			}
+			if b.User != want {
+				t.Errorf("%s is shown as %q's, want %s", b.DrvPath, b.User, want)
+			}
+		}
 		for _, c := range callers {
 			c.run.signal(c.signal)
 		}

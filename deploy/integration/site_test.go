@@ -309,6 +309,7 @@ type statusReport struct {
 		Phase   string
 		Machine string
 		Seconds float64
+		User    string
 	}
 }
 

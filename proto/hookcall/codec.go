@@ -80,7 +80,20 @@ func (h *Hello) encode() fields {
 	m.sub(7, limits)
 	m.bool(8, h.KeepFailed)
 	m.strings(9, h.Environment)
+	if h.Client != nil {
+		m.sub(10, h.Client.encode())
+	}
 	return request(1, m)
+}
+
+func (c *Client) encode() fields {
+	var m fields
+	if c.UIDKnown { // also if it is 0
+		m.tag(1, wireVarint)
+		m = binary.AppendUvarint(m, uint64(c.UID))
+	}
+	m.uint(2, uint64(c.PID))
+	return m
 }
 
 func (t *Try) encode() fields {

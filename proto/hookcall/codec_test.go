@@ -23,14 +23,19 @@ func TestRequestsAreThoseOfTheGeneratedCode(t *testing.T) {
 			Builders: "ssh://mac ; ssh://b\n", BuildersUseSubstitutes: true, Store: "auto",
 			LocalSystems: []string{"x86_64-linux", "", "i686-linux"}, LocalFeatures: []string{"kvm"},
 			MaxJobs: 1 << 63, Timeout: 90*time.Second + 5, MaxSilentTime: time.Millisecond, MaxLogSize: 300, KeepFailed: true,
-			Environment: []string{"NIX_STORE_DIR=/x", "NIX_CONF_DIR=/y"},
+			Environment: []string{"NIX_STORE_DIR=/x", "NIX_CONF_DIR=/y"}, Client: &Client{UID: 1000, UIDKnown: true, PID: 4711},
 		}).encode(), &dispatchv1.HookRequest{Message: &dispatchv1.HookRequest_Hello{Hello: &dispatchv1.Hello{
 			Builders: "ssh://mac ; ssh://b\n", BuildersUseSubstitutes: true, Store: "auto",
 			LocalSystems: []string{"x86_64-linux", "", "i686-linux"}, LocalFeatures: []string{"kvm"}, MaxJobs: 1 << 63,
 			Limits: &dispatchv1.Limits{
 				Timeout: durationpb.New(90*time.Second + 5), MaxSilentTime: durationpb.New(time.Millisecond), MaxLogSize: 300,
 			}, KeepFailed: true, Environment: []string{"NIX_STORE_DIR=/x", "NIX_CONF_DIR=/y"},
+			Client: &dispatchv1.Client{Uid: proto.Uint32(1000), Pid: 4711},
 		}}}},
+		{"client without a user", (&Hello{Client: &Client{PID: 1}}).encode(), &dispatchv1.HookRequest{Message: &dispatchv1.HookRequest_Hello{
+			Hello: &dispatchv1.Hello{Limits: &dispatchv1.Limits{}, Client: &dispatchv1.Client{Pid: 1}}}}},
+		{"client root", (&Hello{Client: &Client{UIDKnown: true}}).encode(), &dispatchv1.HookRequest{Message: &dispatchv1.HookRequest_Hello{
+			Hello: &dispatchv1.Hello{Limits: &dispatchv1.Limits{}, Client: &dispatchv1.Client{Uid: proto.Uint32(0)}}}}},
 		{"nothing set", (&Hello{}).encode(), &dispatchv1.HookRequest{Message: &dispatchv1.HookRequest_Hello{
 			Hello: &dispatchv1.Hello{Limits: &dispatchv1.Limits{}}}}},
 		{"try", (&Try{AmWilling: true, System: "builtin", DrvPath: "/nix/store/x.drv", RequiredFeatures: []string{"a", "b"}, Taken: true}).encode(),
@@ -111,8 +116,9 @@ func TestResponsesAreThoseOfTheGeneratedCode(t *testing.T) {
 func TestNoFieldIsForgotten(t *testing.T) {
 	known := map[protoreflect.Name]string{
 		"HookRequest":  "hello try start handed_over ",
-		"Hello":        "builders builders_use_substitutes store local_systems local_features max_jobs limits keep_failed environment ",
+		"Hello":        "builders builders_use_substitutes store local_systems local_features max_jobs limits keep_failed environment client ",
 		"Limits":       "timeout max_silent_time max_log_size ",
+		"Client":       "uid pid ",
 		"Try":          "am_willing system drv_path required_features taken ",
 		"Start":        "inputs wanted_outputs ",
 		"HandedOver":   "",

@@ -17,6 +17,14 @@ type Hello struct {
 	MaxLogSize             uint64
 	KeepFailed             bool
 	Environment            []string
+	Client                 *Client // nil if it is no Nix daemon that asks
+}
+
+// A Client is whose connection the asking Nix daemon serves.
+type Client struct {
+	UID      uint32
+	UIDKnown bool
+	PID      uint32
 }
 
 // Try asks whether the daemon will build a derivation.

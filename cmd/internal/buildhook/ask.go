@@ -32,6 +32,7 @@ func helloOf(s *hook.Settings) *hookcall.Hello {
 		MaxLogSize:             s.MaxBuildLogSize,
 		KeepFailed:             s.KeepFailed,
 		Environment:            nix.StoreEnvironment(os.Getenv),
+		Client:                 clientOf(os.Getppid()),
 	}
 }
 
