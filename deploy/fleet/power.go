@@ -207,34 +207,48 @@ func (h *Host) Thaw(ctx context.Context) error { return h.setFrozen(ctx, false) 
 func (h *Host) setFrozen(ctx context.Context, freeze bool) error {
 	h.powerMu.Lock()
 	defer h.powerMu.Unlock()
-	sig, option := unix.SIGCONT, "-CONT"
-	if freeze {
-		sig, option = unix.SIGSTOP, "-STOP"
-	}
-	// Signalling -1 inside the pid namespace reaches all but its first process at
-	// once, so none can start another meanwhile.
-	cmd, err := h.enter(ctx, "/bin/sh", "-c", "kill "+option+" -1")
-	if err != nil {
-		return fmt.Errorf("freeze or thaw host %s: %w", h.name, err)
-	}
-	// With no other process there, kill has nobody to signal.
-	if out, err := cmd.CombinedOutput(); err != nil && !bytes.Contains(out, []byte("No such process")) {
-		return fmt.Errorf("freeze or thaw host %s: %w: %s", h.name, err, tail(out, 300))
-	}
-	if err := h.snapshot().Init.signal(sig); err != nil {
-		return fmt.Errorf("freeze or thaw host %s: %w", h.name, err)
-	}
-	inside := namespace(h.snapshot().Init.PID, "pid")
-	if freeze {
-		err = waitStopped(ctx, inside)
-	} else {
-		err = wake(entrances(inside))
-	}
+	err := h.stopOrContinue(ctx, freeze)
 	if err != nil {
 		return fmt.Errorf("freeze or thaw host %s: %w", h.name, err)
 	}
 	h.change(func() { h.frozen = freeze })
 	return h.fleet.save()
+}
+
+func (h *Host) stopOrContinue(ctx context.Context, stop bool) error {
+	init := h.snapshot().Init
+	inside := namespace(init.PID, "pid")
+	if !stop {
+		return errors.Join(h.signalAll(ctx, "-CONT"), init.signal(unix.SIGCONT), wake(entrances(inside)))
+	}
+	if err := errors.Join(h.signalAll(ctx, "-STOP"), init.signal(unix.SIGSTOP)); err != nil {
+		return err
+	}
+	// A command that was just entering the host came too late to be stopped.
+	for range 10 {
+		if waitStopped(ctx, inside) == nil {
+			return nil
+		}
+		if err := h.signalAll(ctx, "-STOP"); err != nil {
+			return err
+		}
+	}
+	return waitStopped(ctx, inside)
+}
+
+// signalAll signals every process of the host but its first.
+func (h *Host) signalAll(ctx context.Context, option string) error {
+	// -1 inside the pid namespace reaches all at once, so none can start another
+	// meanwhile.
+	cmd, err := h.enter(ctx, "/bin/sh", "-c", "kill "+option+" -1")
+	if err != nil {
+		return err
+	}
+	// With no other process there, kill has nobody to signal.
+	if out, err := cmd.CombinedOutput(); err != nil && !bytes.Contains(out, []byte("No such process")) {
+		return fmt.Errorf("%w: %s", err, tail(out, 300))
+	}
+	return nil
 }
 
 // entrances are the nsenter processes of Command into a pid namespace. They are
@@ -264,7 +278,7 @@ func wake(all []process) error {
 // waitStopped waits until all entrances have stopped, so that a later wake reaches
 // every one of them.
 func waitStopped(ctx context.Context, inside string) error {
-	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+	ctx, cancel := context.WithTimeout(ctx, time.Second)
 	defer cancel()
 	return poll(ctx, "commands to stop", func() (bool, error) {
 		for _, p := range entrances(inside) {

@@ -70,17 +70,21 @@ func (p process) waitGone(ctx context.Context) error {
 	return poll(ctx, fmt.Sprintf("process %d to end", p.PID), func() (bool, error) { return !p.alive(), nil })
 }
 
-// poll calls done every few milliseconds until it returns true or an error, or
-// ctx ends. what says what is waited for.
+// poll calls done until it returns true or an error, or ctx ends: soon at first,
+// then less and less often, for many look through all of /proc. what says what is
+// waited for.
 func poll(ctx context.Context, what string, done func() (bool, error)) error {
-	tick := time.NewTicker(3 * time.Millisecond)
-	defer tick.Stop()
+	pause := 2 * time.Millisecond
+	timer := time.NewTimer(0)
+	defer timer.Stop()
 	for {
 		if ok, err := done(); ok || err != nil {
 			return err
 		}
+		timer.Reset(pause)
 		select {
-		case <-tick.C:
+		case <-timer.C:
+			pause = min(pause*3/2, 50*time.Millisecond)
 		case <-ctx.Done():
 			return fmt.Errorf("wait for %s: %w", what, ctx.Err())
 		}
