@@ -216,12 +216,20 @@ func (d *dispatcher) endStranded(now time.Time, before map[scheduler.BuildID]tim
 }
 
 // snapshot is the queue's state and the builds', taken at one moment.
-func (d *dispatcher) snapshot() (scheduler.Snapshot, []*dispatchv1.BuildInfo) {
+// Of the builds that wait for a machine maxQueued are told of, those that came
+// first; 0 means all.
+func (d *dispatcher) snapshot(maxQueued int) (scheduler.Snapshot, []*dispatchv1.BuildInfo) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	s := d.queue.Snapshot()
-	infos := make([]*dispatchv1.BuildInfo, 0, len(d.builds))
+	var infos []*dispatchv1.BuildInfo
+	queued := 0
 	for _, sb := range s.Builds {
+		if sb.Phase == scheduler.Queued || sb.Phase == scheduler.Lost {
+			if queued++; maxQueued > 0 && queued > maxQueued {
+				continue
+			}
+		}
 		info := d.builds[sb.ID].infoLocked(sb)
 		info.Reason = sb.Why
 		infos = append(infos, info)

@@ -139,6 +139,7 @@ func (m *machineStatus) proto() *dispatchv1.MachineStatus {
 		Reason:      m.reason,
 		Drained:     m.drained,
 		Removed:     m.removed,
+		Down:        m.down,
 		Load:        m.load,
 		LoadUnknown: m.loadUnknown,
 		Parked:      m.parked,

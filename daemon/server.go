@@ -53,24 +53,31 @@ func newGRPCServer(d *Daemon, g gate) (*grpc.Server, *health.Server) {
 }
 
 // Status reports machines and builds.
-func (s *server) Status(context.Context, *dispatchv1.StatusRequest) (*dispatchv1.StatusResponse, error) {
-	snapshot, builds := s.d.dispatcher.snapshot()
-	list := s.d.machines.current()
+func (s *server) Status(_ context.Context, req *dispatchv1.StatusRequest) (*dispatchv1.StatusResponse, error) {
+	return s.d.status(int(req.GetMaxQueued())), nil
+}
+
+// status is a snapshot of machines and builds, with maxQueued of the builds that
+// wait for a machine at most; 0 means all.
+func (d *Daemon) status(maxQueued int) *dispatchv1.StatusResponse {
+	snapshot, builds := d.dispatcher.snapshot(maxQueued)
+	list := d.machines.current()
 	r := &dispatchv1.StatusResponse{
-		Version: s.d.opts.Version,
-		Started: timestamppb.New(s.d.started),
+		Version: d.opts.Version,
+		Started: timestamppb.New(d.started),
 		Builds:  builds,
 		Errors:  list.badEntries(),
-		Reload:  s.d.reload.status(),
+		Reload:  d.reload.status(),
 	}
-	if fault := s.d.drainFault.Load(); fault != nil {
+	if fault := d.drainFault.Load(); fault != nil {
 		r.Errors = append(r.Errors, &dispatchv1.MachineError{
-			File: filepath.Join(s.d.opts.StateDir, drainedFile), Message: (*fault).Error()})
+			File: filepath.Join(d.opts.StateDir, drainedFile), Message: (*fault).Error()})
 	}
 	for _, system := range snapshot.Queued {
-		r.Unplaceable += uint32(system.Unplaceable) //nolint:gosec // the queue is bounded
+		r.Queued += uint32(system.Queued)           //nolint:gosec // the queue is bounded
+		r.Unplaceable += uint32(system.Unplaceable) //nolint:gosec // likewise
 	}
-	for _, m := range s.d.machineStatuses(snapshot.Machines) {
+	for _, m := range d.machineStatuses(snapshot.Machines) {
 		r.Machines = append(r.Machines, m.proto())
 	}
 	for _, line := range list.others {
@@ -81,7 +88,7 @@ func (s *server) Status(context.Context, *dispatchv1.StatusRequest) (*dispatchv1
 			Reason: unsupported(line),
 		})
 	}
-	return r, nil
+	return r
 }
 
 // status is the last attempt to read the builders setting anew, for the API.

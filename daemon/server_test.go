@@ -12,6 +12,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/google/go-cmp/cmp"
 	"google.golang.org/grpc/codes"
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/peer"
@@ -336,4 +337,23 @@ func TestErrorsBecomeCodes(t *testing.T) {
 			t.Errorf("toStatus(%v) = %v, want %v", err, got, want)
 		}
 	}
+}
+
+func TestSnapshotOfALongQueue(t *testing.T) {
+	t.Parallel()
+	d, _ := bareDaemon() // a slot and a staging place
+	for n := range 6 {
+		bareBuild(d, n)
+	}
+	for limit, want := range map[int][]uint64{0: {1, 2, 3, 4, 5, 6}, 1: {1, 2, 3}, 9: {1, 2, 3, 4, 5, 6}} {
+		var got []uint64
+		_, builds := d.dispatcher.snapshot(limit)
+		for _, b := range builds {
+			got = append(got, b.GetId())
+		}
+		if diff := cmp.Diff(want, got); diff != "" {
+			t.Errorf("with at most %d queued builds (-want +got):\n%s", limit, diff)
+		}
+	}
+	d.end(nil)
 }

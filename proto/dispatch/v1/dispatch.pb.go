@@ -2379,7 +2379,10 @@ func (x *HandOver) GetPaths() []string {
 }
 
 type StatusRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// At most so many of the builds that wait for a machine are told of, those that
+	// came first; 0 means all.
+	MaxQueued     uint32 `protobuf:"varint,1,opt,name=max_queued,json=maxQueued,proto3" json:"max_queued,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2414,6 +2417,13 @@ func (*StatusRequest) Descriptor() ([]byte, []int) {
 	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{26}
 }
 
+func (x *StatusRequest) GetMaxQueued() uint32 {
+	if x != nil {
+		return x.MaxQueued
+	}
+	return 0
+}
+
 // A snapshot of everything in progress.
 type StatusResponse struct {
 	state    protoimpl.MessageState `protogen:"open.v1"`
@@ -2430,7 +2440,9 @@ type StatusResponse struct {
 	// How many of the builds no machine can ever run, as the machines are now.
 	Unplaceable uint32 `protobuf:"varint,7,opt,name=unplaceable,proto3" json:"unplaceable,omitempty"`
 	// Detached builds, by id.
-	Detached      []*DetachedBuild `protobuf:"bytes,8,rep,name=detached,proto3" json:"detached,omitempty"`
+	Detached []*DetachedBuild `protobuf:"bytes,8,rep,name=detached,proto3" json:"detached,omitempty"`
+	// How many builds wait for a machine, whether or not they are told of.
+	Queued        uint32 `protobuf:"varint,9,opt,name=queued,proto3" json:"queued,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2519,6 +2531,13 @@ func (x *StatusResponse) GetDetached() []*DetachedBuild {
 		return x.Detached
 	}
 	return nil
+}
+
+func (x *StatusResponse) GetQueued() uint32 {
+	if x != nil {
+		return x.Queued
+	}
+	return 0
 }
 
 // What became of an attempt to read the builders setting anew.
@@ -2613,7 +2632,10 @@ type MachineStatus struct {
 	LoadUnknown string `protobuf:"bytes,12,opt,name=load_unknown,json=loadUnknown,proto3" json:"load_unknown,omitempty"`
 	// What it is parked for, in a word: "disk", "load", "memory", "pressure" or
 	// "nix"; "" unless it is parked.
-	Parked        string `protobuf:"bytes,13,opt,name=parked,proto3" json:"parked,omitempty"`
+	Parked string `protobuf:"bytes,13,opt,name=parked,proto3" json:"parked,omitempty"`
+	// What it is down for, in a word: the step of connecting to it that failed, such
+	// as "connect", or "lost", "own_store" or "other"; "" unless it is down.
+	Down          string `protobuf:"bytes,14,opt,name=down,proto3" json:"down,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2735,6 +2757,13 @@ func (x *MachineStatus) GetLoadUnknown() string {
 func (x *MachineStatus) GetParked() string {
 	if x != nil {
 		return x.Parked
+	}
+	return ""
+}
+
+func (x *MachineStatus) GetDown() string {
+	if x != nil {
+		return x.Down
 	}
 	return ""
 }
@@ -4679,8 +4708,10 @@ const file_dispatch_v1_dispatch_proto_rawDesc = "" +
 	"\x0fACTION_POSTPONE\x10\x04\x12\x10\n" +
 	"\fACTION_STOCK\x10\x05\" \n" +
 	"\bHandOver\x12\x14\n" +
-	"\x05paths\x18\x01 \x03(\tR\x05paths\"\x0f\n" +
-	"\rStatusRequest\"\x97\x03\n" +
+	"\x05paths\x18\x01 \x03(\tR\x05paths\".\n" +
+	"\rStatusRequest\x12\x1d\n" +
+	"\n" +
+	"max_queued\x18\x01 \x01(\rR\tmaxQueued\"\xaf\x03\n" +
 	"\x0eStatusResponse\x12\x18\n" +
 	"\aversion\x18\x01 \x01(\tR\aversion\x124\n" +
 	"\astarted\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\astarted\x129\n" +
@@ -4689,11 +4720,12 @@ const file_dispatch_v1_dispatch_proto_rawDesc = "" +
 	"\x06errors\x18\x05 \x03(\v2\x1c.nixdispatch.v1.MachineErrorR\x06errors\x124\n" +
 	"\x06reload\x18\x06 \x01(\v2\x1c.nixdispatch.v1.ReloadStatusR\x06reload\x12 \n" +
 	"\vunplaceable\x18\a \x01(\rR\vunplaceable\x129\n" +
-	"\bdetached\x18\b \x03(\v2\x1d.nixdispatch.v1.DetachedBuildR\bdetached\"\x8e\x01\n" +
+	"\bdetached\x18\b \x03(\v2\x1d.nixdispatch.v1.DetachedBuildR\bdetached\x12\x16\n" +
+	"\x06queued\x18\t \x01(\rR\x06queued\"\x8e\x01\n" +
 	"\fReloadStatus\x12.\n" +
 	"\x04time\x18\x01 \x01(\v2\x1a.google.protobuf.TimestampR\x04time\x12\x18\n" +
 	"\asuccess\x18\x02 \x01(\bR\asuccess\x124\n" +
-	"\x06errors\x18\x03 \x03(\v2\x1c.nixdispatch.v1.MachineErrorR\x06errors\"\xab\x03\n" +
+	"\x06errors\x18\x03 \x03(\v2\x1c.nixdispatch.v1.MachineErrorR\x06errors\"\xbf\x03\n" +
 	"\rMachineStatus\x12\x10\n" +
 	"\x03uri\x18\x01 \x01(\tR\x03uri\x122\n" +
 	"\x05state\x18\x02 \x01(\x0e2\x1c.nixdispatch.v1.MachineStateR\x05state\x12\x14\n" +
@@ -4708,7 +4740,8 @@ const file_dispatch_v1_dispatch_proto_rawDesc = "" +
 	" \x01(\bR\aremoved\x12/\n" +
 	"\x04load\x18\v \x01(\v2\x1b.nixdispatch.v1.MachineLoadR\x04load\x12!\n" +
 	"\fload_unknown\x18\f \x01(\tR\vloadUnknown\x12\x16\n" +
-	"\x06parked\x18\r \x01(\tR\x06parked\"\xc8\x06\n" +
+	"\x06parked\x18\r \x01(\tR\x06parked\x12\x12\n" +
+	"\x04down\x18\x0e \x01(\tR\x04down\"\xc8\x06\n" +
 	"\vMachineLoad\x12.\n" +
 	"\x04time\x18\x01 \x01(\v2\x1a.google.protobuf.TimestampR\x04time\x12-\n" +
 	"\x10store_free_bytes\x18\x02 \x01(\x04H\x00R\x0estoreFreeBytes\x88\x01\x01\x12-\n" +
