@@ -87,7 +87,9 @@ func (a *attempt) failed(r nix.BuildResult, took time.Duration) (outcome, error)
 	o := a.outcome(r, took)
 	switch judge(r, a.b.drv) {
 	case byMachine:
-		return outcome{}, a.m.fault(doingBuild, errors.New(o.err))
+		return outcome{}, a.m.fault(doingBuild, &complaint{words: o.err})
+	case byDisk:
+		return outcome{}, a.m.fault(doingBuild, &complaint{words: o.err, full: true})
 	case byKilling:
 		return outcome{}, &killedError{o}
 	default:
@@ -137,7 +139,8 @@ func (a *attempt) lostOrDistrusted(err error) error {
 // loseSlot keeps the slot taken: nobody knows whether the build still runs.
 func (a *attempt) loseSlot() {
 	a.running = false
-	a.d.holdSlot(a.b, a.place.machine)
+	session := a.r.session
+	a.d.holdSlot(a.b, a.place.machine, func(ctx context.Context) string { return a.m.awaitGone(ctx, session) })
 }
 
 func (a *attempt) outcome(r nix.BuildResult, took time.Duration) outcome {

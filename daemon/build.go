@@ -296,6 +296,7 @@ func (d *Daemon) attempt(ctx context.Context, b *build) (outcome, error) {
 	// nix-store --serve substitutes nothing any more after its first build.
 	r, err := m.open(ctx, b.substitute && !m.ng, b.store)
 	if err != nil {
+		m.learn(ctx, err)
 		return outcome{}, contextCause(ctx, err)
 	}
 	b.account.attempts++
@@ -306,26 +307,11 @@ func (d *Daemon) attempt(ctx context.Context, b *build) (outcome, error) {
 		}
 	}()
 	o, err := a.run(ctx)
+	m.learn(ctx, err)
 	if err != nil {
 		return outcome{}, contextCause(ctx, err)
 	}
 	return o, nil
-}
-
-// leftoverHold is how long the slot of a build whose connection was lost stays
-// taken. The machine may not have noticed, and run the build on; nothing tells.
-const leftoverHold = 2 * time.Minute
-
-// holdSlot keeps the slot of a running build whose transport died.
-func (d *Daemon) holdSlot(b *build, at scheduler.MachineID) {
-	d.dispatcher.do(func(q *scheduler.Queue) []scheduler.Order { return q.Lost(b.id) })
-	d.builds.Go(func() {
-		select {
-		case <-time.After(leftoverHold):
-			d.dispatcher.do(func(q *scheduler.Queue) []scheduler.Order { return q.Release(at) })
-		case <-d.life.Done():
-		}
-	})
 }
 
 func (b *build) postPlaced(p placement) {

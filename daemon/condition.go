@@ -2,18 +2,83 @@ package daemon
 
 import (
 	"cmp"
+	"fmt"
+	"strings"
 	"sync"
+	"time"
 
 	dispatchv1 "nixdispatch/proto/dispatch/v1"
+	"nixdispatch/proto/nix"
+	"nixdispatch/sshpool"
 )
 
-// A condition is what is known of how a machine is, beyond its connection. Safe for
-// concurrent use; the zero value knows nothing.
+// Gates say when a machine is too short of something to be given builds. The zero
+// value keeps none away.
+type Gates struct {
+	// MinFree is how many bytes must be free in the machine's store and where it
+	// builds. On a disk smaller than twenty times that, a twentieth must.
+	MinFree uint64
+	// MaxLoad is the load average of a minute that each core may have.
+	MaxLoad float64
+	// MinMemory is how many bytes of memory must be available.
+	MinMemory uint64
+	// MaxPressure is, by "cpu", "memory" and "io", the share of time, from 0 to 1, in
+	// which something may wait for it.
+	MaxPressure map[string]float64
+}
+
+// The words for what a machine is parked for: label values of a metric.
+const (
+	parkedNix      = "nix"
+	parkedDisk     = "disk"
+	parkedLoad     = "load"
+	parkedMemory   = "memory"
+	parkedPressure = "pressure"
+)
+
+// A condition is what is known of how a machine is, beyond its connection, and
+// whether it is parked for that. The moment it is asked for is given, for it is told
+// of in the past too. Safe for concurrent use.
 type condition struct {
+	gates Gates
+
 	mu      sync.Mutex
 	load    *dispatchv1.MachineLoad // not changed once it is here; nil: not known
 	unknown string                  // why
-	parked  string                  // what the machine is parked for, in a word
+	// sick is why its Nix is of no use, though ssh is; nil if it is. It is tried again
+	// at probeAt.
+	sick    error
+	probeAt time.Time
+	again   sshpool.Backoff // after failures of its Nix
+	// full is what a build said of the disk that had no space left, at fullAt: builds
+	// keep away until fullTill and, with unread set, until the machine was asked.
+	full             string
+	fullAt, fullTill time.Time
+	unread           bool
+	pause            sshpool.Backoff // after builds without space
+	// yieldTill is until when it takes builds though it is short of something.
+	yieldTill time.Time
+}
+
+// How long a machine is parked that may not be asked how it is, or whose answers did
+// not tell that there was no space: from the first to the last, growing.
+const (
+	fullMin = 15 * time.Second
+	fullMax = 5 * time.Minute
+	// sickMin and sickMax are the same for one whose Nix failed, before it is tried.
+	sickMin = time.Second
+	sickMax = time.Minute
+	// yieldFor is how long a machine takes builds though it is short of something,
+	// because nothing else can do what waits.
+	yieldFor = time.Minute
+)
+
+func newCondition(gates Gates) *condition {
+	return &condition{
+		gates: gates,
+		again: sshpool.Backoff{Min: sickMin, Max: sickMax},
+		pause: sshpool.Backoff{Min: fullMin, Max: fullMax},
+	}
 }
 
 // known is what the machine last told of its load, or why that is not known.
@@ -26,9 +91,180 @@ func (c *condition) known() (load *dispatchv1.MachineLoad, unknown string) {
 	return nil, cmp.Or(c.unknown, "it has not been asked yet")
 }
 
-// parkedFor is what the machine is short of, in a word.
-func (c *condition) parkedFor() string {
+// told notes what the machine told of its load.
+func (c *condition) told(load *dispatchv1.MachineLoad) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	return c.parked
+	c.load, c.unknown = load, ""
+	if load.GetTime().AsTime().After(c.fullAt) {
+		c.unread = false
+	}
+}
+
+// notTold notes that it told nothing.
+func (c *condition) notTold(why string) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.load, c.unknown = nil, why
+	c.unread = false
+}
+
+// foundFull notes that a build found no space left. asked tells that the machine can
+// be asked how much there is; then that decides, until it happens again.
+func (c *condition) foundFull(words string, asked bool, now time.Time) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	again := !c.fullAt.IsZero()
+	pause := c.pause.Next()
+	if asked && !again {
+		pause = 0
+	}
+	c.full, c.fullAt, c.fullTill, c.unread = words, now, now.Add(pause), asked
+	c.yieldTill = time.Time{}
+}
+
+// failed notes that the machine's Nix failed in a way that no build is to blame for.
+// When many builds meet it at once that is one failure.
+func (c *condition) failed(err error, now time.Time) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.sick == nil {
+		c.probeAt = now.Add(c.again.Next())
+	}
+	c.sick = err
+}
+
+// probed notes what became of trying its Nix again.
+func (c *condition) probed(err error, now time.Time) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.sick = err
+	if err != nil {
+		c.probeAt = now.Add(c.again.Next())
+	}
+}
+
+// worked notes that it has built.
+func (c *condition) worked() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.sick == nil {
+		c.again.Reset()
+	}
+	if c.full != "" && c.fullTill.Before(time.Now()) && !c.unread {
+		c.full, c.fullAt = "", time.Time{}
+		c.pause.Reset()
+	}
+}
+
+// connected notes that its Nix was found to answer on a new connection, and
+// disconnected that there is none any more.
+func (c *condition) connected() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.sick = nil
+}
+
+func (c *condition) disconnected() { c.notTold("it is not connected to") }
+
+// hoped notes that builds wait that nothing else can do. Its Nix is tried again soon,
+// and if they have waited for long, it takes builds though it is short of something.
+func (c *condition) hoped(long bool, now time.Time) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if soon := now.Add(hopeRetry); c.sick != nil && c.probeAt.After(soon) {
+		c.probeAt = soon
+	}
+	if long && c.yieldTill.Before(now) {
+		c.yieldTill = now.Add(yieldFor)
+	}
+}
+
+// parked tells what the machine is parked for at a moment: a word, and the reason
+// for people; "" if it is not. The reason may stand without a word: then it would be
+// parked, were there others for what waits.
+func (c *condition) parked(now time.Time) (word, reason string) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.sick != nil {
+		return parkedNix, fmt.Sprintf("its Nix failed, and is tried again in the background: %v", c.sick)
+	}
+	if word, reason = c.shortLocked(now); word != "" && now.Before(c.yieldTill) {
+		return "", reason + "; it is used all the same, for nothing else can do what waits"
+	}
+	return word, reason
+}
+
+// shortLocked tells what the machine is short of.
+func (c *condition) shortLocked(now time.Time) (word, reason string) {
+	low := c.diskLow()
+	switch {
+	case low != "":
+		return parkedDisk, "disk low: " + low
+	case c.unread || now.Before(c.fullTill):
+		return parkedDisk, "disk low: " + c.full
+	case c.load == nil:
+		return "", ""
+	}
+	g, l := c.gates, c.load
+	if cores := max(l.GetCores(), 1); g.MaxLoad > 0 && l.GetLoad1() > g.MaxLoad*float64(cores) {
+		return parkedLoad, fmt.Sprintf("load high: %.2f on %d cores, more than the %.2f a core of --max-load", l.GetLoad1(), cores, g.MaxLoad)
+	}
+	if l.MemoryAvailableBytes != nil && l.GetMemoryAvailableBytes() < g.MinMemory {
+		return parkedMemory, fmt.Sprintf("memory low: %s available, less than the %s of --min-memory",
+			nix.SizeText(l.GetMemoryAvailableBytes()), nix.SizeText(g.MinMemory))
+	}
+	for _, p := range []struct {
+		resource string
+		share    *float64
+	}{{"cpu", l.CpuPressure}, {"memory", l.MemoryPressure}, {"io", l.IoPressure}} {
+		most, gated := g.MaxPressure[p.resource]
+		if gated && p.share != nil && *p.share > most {
+			return parkedPressure, fmt.Sprintf("pressure high: %s %.0f %%, more than the %.0f %% of --max-pressure", p.resource, 100**p.share, 100*most)
+		}
+	}
+	return "", ""
+}
+
+// diskLow tells where there is too little space; "" if nowhere, or not known.
+func (c *condition) diskLow() string {
+	if c.load == nil || c.gates.MinFree == 0 {
+		return ""
+	}
+	var low []string
+	for _, d := range []struct {
+		where      string
+		free, size *uint64
+	}{
+		{"in its store", c.load.StoreFreeBytes, c.load.StoreSizeBytes},
+		{"where it builds", c.load.BuildDirFreeBytes, c.load.BuildDirSizeBytes},
+	} {
+		if d.free == nil || d.size == nil {
+			continue
+		}
+		least, of := c.gates.MinFree, "--min-free"
+		if twentieth := *d.size / 20; twentieth < least {
+			least, of = twentieth, "a twentieth of that disk"
+		}
+		if *d.free < least {
+			low = append(low, fmt.Sprintf("%s free %s, less than %s (%s)", nix.SizeText(*d.free), d.where, nix.SizeText(least), of))
+		}
+	}
+	return strings.Join(low, "; ")
+}
+
+// due is when something is to be done or may change: its Nix is tried again, or it is
+// parked no more. The zero time means that nothing is.
+func (c *condition) due() (probe, change time.Time) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.sick != nil {
+		probe = c.probeAt
+	}
+	for _, t := range []time.Time{c.fullTill, c.yieldTill} {
+		if t.After(time.Now()) && (change.IsZero() || t.Before(change)) {
+			change = t
+		}
+	}
+	return probe, change
 }

@@ -68,6 +68,12 @@ type Options struct {
 	// PerUser makes the daemon its own user's only: nobody else but root may call, and
 	// requests may be about any store of this host.
 	PerUser bool
+	// Gates keep builds off machines that are short of something.
+	Gates Gates
+	// LoadInterval is how often a machine in use is asked for its disk space and load,
+	// where its account runs commands. 0 means never; then no commands but Nix's are
+	// run there at all.
+	LoadInterval time.Duration
 	// Version is the program's own, for status and metrics.
 	Version string
 	// Logger gets the daemon's log. It must not be nil.
@@ -101,6 +107,8 @@ type Daemon struct {
 	life   context.Context //nolint:containedctx // a build outlives the call that asked for it
 	end    context.CancelCauseFunc
 	builds sync.WaitGroup
+	// leftovers has one for each slot that is held after a lost connection.
+	leftovers sync.WaitGroup
 	// draining is set when no more requests are taken; under the dispatcher's
 	// mutex, as realising is added to, which counts Build calls.
 	draining  atomic.Bool
@@ -162,6 +170,7 @@ func (d *Daemon) Run(ctx context.Context) error {
 	var serving sync.WaitGroup
 	serving.Go(func() { failed <- server.Serve(listener) })
 	serving.Go(func() { d.dispatcher.watchStranded(d.life, d.opts.MachineWait) })
+	serving.Go(func() { d.watchHopes(d.life) })
 	serving.Go(func() { d.watchMachines(d.life, d.opts.ReloadPoll) })
 	serving.Go(func() { d.keepTelling(d.life, d.opts.Watchdog) })
 	web := d.serveWeb(webListener, &serving, failed)

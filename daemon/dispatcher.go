@@ -197,6 +197,55 @@ func (d *dispatcher) watchStranded(ctx context.Context, patience time.Duration) 
 	}
 }
 
+// watchHopes sees to the machines that stranded builds wait for, until ctx ends:
+// those that are down are tried again soon, and those that are parked give way.
+func (d *Daemon) watchHopes(ctx context.Context) {
+	since := make(map[scheduler.MachineID]time.Time)
+	patience := min(lastResort, d.opts.MachineWait/2)
+	ticker := time.NewTicker(min(strandedPoll, patience))
+	defer ticker.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case now := <-ticker.C:
+			since = d.seeToHopes(now, since, patience)
+		}
+	}
+}
+
+func (d *Daemon) seeToHopes(now time.Time, before map[scheduler.MachineID]time.Time, patience time.Duration) map[scheduler.MachineID]time.Time {
+	since := make(map[scheduler.MachineID]time.Time)
+	for _, id := range d.dispatcher.hopes() {
+		m := d.machines.acquire(id)
+		if m == nil {
+			continue
+		}
+		first, known := before[id]
+		if !known {
+			first = now
+		}
+		since[id] = first
+		m.host.Hasten(hopeRetry)
+		m.condition.hoped(now.Sub(first) >= patience, now)
+		m.keeper.tell()
+		m.keeper.kick()
+		d.machines.release(m)
+	}
+	return since
+}
+
+// lastResort is how long builds wait for a machine to have room that is short of
+// something, when no other could do them; then it gets them all the same.
+const lastResort = 30 * time.Second
+
+// hopes are the machines that stranded builds wait for.
+func (d *dispatcher) hopes() []scheduler.MachineID {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.queue.Hopes()
+}
+
 func (d *dispatcher) endStranded(now time.Time, before map[scheduler.BuildID]time.Time, patience time.Duration) map[scheduler.BuildID]time.Time {
 	d.mu.Lock()
 	defer d.mu.Unlock()

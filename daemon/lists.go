@@ -93,8 +93,7 @@ func (d *Daemon) adoptNamed(l *lease) error {
 	if d.refusing() {
 		return errShutdown
 	}
-	made := func(line nix.Machine) *machine { return newMachine(line, d.checkedStore(), d.log) }
-	ms, ok := d.machines.name(l, made, r.pool)
+	ms, ok := d.machines.name(l, d.newMachine, r.pool)
 	if !ok {
 		return fmt.Errorf("%w: %d other lists are in use, more than that are not served", errBadList, maxNamed)
 	}

@@ -27,6 +27,7 @@ type machine struct {
 	command   string
 	uploads   *claims
 	condition *condition
+	keeper    *keeper // nil if nobody looks after the machine
 	idle      *idlePool[*remote]
 	log       *slog.Logger
 
@@ -62,7 +63,7 @@ func newMachine(line nix.Machine, own *localStore, log *slog.Logger) *machine {
 		command:   remoteCommand(line.Ref),
 		own:       own,
 		uploads:   newClaims(),
-		condition: new(condition),
+		condition: newCondition(Gates{}),
 		idle:      &idlePool[*remote]{ttl: maxRemoteIdle, end: func(r *remote) { r.hangUp() }},
 		log:       log.With("machine", line.StoreURI),
 	}
@@ -76,6 +77,9 @@ func (m *machine) connect(pool *sshpool.Pool) {
 		m.log.Warn(w)
 	}
 	m.host = pool.Add(m.config)
+	if m.keeper != nil {
+		m.keeper.start()
+	}
 }
 
 // compressionIgnored warns of a parameter of the URI; "" if there is no need.
@@ -162,16 +166,25 @@ func (m *machine) probe(ctx context.Context, s *sshpool.Session) error {
 	m.untrusted.Store(r.store.trust() == worker.NotTrusted)
 	m.others.forget() // the host behind the name may be another now
 	m.storeUnknown.Store(false)
-	if m.own == nil {
-		return nil
+	if m.own != nil {
+		if err := m.checkStore(ctx, r, m.own); err != nil {
+			return err
+		}
 	}
-	return m.checkStore(ctx, r, m.own)
+	m.condition.connected()
+	if m.keeper != nil {
+		m.keeper.connected(ctx, s.Connection())
+	}
+	return nil
 }
 
 // open finds or starts a remote process for one build. fresh says that it must
 // not have served another build. The caller must close it. Cancelling ctx ends
 // the remote process. local is the store that the build is for.
 func (m *machine) open(ctx context.Context, fresh bool, local *localStore) (*remote, error) {
+	if m.keeper != nil {
+		m.keeper.use()
+	}
 	if !fresh {
 		for r, ok := m.idle.take(); ok; r, ok = m.idle.take() {
 			if r.alive() && m.others.has(local.key) {

@@ -301,6 +301,9 @@ func (s *machines) connects() map[string]connectCounts {
 
 // close ends what the machine keeps open for the next build, then its connections.
 func (m *machine) close() {
+	if m.keeper != nil {
+		m.keeper.stop()
+	}
 	m.idle.close()
 	m.host.Close()
 }

@@ -92,7 +92,7 @@ func (d *Daemon) addConnections(byURI map[string]*machineStatus) {
 			st.load, st.loadUnknown = load, unknown
 		}
 		if st.state == scheduler.Parked && st.parked == "" {
-			st.parked = e.m.condition.parkedFor()
+			st.parked, _ = e.m.condition.parked(time.Now())
 		}
 		if st.since.IsZero() {
 			st.since = ssh.Since

@@ -67,8 +67,7 @@ func (d *Daemon) useLocked(list *machineList) {
 		d.log.Warn("machine is left to the stock hook", "machine", line.StoreURI, "reason", unsupported(line))
 	}
 	d.metrics.know(list)
-	made := func(line nix.Machine) *machine { return newMachine(line, d.checkedStore(), d.log) }
-	ms := d.machines.adopt(list, made, d.reload.pool)
+	ms := d.machines.adopt(list, d.newMachine, d.reload.pool)
 	d.dispatcher.do(func(q *scheduler.Queue) []scheduler.Order { return q.SetMachines(ms) })
 	// What their hosts have told before the scheduler knew of them was ignored.
 	d.syncStates("")
@@ -177,8 +176,22 @@ func (d *Daemon) retired() (gone []*machine, uris []string) {
 	return d.machines.retire(known, func(uri string) bool { return d.metrics.machine(uri) == uri })
 }
 
-// hostChanged passes a change of a connection's state on to the scheduler.
-func (d *Daemon) hostChanged(s sshpool.Status) { d.syncStates(s.Name) }
+// newMachine makes a machine that is looked after once it is connected to.
+func (d *Daemon) newMachine(line nix.Machine) *machine {
+	m := newMachine(line, d.checkedStore(), d.log)
+	m.condition = newCondition(d.opts.Gates)
+	m.keeper = newKeeper(m, d.opts.LoadInterval, func() { d.syncStates(line.StoreURI) })
+	return m
+}
+
+// hostChanged passes a change of a connection's state on to the scheduler, and to
+// those who look after the machine.
+func (d *Daemon) hostChanged(s sshpool.Status) {
+	d.syncStates(s.Name)
+	for _, e := range d.machines.at(withURI(s.Name)) {
+		e.m.keeper.kick()
+	}
+}
 
 // syncStates tells the scheduler of the states that the machines with a URI, or
 // all with "", have now.
@@ -215,7 +228,11 @@ func (e *entry) state(drained map[string]drain) (scheduler.MachineState, string)
 	case isDrained:
 		return scheduler.Draining, dr.String()
 	case st.State == sshpool.Up:
-		return scheduler.Up, ""
+		parked, reason := e.m.condition.parked(time.Now())
+		if parked != "" {
+			return scheduler.Parked, reason
+		}
+		return scheduler.Up, reason
 	default:
 		return scheduler.Connecting, ""
 	}

@@ -68,6 +68,7 @@ func (d *Daemon) shutDown(server *grpc.Server, h *health.Server, web *http.Serve
 	d.end(errShutdown)
 	d.dispatcher.mu.Unlock()
 	d.builds.Wait()
+	d.leftovers.Wait()
 	told := make(chan struct{})
 	go func() {
 		defer close(told)
@@ -81,6 +82,7 @@ func (d *Daemon) shutDown(server *grpc.Server, h *health.Server, web *http.Serve
 	}
 	pool.Close()
 	for _, e := range d.machines.at(every) {
+		e.m.keeper.stop()
 		e.m.idle.close()
 	}
 	d.stores.close()

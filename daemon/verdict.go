@@ -1,10 +1,16 @@
 package daemon
 
 import (
+	"context"
+	"errors"
+	"fmt"
 	"slices"
 	"strings"
+	"time"
 
 	"nixdispatch/proto/nix"
+	"nixdispatch/proto/nix/worker"
+	"nixdispatch/sshpool"
 )
 
 // A blame says whose fault a build's failure is, as the machine reports it.
@@ -15,6 +21,8 @@ const (
 	byDerivation blame = iota
 	// byMachine: the build may succeed on another machine.
 	byMachine
+	// byDisk: so it may, for this one's disk is full.
+	byDisk
 	// byKilling: something on the machine ended a process of the build, out of
 	// memory for example. Another machine may have more; once.
 	byKilling
@@ -33,9 +41,9 @@ var verdicts = []struct {
 	words string
 	blame blame
 }{
-	{"lack of free disk space", byMachine},
-	{"No space left on device", byMachine},
-	{"database or disk is full", byMachine}, // SQLite
+	{"lack of free disk space", byDisk},
+	{"No space left on device", byDisk},
+	{"database or disk is full", byDisk}, // SQLite
 	// The machine's line claims a system or a feature that its Nix does not have.
 	{"is required to build", byMachine}, // up to 2.28
 	{"platform mismatch", byMachine},
@@ -87,3 +95,61 @@ func withoutLog(message string) string {
 type killedError struct{ outcome outcome }
 
 func (e *killedError) Error() string { return e.outcome.err }
+
+// A complaint is a failure that a machine's Nix reported in order, and that is the
+// machine's: its Nix works.
+type complaint struct {
+	words string
+	full  bool // its disk is
+}
+
+func (c *complaint) Error() string { return c.words }
+
+// learn notes what an attempt's end tells of the machine. ctx is the attempt's.
+func (m *machine) learn(ctx context.Context, err error) {
+	if m.keeper == nil || ctx.Err() != nil {
+		return // what we end says nothing
+	}
+	fault, isFault := errors.AsType[*machineError](err)
+	_, isKilling := errors.AsType[*killedError](err)
+	switch {
+	case err == nil, isKilling:
+		m.condition.worked()
+		return
+	case !isFault, connectionFailed(err):
+		return
+	case isFull(fault):
+		m.condition.foundFull(fmt.Sprintf("a build found no space left there at %s", moment(time.Now())), m.keeper.mayAsk(), time.Now())
+		m.keeper.askNow()
+	case complains(err):
+		return
+	default:
+		m.condition.failed(err, time.Now())
+	}
+	m.keeper.tell()
+	m.keeper.kick()
+}
+
+// connectionFailed tells whether an attempt failed with its connection, of which the
+// scheduler hears in another way, or before anything was tried.
+func connectionFailed(err error) bool {
+	_, lost := errors.AsType[*sshpool.LostError](err)
+	return lost || errors.Is(err, sshpool.ErrNotUp) || errors.Is(err, sshpool.ErrClosed) || errors.Is(err, errSessionGone)
+}
+
+// complains tells whether the machine's Nix itself reported the failure.
+func complains(err error) bool {
+	_, complaint := errors.AsType[*complaint](err)
+	_, remote := errors.AsType[*worker.RemoteError](err)
+	return complaint || remote
+}
+
+// isFull tells whether a machine failed because its disk is full. What is printed
+// while it builds may be the builder's words, and does not count.
+func isFull(fault *machineError) bool {
+	if c, ok := errors.AsType[*complaint](fault); ok {
+		return c.full
+	}
+	known := explainWords(fault.Error())
+	return fault.doing != doingBuild && known != nil && known.cause == causeDiskFull
+}

@@ -58,7 +58,10 @@ func TestSlotOfALostBuildIsHeldForAWhile(t *testing.T) {
 		d, id := bareDaemon()
 		b := bareBuild(d, 1)
 		d.dispatcher.do(func(q *scheduler.Queue) []scheduler.Order { return q.Staged(b.id, id) })
-		d.holdSlot(b, id)
+		d.holdSlot(b, id, func(ctx context.Context) string {
+			_ = sleep(ctx, leftoverHold)
+			return ""
+		})
 		d.dispatcher.remove(b)
 		next := bareBuild(d, 2)
 		time.Sleep(leftoverHold - time.Second)
@@ -75,7 +78,7 @@ func TestSlotOfALostBuildIsHeldForAWhile(t *testing.T) {
 		if got := d.machine(id).Held; got != 0 || !d.dispatcher.place(next).granted {
 			t.Errorf("%d slots held after %v, the next build has one: %v", got, leftoverHold, d.dispatcher.place(next).granted)
 		}
-		d.builds.Wait()
+		d.leftovers.Wait()
 	})
 }
 
@@ -85,10 +88,13 @@ func TestHeldSlotDoesNotHoldUpShutdown(t *testing.T) {
 		d, id := bareDaemon()
 		b := bareBuild(d, 1)
 		d.dispatcher.do(func(q *scheduler.Queue) []scheduler.Order { return q.Staged(b.id, id) })
-		d.holdSlot(b, id)
+		d.holdSlot(b, id, func(ctx context.Context) string {
+			<-ctx.Done()
+			return ""
+		})
 		start := time.Now()
 		d.end(errShutdown)
-		d.builds.Wait()
+		d.leftovers.Wait()
 		if took := time.Since(start); took != 0 {
 			t.Errorf("shutdown waited %v for a held slot", took)
 		}

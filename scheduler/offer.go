@@ -193,3 +193,24 @@ func (q *Queue) Stranded() []BuildID {
 	slices.Sort(ids)
 	return ids
 }
+
+// Hopes returns the machines that the stranded builds wait for, in list order: those
+// that could ever run one of them. It costs no time for each build.
+func (q *Queue) Hopes() []MachineID {
+	hoped := make(map[*machine]bool)
+	for _, r := range q.waiting {
+		if r.coming > 0 {
+			continue
+		}
+		for _, m := range r.machines {
+			hoped[m] = true
+		}
+	}
+	var ids []MachineID
+	for _, m := range q.machines {
+		if hoped[m] {
+			ids = append(ids, m.ID)
+		}
+	}
+	return ids
+}

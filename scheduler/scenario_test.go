@@ -129,7 +129,7 @@ func (s *scenario) event(line string) (answer string) {
 		}
 		return e.String() + "\n"
 	case "stranded":
-		return fmt.Sprintf("%v\n", s.q.Stranded())
+		return fmt.Sprintf("%v, waiting for %v\n", s.q.Stranded(), s.q.Hopes())
 	case "status":
 		return status(s.q.Snapshot())
 	default:

@@ -5,28 +5,30 @@ import (
 	"time"
 )
 
-// A backoff counts failures and says how long to pause after each. It is not
-// safe for concurrent use.
-type backoff struct {
-	min, max time.Duration
+// A Backoff counts failures and says how long to pause after each: from Min to Max.
+// It is not safe for concurrent use.
+type Backoff struct {
+	Min, Max time.Duration
+
 	failures int // in a row
 }
 
-// next counts a failure and returns the pause after it: min doubled for every
-// failure before, at most max, varied by up to half in both directions so that
+// Next counts a failure and returns the pause after it: Min doubled for every
+// failure before, at most Max, varied by up to half in both directions so that
 // hosts lost together are not all tried again together.
-func (b *backoff) next() time.Duration {
-	d := b.min
+func (b *Backoff) Next() time.Duration {
+	d := b.Min
 	for range b.failures {
-		if d >= b.max/2 {
-			d = b.max
+		if d >= b.Max/2 {
+			d = b.Max
 			break
 		}
 		d *= 2
 	}
 	b.failures++
-	d = min(d, b.max)
+	d = min(d, b.Max)
 	return d/2 + rand.N(d+1)
 }
 
-func (b *backoff) reset() { b.failures = 0 }
+// Reset forgets the failures.
+func (b *Backoff) Reset() { b.failures = 0 }

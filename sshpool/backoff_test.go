@@ -8,10 +8,10 @@ import (
 func TestBackoffGrowsToItsBoundWithJitter(t *testing.T) {
 	seen := make(map[time.Duration]bool)
 	for range 50 {
-		b := backoff{min: time.Second, max: 60 * time.Second}
+		b := Backoff{Min: time.Second, Max: 60 * time.Second}
 		for i, want := range []int{1, 2, 4, 8, 16, 32, 60, 60, 60, 60} {
 			mean := time.Duration(want) * time.Second
-			d := b.next()
+			d := b.Next()
 			if d < mean/2 || d > mean*3/2 {
 				t.Fatalf("pause %d is %v, want within half of %v", i, d, mean)
 			}
@@ -19,8 +19,8 @@ func TestBackoffGrowsToItsBoundWithJitter(t *testing.T) {
 				seen[d] = true
 			}
 		}
-		b.reset()
-		if d := b.next(); d > 1500*time.Millisecond {
+		b.Reset()
+		if d := b.Next(); d > 1500*time.Millisecond {
 			t.Fatalf("pause after reset is %v", d)
 		}
 	}

@@ -25,6 +25,7 @@ type conn struct {
 	keepCount    int           // and so many times is too many
 
 	env []string // to send with each session
+	tag tag      // its user's
 
 	dying    chan struct{} // closed by kill, or when the transport fails
 	killOnce sync.Once

@@ -19,10 +19,11 @@ type Host struct {
 	cancel context.CancelFunc // ends the owner
 	forget func()             // takes the host out of its pool
 
-	kick  chan struct{} // an attempt is asked for
-	again chan struct{} // ssh_config is to be looked at again
-	look  chan struct{} // something happened the owner should look at
-	done  chan struct{} // closed when the owner and all it started have ended
+	kick  chan struct{}      // an attempt is asked for
+	hurry chan time.Duration // the next attempt is to be made within that
+	again chan struct{}      // ssh_config is to be looked at again
+	look  chan struct{}      // something happened the owner should look at
+	done  chan struct{}      // closed when the owner and all it started have ended
 
 	// The following fields belong to the attempt to connect, of which there is
 	// one at a time.
@@ -49,6 +50,7 @@ func newHost(cfg Config, opts Options, cancel context.CancelFunc) *Host {
 		log:     opts.Logger.With("machine", cfg.Name),
 		cancel:  cancel,
 		kick:    make(chan struct{}, 1),
+		hurry:   make(chan time.Duration, 1),
 		again:   make(chan struct{}, 1),
 		look:    make(chan struct{}, 1),
 		done:    make(chan struct{}),
@@ -93,7 +95,7 @@ func signal(c chan<- struct{}) {
 // goroutine in [Host.run] touches it.
 type owner struct {
 	*Host
-	backoff backoff
+	backoff Backoff
 	dialed  chan dialResult
 	dialing bool
 	stale   bool      // ssh_config is to be looked at again
@@ -118,7 +120,7 @@ func (h *Host) run(ctx context.Context) {
 	defer close(h.done)
 	o := &owner{
 		Host:    h,
-		backoff: backoff{min: h.opts.BackoffMin, max: h.opts.BackoffMax},
+		backoff: Backoff{Min: h.opts.BackoffMin, Max: h.opts.BackoffMax},
 		dialed:  make(chan dialResult),
 	}
 	timer := time.NewTimer(0)
@@ -132,6 +134,8 @@ func (h *Host) run(ctx context.Context) {
 			o.onDialed(ctx, r)
 		case <-h.kick:
 			o.retryAt = time.Time{}
+		case d := <-h.hurry:
+			o.hasten(d)
 		case <-h.again:
 			o.stale, o.retryAt = true, time.Time{}
 		case <-h.look:
@@ -200,6 +204,9 @@ func (o *owner) dial(ctx context.Context, first bool) {
 		o.stale = false
 	}
 	o.mu.Lock()
+	if first {
+		o.limit = 0 // the peer may have been set up anew
+	}
 	if !o.status.RetryAt.IsZero() {
 		o.status.RetryAt = time.Time{}
 		o.news = true
@@ -243,10 +250,9 @@ func (o *owner) onDialed(ctx context.Context, r dialResult) {
 	}
 	o.Host.conns = append(o.Host.conns, r.conn)
 	if o.status.State == Up {
-		o.backoff.reset()
+		o.backoff.Reset()
 		o.wakeLocked()
 	} else {
-		o.limit = 0 // the peer may have been set up anew
 		o.upSince = time.Now()
 		o.setStateLocked(Up)
 	}
@@ -255,7 +261,7 @@ func (o *owner) onDialed(ctx context.Context, r dialResult) {
 
 // onFailedLocked notes that an attempt failed, and when to make the next.
 func (o *owner) onFailedLocked(err error) {
-	pause := o.backoff.next()
+	pause := o.backoff.Next()
 	o.retryAt = time.Now().Add(pause)
 	o.status.ConnectFailures++
 	o.status.Attempts++
@@ -272,9 +278,9 @@ func (o *owner) onLost(err error) {
 	// A connection that did not last is one more failure: what comes up and
 	// goes down all the time is not tried at the shortest pause for ever.
 	if time.Since(o.upSince) >= 10*o.opts.BackoffMin {
-		o.backoff.reset()
+		o.backoff.Reset()
 	}
-	pause := o.backoff.next()
+	pause := o.backoff.Next()
 	o.retryAt = time.Now().Add(pause)
 	o.mu.Lock()
 	defer o.mu.Unlock()

@@ -26,6 +26,7 @@ func (c *conn) runLocal(ctx context.Context, command string, result chan<- opene
 	}
 	c.host.accepted(c)
 	s := &Session{
+		conn:     c,
 		Stdin:    l.stdin,
 		end:      l.closeStreams,
 		release:  func() { c.host.release(c, true) },

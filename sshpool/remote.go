@@ -50,6 +50,7 @@ func (c *conn) run(ctx context.Context, command string, result chan<- opened) {
 func (r *remote) newSession() *Session {
 	h := r.conn.host
 	s := &Session{
+		conn:     r.conn,
 		end:      r.awaitSent,
 		closing:  make(chan struct{}),
 		finished: make(chan struct{}),

@@ -25,6 +25,7 @@ type Session struct {
 	// caller must always read both.
 	Stdout, Stderr io.Reader
 
+	conn     *conn
 	end      func()        // begins to end the command; returns soon
 	release  func()        // gives the place back
 	closing  chan struct{} // closed by Close

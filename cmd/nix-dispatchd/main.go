@@ -127,6 +127,7 @@ func commandLine() (*cli.Command, *settings) {
 	flags.StringVar(&s.StateDir, "state-dir", "/var/lib/nix-dispatch", "keep what must not be in memory, and which machines are drained, in `DIR`; with --user by default $XDG_STATE_HOME/nix-dispatch, in ~/.local/state")
 	flags.DurationVar(&s.MachineWait, "machine-wait", 5*time.Minute, "how long a build waits while none of its machines is up, a `DURATION`")
 	flags.DurationVar(&s.DrainTimeout, "drain-timeout", 10*time.Minute, "how long builds in progress may go on after a signal to stop, a `DURATION`; what is asked for meanwhile is put off")
+	gateFlags(flags, &s.Options)
 	flags.TextVar(&s.level, "log-level", slog.LevelInfo, "a `LEVEL`: debug, info, warn or error")
 	flags.Lookup("log-level").DefValue = "info"
 	flags.BoolVar(&s.showVersion, "version", false, "print the version and exit")
@@ -165,6 +166,9 @@ func parse(args []string, stdout io.Writer) (daemon.Options, slog.Level, error) 
 		return s.Options, s.level, fmt.Errorf("--machine-wait must be positive")
 	case opts.DrainTimeout < 0:
 		return s.Options, s.level, fmt.Errorf("--drain-timeout must not be negative")
+	}
+	if err := checkGates(s.Options); err != nil {
+		return s.Options, s.level, err
 	}
 	given := make(map[string]bool)
 	flags.Visit(func(f *flag.Flag) { given[f.Name] = true })

@@ -302,6 +302,14 @@ type statusReport struct {
 		State          string
 		Slots, Running int
 		Reason         string
+		Parked         string
+		LoadUnknown    string
+		Load           *struct {
+			StoreFreeBytes, StoreSizeBytes, BuildDirFreeBytes *uint64
+			MemorySizeBytes, MemoryAvailableBytes             *uint64
+			Load1                                             *float64
+			Cores                                             *int
+		}
 	}
 	Builds []struct {
 		ID      json.Number

@@ -1,13 +1,11 @@
 package buildhook
 
 import (
-	"errors"
 	"fmt"
-	"io/fs"
+	"io"
 	"os"
 	"slices"
-
-	"golang.org/x/sys/unix"
+	"syscall"
 
 	"nixdispatch/proto/nix"
 )
@@ -24,7 +22,7 @@ type outputLocks struct {
 type outputLock struct {
 	output nix.StorePath
 	path   string
-	fd     int
+	file   *os.File
 }
 
 // openOutputLocks opens the lock file of each output of drvPath in a store whose path
@@ -44,8 +42,8 @@ func openOutputLocks(store nix.LocalStore, drvPath nix.StorePath) (*outputLocks,
 			continue
 		}
 		lock := outputLock{output: out.Path, path: store.Real(out.Path) + ".lock"}
-		lock.fd, err = openFile(lock.path, unix.O_WRONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK)
-		if errors.Is(err, fs.ErrNotExist) {
+		lock.file, err = os.OpenFile(lock.path, os.O_WRONLY|syscall.O_NOFOLLOW|syscall.O_NONBLOCK, 0)
+		if os.IsNotExist(err) {
 			continue
 		}
 		if err != nil {
@@ -58,7 +56,12 @@ func openOutputLocks(store nix.LocalStore, drvPath nix.StorePath) (*outputLocks,
 }
 
 func readDerivation(path string) (*nix.Derivation, error) {
-	text, err := readFile(path, nix.MaxDerivationSize+1)
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, fmt.Errorf("read derivation: %w", err)
+	}
+	defer f.Close()
+	text, err := io.ReadAll(io.LimitReader(f, nix.MaxDerivationSize+1))
 	if err != nil {
 		return nil, fmt.Errorf("read derivation: %w", err)
 	}
@@ -82,39 +85,37 @@ func (l *outputLocks) handOver(outputs []string) error {
 		if err := lock.free(); err != nil {
 			return fmt.Errorf("hand over the lock of '%s': %w", lock.output, err)
 		}
-		closeFile(lock.fd)
+		lock.file.Close()
 		l.locks = slices.Delete(l.locks, i, i+1)
 	}
 	return nil
 }
 
 func (l outputLock) free() error {
-	var there, held unix.Stat_t
-	err := unix.Lstat(l.path, &there)
-	if err == unix.ENOENT { //nolint:errorlint // unwrapped
+	there, err := os.Lstat(l.path)
+	if os.IsNotExist(err) {
 		return nil
-	}
-	if err == nil {
-		err = unix.Fstat(l.fd, &held)
 	}
 	if err != nil {
-		return &os.PathError{Op: "look at", Path: l.path, Err: err}
+		return err
 	}
-	if held.Dev != there.Dev || held.Ino != there.Ino {
+	held, err := l.file.Stat()
+	if err != nil {
+		return err
+	}
+	if !os.SameFile(held, there) {
 		return nil
 	}
-	if err := unix.Unlink(l.path); err != nil {
-		return &os.PathError{Op: "remove", Path: l.path, Err: err}
+	if err := os.Remove(l.path); err != nil {
+		return err
 	}
-	if _, err := unix.Write(l.fd, []byte("d")); err != nil { // Nix's mark, see deleteLockFile
-		return &os.PathError{Op: "write to", Path: l.path, Err: err}
-	}
-	return nil
+	_, err = l.file.WriteString("d") // Nix's mark, see deleteLockFile
+	return err
 }
 
 func (l *outputLocks) close() {
 	for _, lock := range l.locks {
-		closeFile(lock.fd)
+		lock.file.Close()
 	}
 	l.locks = nil
 }
