@@ -32,6 +32,7 @@ type build struct {
 	lease      *lease // on the list of machines that it goes by
 	store      *localStore
 	since      time.Time
+	asked      time.Time // when the caller asked for all that it belongs to
 
 	feed   *feed
 	cancel context.CancelCauseFunc
@@ -85,6 +86,7 @@ func (b *build) request() scheduler.Request {
 		Features: b.drv.RequiredSystemFeatures(),
 		Caller:   b.turn,
 		Priority: b.priority,
+		Since:    b.asked,
 		Chain:    b.chain,
 
 		CouldBuildLocally: b.local,

@@ -96,7 +96,7 @@ var errFirstFailure = errors.New("another derivation failed")
 // ended. A build that was cut off by the end of the realisation has not failed.
 func (g *goal) realise(ctx context.Context) (ok bool) {
 	b := g.r.d.newBuild(g.r.store, g.drvPath, g.drv, g.r.substitute, g.r.caller)
-	b.lease, b.chain = g.r.lease, g.chain
+	b.lease, b.asked, b.chain = g.r.lease, g.r.since, g.chain
 	b.wantedFor(originOf(g.r.caller, nil), g.r.priority)
 	followed, o, err := g.build(ctx, b)
 	if err != nil {

@@ -22,6 +22,7 @@ import (
 type realisation struct {
 	d          *Daemon
 	caller     caller
+	since      time.Time
 	limits     limits
 	substitute bool
 	keepGoing  bool
@@ -92,7 +93,7 @@ func (s *server) Build(req *dispatchv1.BuildRequest, stream grpc.ServerStreaming
 	}
 	defer machines.release()
 	r := &realisation{
-		d: s.d, caller: c, stream: stream, store: store, lease: machines,
+		d: s.d, caller: c, since: time.Now(), stream: stream, store: store, lease: machines,
 		limits:      limitsFrom(req.GetLimits()),
 		substitute:  req.GetBuildersUseSubstitutes(),
 		keepGoing:   req.GetKeepGoing(),

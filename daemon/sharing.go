@@ -20,6 +20,7 @@ func (d *Daemon) newBuild(store *localStore, drvPath nix.StorePath, drv *nix.Der
 		substitute:      substitute,
 		lease:           new(lease),
 		since:           now,
+		asked:           now,
 		queued:          now,
 		feed:            newFeed(d.opts.StateDir),
 		inputs:          inputs{ready: make(chan struct{})},

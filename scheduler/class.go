@@ -36,6 +36,8 @@ func before(a, b *build) bool {
 		return a.caller.placed < b.caller.placed
 	case a.caller.placedAt != b.caller.placedAt:
 		return a.caller.placedAt < b.caller.placedAt
+	case !a.req.Since.Equal(b.req.Since):
+		return a.req.Since.Before(b.req.Since)
 	case a.req.Chain != b.req.Chain:
 		return a.req.Chain > b.req.Chain
 	default:

@@ -52,9 +52,10 @@
 // # The order of builds
 //
 // The queue's order: higher priority, then the caller with fewest placed
-// builds, then the caller whose last placing is longest ago, then the build with the
-// longest chain of derivations that wait for it, where that is known, then oldest.
-// The chain is what a whole graph takes at least, however many machines there are.
+// builds, then the caller whose last placing is longest ago, then the build asked for
+// first, then, of those asked for together, the one with the longest chain of
+// derivations that wait for it, then oldest. The chain is what a whole graph takes at
+// least, however many machines there are.
 //
 // A slot goes, among the builds whose inputs are there, by higher priority, then to the
 // caller with fewest running builds, then to the one whose last slot is longest

@@ -5,6 +5,7 @@ import (
 	"math/rand/v2"
 	"slices"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 
@@ -79,6 +80,7 @@ func (w *world) request(id BuildID) Request {
 		Features:          pick(w, nil, nil, []string{"kvm"}, []string{"kvm", "big"}, []string{"bench"}, []string{"kvm", "bench", "kvm"}),
 		Caller:            pick(w, "alice", "bob", "carol"),
 		Priority:          pick(w, 0, 0, 0, 1, -1),
+		Since:             time.Unix(pick(w, int64(0), 0, 0, 5, 9), 0),
 		Chain:             pick(w, 0, 0, 2, 7),
 		CouldBuildLocally: w.n(2) == 1,
 	}

@@ -216,6 +216,7 @@ func (n *naive) queue() []*naiveBuild {
 			b.Priority-a.Priority,
 			n.of(a.Caller, Staging, Staged, Running)-n.of(b.Caller, Staging, Staged, Running),
 			n.placedAt[a.Caller]-n.placedAt[b.Caller],
+			a.Since.Compare(b.Since),
 			b.Chain-a.Chain)
 	})
 	return queued

@@ -3,6 +3,7 @@ package scheduler
 import (
 	"fmt"
 	"slices"
+	"time"
 )
 
 // A BuildID names a build for as long as the Queue knows it. The caller chooses it.
@@ -22,9 +23,12 @@ type Request struct {
 	// Priority puts the build before all queued builds of lower priority,
 	// whosever they are; 0 is normal. The caller decides who may set it.
 	Priority int
+	// Since is when it was asked for. A caller's builds go in this order; those that
+	// were asked for together, as parts of one graph, have the same.
+	Since time.Time
 	// Chain is how many derivations wait for this one in the longest chain, each of
 	// them for the one before, as far as the caller knows: 0 if none does. The build
-	// goes before others of the same turn with a shorter chain.
+	// goes before others that were asked for together with it and have a shorter chain.
 	Chain int
 	// CouldBuildLocally tells that the caller's own Nix could build it too.
 	CouldBuildLocally bool

@@ -8,6 +8,7 @@ import (
 	"strconv"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 
@@ -176,7 +177,7 @@ func (s *scenario) machine(words []string) Machine {
 	return m
 }
 
-// request reads SYSTEM and any of list=, features=, caller=, priority=, chain=, local, exclude=.
+// request reads SYSTEM and any of list=, features=, caller=, priority=, since=, chain=, local, exclude=.
 func (s *scenario) request(id BuildID, words []string) Request {
 	r := Request{ID: id, Caller: "alice"}
 	for _, w := range words {
@@ -190,6 +191,8 @@ func (s *scenario) request(id BuildID, words []string) Request {
 			r.Caller = value
 		case "priority":
 			r.Priority = s.number(value)
+		case "since":
+			r.Since = time.Unix(int64(s.number(value)), 0)
 		case "chain":
 			r.Chain = s.number(value)
 		case "local":
