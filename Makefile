@@ -59,6 +59,7 @@ demo: build tools prepare ## See it work: real builds on three real machines, ma
 BENCH_RECORD = $(if $(RECORD),-json docs/performance.json -into docs/performance.md,-json $(BIN)/bench.json)
 
 bench: build tools prepare ## Measure us, the stock hook and the limits: ONLY=row,row RECORD=yes. Needs root.
+	@CGO_ENABLED=0 go build -trimpath -ldflags '-s -w' -o $(TOOLS)/ ./deploy/bench/...
 	@$(TOOLS)/bench -bin $(BIN) -only '$(ONLY)' $(BENCH_RECORD)
 
 test: prepare-tests ## Everything: checks, unit tests with the race detector, integration. Needs root.

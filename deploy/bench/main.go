@@ -107,11 +107,15 @@ func measureAll(ctx context.Context, s settings, chosen []row, stdout, stderr io
 	if err != nil {
 		return err
 	}
+	self, err := os.Executable()
+	if err != nil {
+		return err
+	}
 	book, err := openBook(s.jsonFile)
 	if err != nil {
 		return err
 	}
-	b := &bench{bin: bin, out: stdout, log: slog.New(slog.NewTextHandler(stderr, nil))}
+	b := &bench{bin: bin, own: filepath.Dir(self), out: stdout, log: slog.New(slog.NewTextHandler(stderr, nil))}
 	if slices.ContainsFunc(chosen, func(r row) bool { return r.needsFleet }) {
 		if err := b.prepare(ctx); err != nil {
 			return err
@@ -134,6 +138,7 @@ func measureAll(ctx context.Context, s settings, chosen []row, stdout, stderr io
 // A bench is what rows are measured with.
 type bench struct {
 	bin string // the directory of nix-dispatchd and the others
+	own string // that of this program, and of bare and barehook
 	out io.Writer
 	log *slog.Logger
 }
@@ -143,9 +148,14 @@ func (b *bench) prepare(ctx context.Context) error {
 	if err := fleet.Available(); err != nil {
 		return fmt.Errorf("no machines can be made here: %w", err)
 	}
-	for _, program := range []string{"nix-dispatchd", "nix-dispatch", "nix-dispatch-hook"} {
-		if _, err := os.Stat(filepath.Join(b.bin, program)); err != nil {
-			return fmt.Errorf("the programs must be built first ('make build'): %w", err)
+	for dir, programs := range map[string][]string{
+		b.bin: {"nix-dispatchd", "nix-dispatch", "nix-dispatch-hook"},
+		b.own: {"bare", "barehook"},
+	} {
+		for _, program := range programs {
+			if _, err := os.Stat(filepath.Join(dir, program)); err != nil {
+				return fmt.Errorf("the programs must be built first ('make bench' does it): %w", err)
+			}
 		}
 	}
 	return errors.Join(fleet.EnsureTools(ctx), fleet.Prepare(ctx, b.log))

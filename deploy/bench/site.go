@@ -18,9 +18,11 @@ import (
 
 // Where the client sees the programs, and Debian has the hook that Nix brings.
 const (
-	programs  = "/opt/nix-dispatch"
-	stockHook = "/usr/libexec/nix/build-remote"
-	ourHook   = programs + "/nix-dispatch-hook"
+	programs      = "/opt/nix-dispatch"
+	ourHook       = programs + "/nix-dispatch-hook"
+	stockHook     = "/usr/libexec/nix/build-remote"
+	benchPrograms = "/opt/bench" // bare and barehook
+	bareHook      = benchPrograms + "/barehook"
 )
 
 // A machineConfig is one machine of a site.
@@ -99,7 +101,7 @@ func (b *bench) newSite(ctx context.Context, cfg siteConfig) (_ *site, err error
 	client := cfg.client
 	client.Name = "client"
 	client.NixConf = "max-jobs = 0\n" + client.NixConf
-	client.Binds = map[string]string{programs: b.bin}
+	client.Binds = map[string]string{programs: b.bin, benchPrograms: b.own}
 	hosts.Go(func() (err error) {
 		s.client, err = s.fleet.Host(hostCtx, client)
 		return err

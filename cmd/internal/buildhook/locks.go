@@ -1,11 +1,13 @@
 package buildhook
 
 import (
+	"errors"
 	"fmt"
-	"io"
+	"io/fs"
 	"os"
 	"slices"
-	"syscall"
+
+	"golang.org/x/sys/unix"
 
 	"nixdispatch/proto/nix"
 )
@@ -22,7 +24,7 @@ type outputLocks struct {
 type outputLock struct {
 	output nix.StorePath
 	path   string
-	file   *os.File
+	fd     int
 }
 
 // openOutputLocks opens the lock file of each output of drvPath in a store whose path
@@ -42,8 +44,8 @@ func openOutputLocks(store nix.LocalStore, drvPath nix.StorePath) (*outputLocks,
 			continue
 		}
 		lock := outputLock{output: out.Path, path: store.Real(out.Path) + ".lock"}
-		lock.file, err = os.OpenFile(lock.path, os.O_WRONLY|syscall.O_NOFOLLOW|syscall.O_NONBLOCK, 0)
-		if os.IsNotExist(err) {
+		lock.fd, err = openFile(lock.path, unix.O_WRONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK)
+		if errors.Is(err, fs.ErrNotExist) {
 			continue
 		}
 		if err != nil {
@@ -56,12 +58,7 @@ func openOutputLocks(store nix.LocalStore, drvPath nix.StorePath) (*outputLocks,
 }
 
 func readDerivation(path string) (*nix.Derivation, error) {
-	f, err := os.Open(path)
-	if err != nil {
-		return nil, fmt.Errorf("read derivation: %w", err)
-	}
-	defer f.Close()
-	text, err := io.ReadAll(io.LimitReader(f, nix.MaxDerivationSize+1))
+	text, err := readFile(path, nix.MaxDerivationSize+1)
 	if err != nil {
 		return nil, fmt.Errorf("read derivation: %w", err)
 	}
@@ -85,37 +82,39 @@ func (l *outputLocks) handOver(outputs []string) error {
 		if err := lock.free(); err != nil {
 			return fmt.Errorf("hand over the lock of '%s': %w", lock.output, err)
 		}
-		lock.file.Close()
+		closeFile(lock.fd)
 		l.locks = slices.Delete(l.locks, i, i+1)
 	}
 	return nil
 }
 
 func (l outputLock) free() error {
-	there, err := os.Lstat(l.path)
-	if os.IsNotExist(err) {
+	var there, held unix.Stat_t
+	err := unix.Lstat(l.path, &there)
+	if err == unix.ENOENT { //nolint:errorlint // unwrapped
 		return nil
 	}
-	if err != nil {
-		return err
+	if err == nil {
+		err = unix.Fstat(l.fd, &held)
 	}
-	held, err := l.file.Stat()
 	if err != nil {
-		return err
+		return &os.PathError{Op: "look at", Path: l.path, Err: err}
 	}
-	if !os.SameFile(held, there) {
+	if held.Dev != there.Dev || held.Ino != there.Ino {
 		return nil
 	}
-	if err := os.Remove(l.path); err != nil {
-		return err
+	if err := unix.Unlink(l.path); err != nil {
+		return &os.PathError{Op: "remove", Path: l.path, Err: err}
 	}
-	_, err = l.file.WriteString("d") // Nix's mark, see deleteLockFile
-	return err
+	if _, err := unix.Write(l.fd, []byte("d")); err != nil { // Nix's mark, see deleteLockFile
+		return &os.PathError{Op: "write to", Path: l.path, Err: err}
+	}
+	return nil
 }
 
 func (l *outputLocks) close() {
 	for _, lock := range l.locks {
-		lock.file.Close()
+		closeFile(lock.fd)
 	}
 	l.locks = nil
 }

@@ -132,12 +132,10 @@ func TestHookFreesALockThatSomebodyWaitsFor(t *testing.T) {
 func TestHookSaysWhenItCannotHandOver(t *testing.T) {
 	l := &outputLocks{}
 	dir := t.TempDir()
-	f, err := os.Create(dir + "/x.lock")
-	if err != nil {
+	if err := os.WriteFile(dir+"/x.lock", nil, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	f.Close() // so that looking at it fails
-	l.locks = []outputLock{{output: "x", path: dir + "/x.lock", file: f}}
+	l.locks = []outputLock{{output: "x", path: dir + "/x.lock", fd: -1}} // so that looking at it fails
 	if err := l.handOver([]string{"x"}); err == nil {
 		t.Error("no error for a lock that cannot be looked at")
 	}

@@ -8,6 +8,8 @@ import (
 	"strings"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"nixdispatch/proto/hookcall"
 	"nixdispatch/proto/nix/hook"
 )
@@ -36,7 +38,8 @@ const (
 // without it each would wait, and complain, from the beginning. Having none is
 // no error.
 type outageMemory struct {
-	file string // "" for none
+	dir  string // "" for none
+	file string // see name
 	used bool   // the file may be there
 }
 
@@ -48,17 +51,23 @@ func newOutageMemory() outageMemory {
 	} else if dir == "" && os.Getenv("XDG_RUNTIME_DIR") != "" {
 		dir = filepath.Join(os.Getenv("XDG_RUNTIME_DIR"), "nix-dispatch-hook")
 	}
-	if dir == "" {
-		return outageMemory{}
+	return outageMemory{dir: dir}
+}
+
+// name is the file's path. It takes some reading in /proc, so that it is asked for
+// only where there may be such a file.
+func (m *outageMemory) name() string {
+	if m.file == "" {
+		parent := os.Getppid()
+		m.file = filepath.Join(m.dir, fmt.Sprintf("outage-%d-%s", parent, startOf(parent)))
 	}
-	parent := os.Getppid()
-	return outageMemory{file: filepath.Join(dir, fmt.Sprintf("outage-%d-%s", parent, startOf(parent)))}
+	return m.file
 }
 
 // startOf is when a process was started, in the kernel's clock ticks: the id
 // alone comes back. It is "" if there is no such process.
 func startOf(pid int) string {
-	stat, _ := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	stat, _ := readFile(fmt.Sprintf("/proc/%d/stat", pid), 4<<10)
 	// The command's name, in parentheses, may hold anything.
 	fields := strings.Fields(string(stat[strings.LastIndexByte(string(stat), ')')+1:]))
 	if len(fields) < 20 {
@@ -69,15 +78,15 @@ func startOf(pid int) string {
 
 // recall is the outage that an earlier hook process met; zero if none did.
 func (m *outageMemory) recall() outage {
-	if m.file == "" {
+	if m.dir == "" || unix.Access(m.dir, unix.F_OK) != nil {
 		return outage{}
 	}
-	text, err := os.ReadFile(m.file)
+	text, err := readFile(m.name(), 4<<10)
 	if err != nil {
 		return outage{}
 	}
 	m.used = true
-	st, err := os.Stat(m.file)
+	st, err := os.Stat(m.name())
 	if err != nil || time.Since(st.ModTime()) > outageMemoryAge {
 		return outage{}
 	}
@@ -92,22 +101,21 @@ func (m *outageMemory) recall() outage {
 
 // keep tells the hook processes to come.
 func (m *outageMemory) keep(o outage) {
-	if m.file == "" {
+	if m.dir == "" {
 		return
 	}
-	dir := filepath.Dir(m.file)
 	if !m.used {
-		if err := os.MkdirAll(dir, 0o700); err != nil {
+		if err := os.MkdirAll(m.dir, 0o700); err != nil {
 			return
 		}
-		dropOutages(dir)
+		dropOutages(m.dir)
 	}
 	m.used = true
-	part := fmt.Sprintf("%s.%d", m.file, os.Getpid())
+	part := fmt.Sprintf("%s.%d", m.name(), os.Getpid())
 	if err := os.WriteFile(part, fmt.Appendln(nil, o.began.UnixNano(), o.stockTold), 0o600); err != nil {
 		return
 	}
-	if err := os.Rename(part, m.file); err != nil {
+	if err := os.Rename(part, m.name()); err != nil {
 		_ = os.Remove(part) // the next one may succeed
 	}
 }
@@ -127,7 +135,7 @@ func dropOutages(dir string) {
 // forget is for when the daemon has answered.
 func (m *outageMemory) forget() {
 	if m.used {
-		_ = os.Remove(m.file)
+		_ = os.Remove(m.name())
 		m.used = false
 	}
 }

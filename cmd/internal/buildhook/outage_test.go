@@ -152,12 +152,12 @@ func TestOutageMemoryIgnoresWhatItCannotUse(t *testing.T) {
 		if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
 			t.Fatal(err)
 		}
-		m := outageMemory{file: file}
+		m := outageMemory{dir: filepath.Dir(file), file: file}
 		if got := m.recall(); got != (outage{}) {
 			t.Errorf("%q: recalled %+v", text, got)
 		}
 	}
-	m := outageMemory{file: file}
+	m := outageMemory{dir: filepath.Dir(file), file: file}
 	m.keep(outage{began: time.Now(), stockTold: true})
 	if got := m.recall(); got.began.IsZero() || !got.stockTold || !got.heard {
 		t.Errorf("recalled %+v, want what was kept", got)
@@ -174,7 +174,7 @@ func TestOutageMemoryIgnoresWhatItCannotUse(t *testing.T) {
 		t.Errorf("forgotten, but there: %v", err)
 	}
 	(&outageMemory{}).keep(outage{began: time.Now()}) // nowhere
-	blocked := outageMemory{file: filepath.Join(file, "x", "outage-1-1")}
+	blocked := outageMemory{dir: filepath.Join(file, "x"), file: filepath.Join(file, "x", "outage-1-1")}
 	if err := os.WriteFile(file, nil, 0o600); err != nil {
 		t.Fatal(err)
 	}

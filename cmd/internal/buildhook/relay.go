@@ -4,12 +4,8 @@ import (
 	"cmp"
 	"errors"
 	"fmt"
-	"os"
 	"runtime/debug"
 	"strings"
-	"time"
-
-	"golang.org/x/sys/unix"
 
 	"nixdispatch/proto/hookcall"
 	"nixdispatch/proto/nix"
@@ -22,16 +18,6 @@ const (
 	hookFailed          = 1
 	hookPermanentFailed = 100
 	hookTimedOut        = 101
-)
-
-const (
-	// drainTimeout bounds how long the hook waits for Nix to read the last of
-	// the log. It looks after firstDrainPoll and then at growing intervals up to
-	// lastDrainPoll: Nix mostly reads at once, but a hundred hooks of a busy Nix
-	// must not keep it from doing so.
-	drainTimeout   = 10 * time.Second
-	firstDrainPoll = time.Millisecond
-	lastDrainPoll  = 20 * time.Millisecond
 )
 
 // build carries an accepted build through and returns the exit status. Standard
@@ -154,34 +140,4 @@ func FailureText(drvPath, machine string, status hookcall.BuildStatus, message s
 		text += fmt.Sprintf(" on '%s'", nix.PlainText(machine))
 	}
 	return text + " failed: " + strings.TrimSpace(nix.PlainText(cmp.Or(message, status.String())))
-}
-
-// drain waits until Nix has read everything: it takes the first end of file on
-// either pipe for the end of the build and drops what the other still holds.
-func (h *hookProcess) drain() {
-	h.log.Flush()
-	poll := firstDrainPoll
-	for end := time.Now().Add(drainTimeout); time.Now().Before(end); {
-		if unread(logWriteFD) == 0 && unread(int(os.Stderr.Fd())) == 0 {
-			return
-		}
-		// time.Sleep would start the runtime's timers and poller for this alone.
-		pause := unix.NsecToTimespec(int64(poll))
-		unix.Nanosleep(&pause, nil) //nolint:errcheck // a signal only makes it shorter
-		poll = min(2*poll, lastDrainPoll)
-	}
-}
-
-// unread is how many bytes wait in the pipe whose write end is fd; 0 if it is no
-// pipe or nobody reads it.
-func unread(fd int) int {
-	poll := []unix.PollFd{{Fd: int32(fd)}}
-	if _, err := unix.Poll(poll, 0); err == nil && poll[0].Revents&unix.POLLERR != 0 {
-		return 0
-	}
-	n, err := unix.IoctlGetInt(fd, unix.TIOCINQ)
-	if err != nil {
-		return 0
-	}
-	return n
 }
