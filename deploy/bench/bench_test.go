@@ -108,3 +108,23 @@ func TestNumbers(t *testing.T) {
 		}
 	}
 }
+
+func TestSchedulerFigures(t *testing.T) {
+	out := `goos: linux
+BenchmarkEvents/life/plain/machines=10/queued=100000-2    	    5000	     39100 ns/op	      3320 cpu-ns/event
+BenchmarkEvents/flap/plain/machines=10/queued=100000      	    5000	     124.1 ns/op	     70.5 cpu-ns/event
+BenchmarkEvents/life/plain/machines=1000/queued=100000-2  	    5000	     39100 ns/op	     20000 cpu-ns/event
+PASS
+`
+	got, err := schedulerFigures([]byte(out))
+	if err != nil || len(got) != 2 {
+		t.Fatalf("figures %+v, %v; want two", got, err)
+	}
+	life := got[0]
+	if life.Case != "life, plain" || life.side("10 machines").Values[0] != 3.32 || life.side("1000 machines").Values[0] != 20 {
+		t.Errorf("figure %+v", life)
+	}
+	if _, err := schedulerFigures([]byte("PASS\n")); err == nil {
+		t.Error("no figures are no error")
+	}
+}

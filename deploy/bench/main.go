@@ -32,6 +32,10 @@ import (
 func rows() []row {
 	return []row{
 		dispatchRow,
+		graphRow,
+		memoryRow,
+		schedulerRow,
+		idleRow,
 	}
 }
 

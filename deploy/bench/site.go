@@ -30,6 +30,9 @@ type machineConfig struct {
 	fleet.HostConfig
 	scheme  string // "" for ssh
 	columns string // of its line; "" for x86_64-linux with 4 slots
+	// names is the number of lines that the machine has, each with a name of its own
+	// and so a connection; 0 for one line with the machine's.
+	names int
 	// far makes the machine's line lead through a proxy with such a delay.
 	far *fleet.ProxyConfig
 }
@@ -55,6 +58,7 @@ type siteConfig struct {
 // A site is a client with a running nix-dispatchd, and its machines.
 type site struct {
 	b        *bench
+	lines    int // of machines
 	fleet    *fleet.Fleet
 	client   *fleet.Host
 	machines []*fleet.Host // as configured
@@ -86,13 +90,20 @@ func (b *bench) newSite(ctx context.Context, cfg siteConfig) (_ *site, err error
 		}
 	}()
 	hosts, hostCtx := errgroup.WithContext(ctx)
-	var lines strings.Builder
+	var lines, aliases strings.Builder
 	for n, m := range cfg.machines {
 		columns := m.columns
 		if columns == "" {
 			columns = "x86_64-linux - 4"
 		}
-		fmt.Fprintf(&lines, "%s %s\n", m.uri(), columns)
+		if m.names == 0 {
+			fmt.Fprintf(&lines, "%s %s\n", m.uri(), columns)
+		}
+		for alias := range m.names {
+			fmt.Fprintf(&lines, "%s-%d %s\n", m.uri(), alias, columns)
+			fmt.Fprintf(&aliases, "Host %s-%d\nHostName %s\nHostKeyAlias %s\n", m.Name, alias, m.Name, m.Name)
+		}
+		s.lines += max(1, m.names)
 		hosts.Go(func() (err error) {
 			s.machines[n], err = s.fleet.Host(hostCtx, m.HostConfig)
 			return err
@@ -119,6 +130,9 @@ func (b *bench) newSite(ctx context.Context, cfg siteConfig) (_ *site, err error
 	if err := s.client.WriteFile("/etc/nix/machines", []byte(lines.String()), 0o644); err != nil {
 		return nil, err
 	}
+	if err := s.client.WriteFile("/root/.ssh/config", []byte(aliases.String()), 0o600); err != nil {
+		return nil, err
+	}
 	return s, s.startDaemon(ctx, cfg.daemon)
 }
 
@@ -139,7 +153,7 @@ func (s *site) startDaemon(ctx context.Context, args []string) error {
 	defer cancel()
 	for {
 		st, err := s.status(ctx)
-		if err == nil && st.up() == len(s.machines) {
+		if err == nil && st.up() == s.lines {
 			return nil
 		}
 		select {
