@@ -46,6 +46,9 @@ type Options struct {
 	// MetricsConfig is the path of a web configuration file of Prometheus's exporter
 	// toolkit, with TLS and passwords for MetricsListen; "" for neither.
 	MetricsConfig string
+	// PageNames has the page on MetricsListen name derivations, users and what
+	// machines say also where nobody is asked for a password.
+	PageNames bool
 	// StateDir holds what must not be in memory: the logs of builds in progress,
 	// and which machines are drained.
 	StateDir string

@@ -7,11 +7,17 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"os"
 	"sync"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 	"github.com/prometheus/exporter-toolkit/web"
+	"go.yaml.in/yaml/v2"
+
+	"nixdispatch/daemon/history"
+	"nixdispatch/daemon/webpage"
+	dispatchv1 "nixdispatch/proto/dispatch/v1"
 )
 
 // checkWebConfig finds fault with a web configuration file before it is used. That
@@ -48,6 +54,7 @@ func (d *Daemon) serveWeb(l net.Listener, serving *sync.WaitGroup, failed chan<-
 	}
 	mux := http.NewServeMux()
 	mux.Handle("GET /metrics", promhttp.HandlerFor(d.metrics.registry, promhttp.HandlerOpts{}))
+	webpage.Register(mux, d.pageSource())
 	server := &http.Server{
 		Handler:           mux,
 		ReadHeaderTimeout: 10 * time.Second,
@@ -71,4 +78,55 @@ func (d *Daemon) serveOn(l net.Listener, server *http.Server) error {
 		return server.Serve(l)
 	}
 	return web.Serve(l, server, &web.FlagConfig{WebConfigFile: &d.opts.MetricsConfig}, d.log.With("listener", "metrics"))
+}
+
+// pageSource is where the page for people has its contents from.
+func (d *Daemon) pageSource() webpage.Source {
+	host, err := os.Hostname()
+	if err != nil {
+		host = "this host"
+	}
+	return webpage.Source{
+		Host:   host,
+		Status: func() *dispatchv1.StatusResponse { return d.status(webpage.MaxQueued) },
+		Recent: d.recentBuilds,
+		Listed: func(uri string) bool { return d.metrics.machine(uri) == uri },
+		Named:  func(r *http.Request) bool { return d.opts.PageNames || d.authenticates(r) },
+	}
+}
+
+// recentBuilds are the last that have ended, as far as a history is kept.
+func (d *Daemon) recentBuilds() []*dispatchv1.FinishedBuild {
+	if d.record.rows == nil {
+		return nil
+	}
+	var recent []*dispatchv1.FinishedBuild
+	err := d.record.rows.Each(history.Query{}, func(r history.Row) error {
+		if recent = append(recent, finishedBuild(r)); len(recent) == webpage.MaxRecent {
+			return errEnough
+		}
+		return nil
+	})
+	if err != nil && !errors.Is(err, errEnough) {
+		d.log.Debug("the page has no history", "err", err)
+	}
+	return recent
+}
+
+// authenticates tells whether who is not known does not get as far as this: that a
+// certificate was asked for and verified, or that there are passwords, which the
+// exporter toolkit has compared by now.
+func (d *Daemon) authenticates(r *http.Request) bool {
+	if r.TLS != nil && len(r.TLS.VerifiedChains) > 0 {
+		return true
+	}
+	if d.opts.MetricsConfig == "" {
+		return false
+	}
+	text, err := os.ReadFile(d.opts.MetricsConfig)
+	if err != nil {
+		return false
+	}
+	var config web.Config
+	return yaml.UnmarshalStrict(text, &config) == nil && len(config.Users) > 0
 }

@@ -157,3 +157,77 @@ func TestBadWebConfigurationIsRefused(t *testing.T) {
 		}
 	}
 }
+
+// TestPageNamesNobodyToStrangers looks at the page in all the ways there are to it.
+func TestPageNamesNobodyToStrangers(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	certificate, key := webtest.Certificate(t)
+	writeFile(t, filepath.Join(dir, "cert.pem"), certificate)
+	writeFile(t, filepath.Join(dir, "key.pem"), key)
+	withUsers, withTLS, asking := filepath.Join(dir, "users.yml"), filepath.Join(dir, "tls.yml"), filepath.Join(dir, "asking.yml")
+	writeFile(t, withUsers, webtest.Config(t, "prometheus", "secret"))
+	tlsOnly, _, _ := strings.Cut(webtest.Config(t, "prometheus", "secret"), "basic_auth_users")
+	writeFile(t, withTLS, tlsOnly)
+	writeFile(t, asking, tlsOnly+"  client_auth_type: VerifyClientCertIfGiven\n  client_ca_file: cert.pem\n")
+	pair, err := tls.X509KeyPair([]byte(certificate), []byte(key))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, tt := range []struct {
+		name, config string
+		flag         bool
+		user         string
+		certificate  bool
+		named        bool
+	}{
+		{name: "open to all", named: false},
+		{name: "open to all, as was asked for", flag: true, named: true},
+		{name: "words of authentication that nobody checks", user: "prometheus", named: false},
+		{name: "a password", config: withUsers, user: "prometheus", named: true},
+		{name: "TLS alone", config: withTLS, named: false},
+		{name: "TLS, and words that nobody checks", config: withTLS, user: "prometheus", named: false},
+		{name: "no certificate where one may be shown", config: asking, named: false},
+		{name: "a certificate", config: asking, certificate: true, named: true},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			m := oneMachine("ssh")
+			open := make(chan struct{})
+			m.build = m.gated(open)
+			address := freeAddress(t)
+			s := newSiteWith(t, siteConfig{machines: []*fakeMachine{m}, options: func(o *Options) {
+				o.MetricsListen, o.MetricsConfig, o.PageNames = address, tt.config, tt.flag
+			}})
+			h := s.hook()
+			h.accepted(s.drv("thing", drvConfig{}))
+			s.eventually("it is being built", func() bool { return m.building() == 1 })
+			scheme := "http://"
+			if tt.config != "" {
+				scheme = "https://"
+			}
+			b := newBrowser(t, scheme+address, certificate)
+			b.user, b.password = tt.user, "secret"
+			if tt.certificate {
+				b.client.Transport.(*http.Transport).TLSClientConfig.Certificates = []tls.Certificate{pair}
+			}
+			r, body := b.get("/")
+			if r.StatusCode != http.StatusOK || !strings.Contains(body, "1 of 1 slots in use") {
+				t.Errorf("GET / = %d, %s; want the machine and its slot", r.StatusCode, body)
+			}
+			if named := strings.Contains(body, "thing"); named != tt.named {
+				t.Errorf("the page names the derivation: %v, want %v", named, tt.named)
+			}
+			close(open)
+			h.finish()
+			s.eventually("the page tells that it has ended", func() bool {
+				_, body := b.get("/")
+				return strings.Contains(body, "0 of 1 slots in use") && strings.Contains(body, ">built<")
+			})
+			b.host = "evil.example"
+			if r, body := b.get("/"); r.StatusCode != http.StatusMisdirectedRequest || strings.Contains(body, "ssh://") {
+				t.Errorf("under another host's name: %d, %s", r.StatusCode, body)
+			}
+		})
+	}
+}

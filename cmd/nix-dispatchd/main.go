@@ -124,6 +124,7 @@ func commandLine() (*cli.Command, *settings) {
 	flags.StringVar(&s.Socket, "socket", daemonsocket.Default, "listen at this `PATH`; with --user by default $XDG_RUNTIME_DIR/nix-dispatch/socket")
 	flags.StringVar(&s.MetricsListen, "metrics-listen", "127.0.0.1:9747", "Prometheus may scrape /metrics at this `ADDRESS`, \"\" for nowhere; with --user by default nowhere")
 	flags.StringVar(&s.MetricsConfig, "metrics-config", "", "TLS and passwords for --metrics-listen: the `FILE` that Prometheus's exporters call a web configuration file; by default neither")
+	flags.BoolVar(&s.PageNames, "page-names", false, "on the page at --metrics-listen, name derivations, users and what machines say also where no password is asked for")
 	flags.StringVar(&s.StateDir, "state-dir", "/var/lib/nix-dispatch", "keep what must not be in memory, and which machines are drained, in `DIR`; with --user by default $XDG_STATE_HOME/nix-dispatch, in ~/.local/state")
 	flags.DurationVar(&s.MachineWait, "machine-wait", 5*time.Minute, "how long a build waits while none of its machines is up, a `DURATION`")
 	flags.DurationVar(&s.DrainTimeout, "drain-timeout", 10*time.Minute, "how long builds in progress may go on after a signal to stop, a `DURATION`; what is asked for meanwhile is put off")
