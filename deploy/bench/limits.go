@@ -44,11 +44,7 @@ func (s *site) bareMachines(ctx context.Context, name string, n int) (float64, e
 	if err != nil {
 		return 0, err
 	}
-	argv := []string{benchPrograms + "/bare", "machines"}
-	for _, m := range s.machines {
-		argv = append(argv, m.Name())
-	}
-	cmd := s.client.Command(ctx, "root", argv...)
+	cmd := s.client.Command(ctx, "root", append([]string{benchPrograms + "/bare", "machines"}, s.names...)...)
 	cmd.Stdin = strings.NewReader(out.Stdout)
 	seconds, err := cmd.Output()
 	if exit, ok := err.(*exec.ExitError); ok { //nolint:errorlint // unwrapped

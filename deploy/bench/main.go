@@ -32,6 +32,13 @@ import (
 func rows() []row {
 	return []row{
 		dispatchRow,
+		distanceRow,
+		acceptRow,
+		blackHoleRow,
+		bigPathRow,
+		manyPathsRow,
+		sharedRow,
+		prefetchRow,
 		graphRow,
 		memoryRow,
 		schedulerRow,

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -37,16 +38,15 @@ type machineConfig struct {
 	far *fleet.ProxyConfig
 }
 
-func (m machineConfig) uri() string {
-	scheme, name := m.scheme, m.Name
-	if scheme == "" {
-		scheme = "ssh"
-	}
+// name is that by which the client reaches the machine.
+func (m machineConfig) name() string {
 	if m.far != nil {
-		name = "far-" + name
+		return "far-" + m.Name
 	}
-	return scheme + "://root@" + name
+	return m.Name
 }
+
+func (m machineConfig) uri() string { return cmp.Or(m.scheme, "ssh") + "://root@" + m.name() }
 
 // A siteConfig says what hosts a row needs.
 type siteConfig struct {
@@ -62,6 +62,7 @@ type site struct {
 	fleet    *fleet.Fleet
 	client   *fleet.Host
 	machines []*fleet.Host // as configured
+	names    []string      // by which the client reaches them
 	daemon   *exec.Cmd
 	log      syncBuffer // of the daemon
 	gone     chan struct{}
@@ -92,10 +93,7 @@ func (b *bench) newSite(ctx context.Context, cfg siteConfig) (_ *site, err error
 	hosts, hostCtx := errgroup.WithContext(ctx)
 	var lines, aliases strings.Builder
 	for n, m := range cfg.machines {
-		columns := m.columns
-		if columns == "" {
-			columns = "x86_64-linux - 4"
-		}
+		columns := cmp.Or(m.columns, "x86_64-linux - 4")
 		if m.names == 0 {
 			fmt.Fprintf(&lines, "%s %s\n", m.uri(), columns)
 		}
@@ -104,6 +102,7 @@ func (b *bench) newSite(ctx context.Context, cfg siteConfig) (_ *site, err error
 			fmt.Fprintf(&aliases, "Host %s-%d\nHostName %s\nHostKeyAlias %s\n", m.Name, alias, m.Name, m.Name)
 		}
 		s.lines += max(1, m.names)
+		s.names = append(s.names, m.name())
 		hosts.Go(func() (err error) {
 			s.machines[n], err = s.fleet.Host(hostCtx, m.HostConfig)
 			return err
@@ -122,7 +121,7 @@ func (b *bench) newSite(ctx context.Context, cfg siteConfig) (_ *site, err error
 	}
 	for n, m := range cfg.machines {
 		if m.far != nil {
-			if _, err := s.fleet.Far(ctx, "far-"+m.Name, s.machines[n], *m.far); err != nil {
+			if _, err := s.fleet.Far(ctx, m.name(), s.machines[n], *m.far); err != nil {
 				return nil, err
 			}
 		}
@@ -205,6 +204,13 @@ func (s *site) status(ctx context.Context) (status, error) {
 		err = json.Unmarshal([]byte(out.Stdout), &st)
 	}
 	return st, err
+}
+
+// run runs a command on the client as root and returns what it printed, without
+// white space around it.
+func (s *site) run(ctx context.Context, argv ...string) (string, error) {
+	out, err := s.client.Run(ctx, argv...)
+	return strings.TrimSpace(out.Stdout), err
 }
 
 // hookOption makes a Nix command of root's use a hook, in a way that all versions

@@ -4,6 +4,7 @@
 //
 //	bare importer                 serves barehook: an output is imported, from memory
 //	bare machines HOST... <DRVS   builds derivations, some at a time on each host
+//	bare ask HOOK DRV N           asks a hook as Nix does, and tells how long it takes
 package main
 
 import (
@@ -18,8 +19,10 @@ func main() {
 		err = importer()
 	case "machines":
 		err = machines(os.Args[2:])
+	case "ask":
+		err = ask(os.Args[2:])
 	default:
-		err = fmt.Errorf("usage: bare importer | bare machines HOST... <DRVS")
+		err = fmt.Errorf("usage: bare importer | bare machines HOST... <DRVS | bare ask HOOK DRV N")
 	}
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "bare:", err)
