@@ -212,6 +212,7 @@ func (f *fetch) importOnce(ctx context.Context, info nix.PathInfo) error {
 	err := f.conn.AddToStoreNar(&info, true, func(_ *nix.PathInfo, w io.Writer) error {
 		out := f.progress.begin(info, &watchedWriter{importWatch: watch, w: w})
 		err := f.r.store.dump(info, out)
+		f.r.heard = time.Now()
 		if err != nil && out.err == nil {
 			remoteErr = err // reading failed, not writing
 		}

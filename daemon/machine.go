@@ -26,6 +26,7 @@ type machine struct {
 	ng        bool // ssh-ng://, the worker protocol; else ssh://, the serve protocol
 	command   string
 	uploads   *claims
+	turns     chan struct{} // has one for each large upload under way
 	condition *condition
 	keeper    *keeper // nil if nobody looks after the machine
 	idle      *idlePool[*remote]
@@ -63,6 +64,7 @@ func newMachine(line nix.Machine, own *localStore, log *slog.Logger) *machine {
 		command:   remoteCommand(line.Ref),
 		own:       own,
 		uploads:   newClaims(),
+		turns:     make(chan struct{}, uploadTurns(line)),
 		condition: newCondition(Gates{}),
 		idle:      &idlePool[*remote]{ttl: maxRemoteIdle, end: func(r *remote) { r.hangUp() }},
 		log:       log.With("machine", line.StoreURI),
@@ -70,6 +72,14 @@ func newMachine(line nix.Machine, own *localStore, log *slog.Logger) *machine {
 	m.config = m.sshConfig()
 	return m
 }
+
+// maxUploads is the most large uploads to a machine at a time: they share the
+// line, but a channel of x/crypto/ssh moves only 2 MiB for each round trip.
+const maxUploads = 4
+
+// uploadTurns is how many large uploads a machine gets at a time: fewer than the
+// builds that are there, so that some build while the inputs of others travel.
+func uploadTurns(line nix.Machine) int { return min(max(line.MaxJobs/2, 1), maxUploads) }
 
 // connect begins to connect, in the background.
 func (m *machine) connect(pool *sshpool.Pool) {

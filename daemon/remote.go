@@ -64,6 +64,8 @@ type remote struct {
 	// as it found it.
 	builds int
 	clean  bool
+	// heard is when the last output of the last build had come.
+	heard time.Time
 	// stop keeps the end of the build's context from ending the process; gone is
 	// closed when that has happened instead.
 	stop  func() bool
@@ -159,7 +161,7 @@ func (r *remote) reusable() bool {
 	}
 	// What has arrived passes through goroutines that a busy host may not have run
 	// yet; a log must not be lost to that.
-	time.Sleep(stderrSettle)
+	time.Sleep(stderrSettle - time.Since(r.heard))
 	return r.stderr.last() == ""
 }
 

@@ -124,7 +124,7 @@ func (u *upload) run(ctx context.Context, infos []nix.PathInfo) error {
 		}
 		ready, rest := split(infos, t.theirs)
 		if len(ready) > 0 {
-			if err := u.send(ready); err != nil {
+			if err := u.inTurn(ctx, ready); err != nil {
 				return err
 			}
 			u.m.uploads.release(pathsOf(ready), u.held, true)
@@ -183,6 +183,31 @@ func split(infos []nix.PathInfo, theirs map[nix.StorePath]*claim) (ready, rest [
 		}
 	}
 	return ready, rest
+}
+
+// Uploads of this size and more take turns.
+const bulk = 1 << 20
+
+// inTurn sends paths, after having waited for its turn if they are large. The paths
+// of all builds in one go would fill a slow line as well, but arrive all at the
+// same time: no build could begin before, and while they run the line would be
+// idle.
+func (u *upload) inTurn(ctx context.Context, infos []nix.PathInfo) error {
+	var size uint64
+	for _, i := range infos {
+		size += i.NarSize
+	}
+	if size >= bulk {
+		select {
+		case u.m.turns <- struct{}{}:
+			defer func() { <-u.m.turns }()
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		case <-u.r.session.Done():
+			return u.fault("copy inputs", errSessionGone)
+		}
+	}
+	return u.send(infos)
 }
 
 // send uploads paths in one go.

@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"math/rand/v2"
 	"slices"
+	"strings"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -113,6 +114,55 @@ func TestSharedInputIsTakenOverFromAFailedBuild(t *testing.T) {
 			t.Errorf("the shared path was begun %d times, want twice", got)
 		}
 	})
+}
+
+// Of two large uploads one waits for the other, so that its build can begin while
+// the second one's inputs travel; small ones wait for nobody.
+func TestLargeUploadsTakeTurns(t *testing.T) {
+	t.Parallel()
+	m := oneMachine("ssh")
+	m.slots = 4 // that is, two turns
+	s := newSite(t, m)
+	large := func(name string) nix.StorePath {
+		p := s.path(name)
+		s.local.store.PutFile(p, strings.Repeat("x", bulk))
+		return p
+	}
+	inputs := []nix.StorePath{large("first"), large("second"), large("third")}
+	arrive := make(chan struct{})
+	release := sync.OnceFunc(func() { close(arrive) })
+	t.Cleanup(release)
+	m.onUpload(func(i nix.PathInfo) error {
+		if i.NarSize >= bulk {
+			<-arrive
+		}
+		return nil
+	})
+	var hooks []*hookClient
+	for n, p := range inputs {
+		h := s.hook()
+		h.accepted(s.drv(fmt.Sprint("build-", n), drvConfig{srcs: []nix.StorePath{p}}))
+		hooks = append(hooks, h)
+		s.eventually("it travels or waits", func() bool { return len(m.uploaded()) == min(n+1, 2) })
+	}
+	small := s.source("small")
+	h := s.hook()
+	h.accepted(s.drv("small", drvConfig{srcs: []nix.StorePath{small}}))
+	h.finish().mustBe(t, dispatchv1.BuildStatus_BUILD_STATUS_BUILT)
+	if got := m.uploaded(); slices.Contains(got, inputs[2]) {
+		t.Errorf("uploaded %v, want the third large path to wait", got)
+	}
+	waiting := s.hook() // one that is given up while it waits takes nobody's turn
+	waiting.accepted(s.drv("given-up", drvConfig{srcs: []nix.StorePath{large("fourth")}}))
+	waiting.leave()
+	release()
+	for _, h := range hooks {
+		h.finish().mustBe(t, dispatchv1.BuildStatus_BUILD_STATUS_BUILT)
+	}
+	s.idle()
+	if n := len(s.inUse(m).turns); n != 0 {
+		t.Errorf("%d turns are taken when nothing is going on", n)
+	}
 }
 
 // A racyStore is a machine's store whose uploads take a while and may fail.

@@ -220,7 +220,8 @@ func hookOption(hook string) []string { return []string{"--option", "build-hook"
 // nixBuild builds an expression as root, without nix-daemon, and returns the time
 // it took and the output paths.
 func (s *site) nixBuild(ctx context.Context, expr string, args ...string) (time.Duration, []string, error) {
-	cmd := s.client.Command(ctx, "root", append([]string{"nix-build", "--no-out-link", "--expr", expr}, args...)...)
+	cmd := s.client.Command(ctx, "root", append([]string{"nix-build", "--no-out-link", "-"}, args...)...)
+	cmd.Stdin = strings.NewReader(expr)
 	var stdout, stderr syncBuffer
 	cmd.Stdout, cmd.Stderr = &stdout, &stderr
 	started := time.Now()
