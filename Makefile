@@ -97,7 +97,7 @@ lint: ## gofmt and go vet.
 staticcheck: ## Staticcheck, which is fetched and built first.
 	go run $(STATICCHECK) ./...
 
-generate: ## Make the Go code of the gRPC interface anew.
+generate: ## Make the Go code of the gRPC interface anew, and its page.
 	@deploy/install-missing.sh protoc=protobuf-compiler /usr/include/google/protobuf/duration.proto=libprotobuf-dev
 	GOBIN=$(TOOLS) go install $(PROTOC_GEN_GO)
 	GOBIN=$(TOOLS) go install $(PROTOC_GEN_GO_GRPC)
@@ -105,13 +105,14 @@ generate: ## Make the Go code of the gRPC interface anew.
 		--go_out=proto --go_opt=paths=source_relative \
 		--go-grpc_out=proto --go-grpc_opt=paths=source_relative \
 		dispatch/v1/dispatch.proto
+	go test ./deploy/doctest -run '^TestAPIPage$$' -update
 
 dashboard: ## Write the Grafana dashboard anew.
 	go run ./deploy/prometheus/dashboard >deploy/prometheus/dashboard.json.new
 	mv deploy/prometheus/dashboard.json.new deploy/prometheus/dashboard.json
 
 check-generated: generate ## Check that the committed Go code is what generate makes.
-	git diff --exit-code -- proto/dispatch/v1
+	git diff --exit-code -- proto/dispatch/v1 docs/api.md
 
 install: build ## Install programs and systemd units (PREFIX=/usr/local, DESTDIR=).
 	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/lib/systemd/system $(DESTDIR)$(PREFIX)/lib/systemd/user $(DESTDIR)$(PREFIX)/lib/sysusers.d
