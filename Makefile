@@ -52,8 +52,8 @@ help: ## Show the targets.
 build: ## Build the programs into bin/ (BIN=).
 	go build $(GOFLAGS_BUILD) -o $(BIN)/ ./cmd/...
 
-demo: build tools prepare ## See it work: real builds on three real machines, made here. Needs root.
-	@$(TOOLS)/demo -bin $(BIN)
+demo: build tools prepare ## See it work: real builds on three real machines, made here (KEEP=1: go on). Needs root.
+	@$(TOOLS)/demo -bin $(BIN) $(if $(KEEP),-keep)
 
 # ONLY=dispatch,accept measures these rows; RECORD=yes writes them into docs/performance.md.
 BENCH_RECORD = $(if $(RECORD),-json docs/performance.json -into docs/performance.md,-json $(BIN)/bench.json)

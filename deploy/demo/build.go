@@ -6,6 +6,7 @@ import (
 	_ "embed"
 	"fmt"
 	"io"
+	"net/http"
 	"path"
 	"slices"
 	"strconv"
@@ -181,6 +182,55 @@ func (s *scene) metrics(ctx context.Context) error {
 		return fmt.Errorf("the metrics count %d builds, want %d", built, graphSize)
 	}
 	return nil
+}
+
+// page looks at the page that the daemon serves for people.
+func (s *scene) page(ctx context.Context) error {
+	s.say("For people, the page %s", s.address)
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, s.address, nil)
+	if err != nil {
+		return err
+	}
+	r, err := http.DefaultClient.Do(req)
+	if err != nil {
+		return fmt.Errorf("the page: %w", err)
+	}
+	defer r.Body.Close()
+	html, err := io.ReadAll(io.LimitReader(r.Body, 1<<20))
+	if err != nil {
+		return fmt.Errorf("the page: %w", err)
+	}
+	for _, want := range append([]string{"program"}, s.uris()...) {
+		if !strings.Contains(string(html), want) {
+			return fmt.Errorf("the page (%s) does not tell of %s:\n%s", r.Status, want, html)
+		}
+	}
+	fmt.Fprintln(s.out, "It tells of the machines and of the builds that have ended. 'make demo KEEP=1' goes on building, to look at it.")
+	return nil
+}
+
+func (s *scene) uris() []string {
+	var uris []string
+	for _, m := range s.machines {
+		uris = append(uris, m.uri)
+	}
+	return uris
+}
+
+// keepBuilding builds the same anew, round after round, until ctx ends.
+func (s *scene) keepBuilding(ctx context.Context) {
+	s.say("alice builds on and on: look at %s, and end it with Ctrl-C", s.address)
+	for round := 1; ctx.Err() == nil; round++ {
+		cmd := s.client.Command(ctx, "alice", "nix-build", "--no-out-link", "--argstr", "round", strconv.Itoa(round), "graph.nix")
+		started := time.Now()
+		if out, err := cmd.CombinedOutput(); err != nil && ctx.Err() == nil {
+			fmt.Fprintf(s.out, "round %d: %v\n%s\n", round, err, out)
+			return
+		}
+		if ctx.Err() == nil {
+			fmt.Fprintf(s.out, "round %d: %d derivations in %.1f s\n", round, graphSize, time.Since(started).Seconds())
+		}
+	}
 }
 
 func (s *scene) summary() string {

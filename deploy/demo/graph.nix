@@ -1,10 +1,11 @@
 # A small program, made as packages are: twelve derivations, some in parallel,
 # with shared inputs; one asks for a machine with the feature "big". There is no
-# nixpkgs here: the builder is Debian's shell.
+# nixpkgs here: the builder is Debian's shell. Another round is built anew.
+{ round ? "" }:
 let
   step = stepFor [ ];
   stepFor = requiredSystemFeatures: name: inputs: script: derivation {
-    inherit name inputs requiredSystemFeatures;
+    inherit name inputs requiredSystemFeatures round;
     system = "x86_64-linux";
     builder = "/bin/sh";
     PATH = "/usr/bin:/bin";

@@ -19,8 +19,12 @@ import (
 	"nixdispatch/deploy/fleet"
 )
 
-// bound is how long all of it may take once the base roots are there.
-const bound = 5 * time.Minute
+// bound is how long all of it may take once the base roots are there; keepBound how
+// long it goes on for who wants to look.
+const (
+	bound     = 5 * time.Minute
+	keepBound = time.Hour
+)
 
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
@@ -35,12 +39,13 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	flags := flag.NewFlagSet("demo", flag.ContinueOnError)
 	flags.SetOutput(stderr)
 	bin := flags.String("bin", "bin", "the directory of the programs, a `PATH`")
+	keep := flags.Bool("keep", false, "go on building until interrupted, for an hour at most")
 	if err := flags.Parse(args); err != nil || flags.NArg() > 0 {
-		fmt.Fprintln(stderr, "usage: demo [-bin PATH]")
+		fmt.Fprintln(stderr, "usage: demo [-bin PATH] [-keep]")
 		return 2
 	}
 	started := time.Now()
-	summary, err := show(ctx, *bin, stdout, stderr)
+	summary, err := show(ctx, *bin, *keep, stdout, stderr)
 	if err != nil {
 		fmt.Fprintf(stdout, "\ndemo failed: %v\n", err)
 		return 1
@@ -49,7 +54,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	return 0
 }
 
-func show(ctx context.Context, bin string, stdout, stderr io.Writer) (summary string, err error) {
+func show(ctx context.Context, bin string, keep bool, stdout, stderr io.Writer) (summary string, err error) {
 	if err := fleet.Available(); err != nil {
 		return "", fmt.Errorf("no machines can be made here: %w", err)
 	}
@@ -69,9 +74,9 @@ func show(ctx context.Context, bin string, stdout, stderr io.Writer) (summary st
 	if err := fleet.Prepare(ctx, log); err != nil {
 		return "", err
 	}
-	ctx, cancel := context.WithTimeout(ctx, bound)
+	sceneCtx, cancel := context.WithTimeout(ctx, bound)
 	defer cancel()
-	f, err := fleet.New(ctx, fleet.Options{})
+	f, err := fleet.New(sceneCtx, fleet.Options{})
 	if err != nil {
 		return "", err
 	}
@@ -81,13 +86,18 @@ func show(ctx context.Context, bin string, stdout, stderr io.Writer) (summary st
 		}
 	}()
 	s := &scene{fleet: f, bin: bin, out: stdout}
-	for _, act := range []func(context.Context) error{s.bringUp, s.startDaemon, s.build, s.tellWhere, s.checkStore, s.metrics} {
-		if err := act(ctx); err != nil {
+	for _, act := range []func(context.Context) error{s.bringUp, s.startDaemon, s.build, s.tellWhere, s.checkStore, s.metrics, s.page} {
+		if err := act(sceneCtx); err != nil {
 			if s.daemon != nil {
 				fmt.Fprintf(stderr, "\nnix-dispatchd's log:\n%s", s.daemonLog.String())
 			}
 			return "", err
 		}
+	}
+	if keep {
+		keepCtx, cancel := context.WithTimeout(ctx, keepBound)
+		defer cancel()
+		s.keepBuilding(keepCtx)
 	}
 	return s.summary(), nil
 }

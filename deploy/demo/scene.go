@@ -41,6 +41,7 @@ type scene struct {
 	client   *fleet.Host
 	machines []*machine
 
+	address   string // of the page, on this machine
 	daemon    *exec.Cmd
 	daemonLog syncBuffer
 
@@ -110,7 +111,7 @@ func (s *scene) bringUp(ctx context.Context) error {
 // startDaemon starts nix-dispatchd and waits until its machines are up.
 func (s *scene) startDaemon(ctx context.Context) error {
 	s.say("nix-dispatchd connects to them, once")
-	s.daemon = s.client.Command(context.WithoutCancel(ctx), "root", programs+"/nix-dispatchd")
+	s.daemon = s.client.Command(context.WithoutCancel(ctx), "root", programs+"/nix-dispatchd", "--page-names")
 	s.daemon.Stdout, s.daemon.Stderr = &s.daemonLog, &s.daemonLog
 	if err := s.daemon.Start(); err != nil {
 		return fmt.Errorf("start nix-dispatchd: %w", err)
@@ -133,8 +134,28 @@ func (s *scene) startDaemon(ctx context.Context) error {
 		case <-time.After(100 * time.Millisecond):
 		}
 	}
-	_, err := s.shell(ctx, "root", "nix-dispatch status")
-	return err
+	if _, err := s.shell(ctx, "root", "nix-dispatch status"); err != nil {
+		return err
+	}
+	return s.forwardPage()
+}
+
+// metricsAt is where the daemon serves metrics and the page, on the client.
+const metricsAt = "127.0.0.1:9747"
+
+// forwardPage makes the page that the daemon serves on the client one of this
+// machine's, under the same address if it is free here.
+func (s *scene) forwardPage() error {
+	p, err := s.client.Forward(metricsAt, metricsAt)
+	if err != nil {
+		p, err = s.client.Forward("127.0.0.1:0", metricsAt)
+	}
+	if err != nil {
+		return err
+	}
+	s.address = "http://" + p.Addr().String() + "/"
+	fmt.Fprintf(s.out, "\nA page to look at, while this runs: %s\n", s.address)
+	return nil
 }
 
 // A syncBuffer may be read while it is written.
