@@ -60,6 +60,7 @@ func commands() []*command {
 	return []*command{
 		buildCommand(),
 		statusCommand(),
+		topCommand(),
 		pingCommand(),
 		doctorCommand(),
 		explainCommand(),

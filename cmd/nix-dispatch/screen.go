@@ -28,6 +28,15 @@ type screen struct {
 
 // newScreen is nil when w is no terminal. Otherwise start paints until stop.
 func newScreen(w io.Writer) *screen {
+	f := terminalOf(w)
+	if f == nil {
+		return nil
+	}
+	return &screen{w: f, done: make(chan struct{})}
+}
+
+// terminalOf is w if it is a terminal that can move its cursor, else nil.
+func terminalOf(w io.Writer) *os.File {
 	f, ok := w.(*os.File)
 	if !ok || os.Getenv("TERM") == "dumb" {
 		return nil
@@ -35,7 +44,16 @@ func newScreen(w io.Writer) *screen {
 	if _, err := unix.IoctlGetTermios(int(f.Fd()), unix.TCGETS); err != nil {
 		return nil
 	}
-	return &screen{w: f, done: make(chan struct{})}
+	return f
+}
+
+// terminalSize is that of a terminal, or what is usual where it does not tell.
+func terminalSize(terminal *os.File) (columns, rows int) {
+	size, err := unix.IoctlGetWinsize(int(terminal.Fd()), unix.TIOCGWINSZ)
+	if err != nil || size.Col == 0 || size.Row == 0 {
+		return 80, 24
+	}
+	return int(size.Col), int(size.Row)
 }
 
 // start paints what lines gives, holding lock, every repaintInterval.
@@ -73,10 +91,7 @@ func (s *screen) erase() string {
 }
 
 func (s *screen) paint(lines func(rows int) []string) {
-	columns, rows := 80, 24
-	if size, err := unix.IoctlGetWinsize(int(s.w.Fd()), unix.TIOCGWINSZ); err == nil && size.Col > 0 && size.Row > 0 {
-		columns, rows = int(size.Col), int(size.Row)
-	}
+	columns, rows := terminalSize(s.w)
 	var b strings.Builder
 	painted := lines(max(2, min(rows-1, maxPaintedRows)))
 	for _, line := range painted {
