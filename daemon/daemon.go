@@ -174,6 +174,7 @@ func (d *Daemon) Run(ctx context.Context) error {
 	serving.Go(func() { failed <- server.Serve(listener) })
 	serving.Go(func() { d.dispatcher.watchStranded(d.life, d.opts.MachineWait) })
 	serving.Go(func() { d.watchHopes(d.life) })
+	serving.Go(func() { watchClock(d.life, time.Now, func(by time.Duration) { d.wake(pool, by) }) })
 	serving.Go(func() { d.watchMachines(d.life, d.opts.ReloadPoll) })
 	serving.Go(func() { d.keepTelling(d.life, d.opts.Watchdog) })
 	web := d.serveWeb(webListener, &serving, failed)
