@@ -114,6 +114,10 @@ func (c *condition) notTold(why string) {
 func (c *condition) foundFull(words string, asked bool, now time.Time) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	if c.unread || now.Before(c.fullTill) { // other builds that it had meet it, too
+		c.fullAt, c.unread = now, asked
+		return
+	}
 	again := !c.fullAt.IsZero()
 	pause := c.pause.Next()
 	if asked && !again {
