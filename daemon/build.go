@@ -265,6 +265,7 @@ func (d *Daemon) attempts(ctx context.Context, b *build, log *slog.Logger) (outc
 func (d *Daemon) retry(b *build, fault *machineError) {
 	e := b.event()
 	e.Event = &dispatchv1.BuildEvent_Queued{Queued: &dispatchv1.Queued{Reason: fault.Error()}}
+	b.feed.note(firstLine(nix.PlainText(fault.Error())) + "; the build is tried again")
 	b.feed.post(e)
 	b.queued = time.Now()
 	d.dispatcher.requeue(b, b.at)

@@ -124,6 +124,9 @@ func TestMachineFaultsMoveTheBuild(t *testing.T) {
 				for _, e := range st.events {
 					reason += e.GetQueued().GetReason()
 				}
+				if note := "nix-dispatch: machine " + m.uri(); !tt.moved && !strings.Contains("\n"+st.log, "\n"+note) {
+					t.Errorf("the log does not tell of the attempt that failed: %q", st.log)
+				}
 				if !tt.moved && (!strings.Contains(reason, m.uri()) || !strings.Contains(reason, tt.error)) {
 					t.Errorf("reason for trying again = %q, want it to name %s and %q", reason, m.uri(), tt.error)
 				}

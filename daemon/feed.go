@@ -21,6 +21,7 @@ type feed struct {
 	building time.Time
 	handOver []string
 	outcome  *outcome
+	midLine  bool // the log does not end with a whole line
 }
 
 func newFeed(logDir string) *feed {
@@ -88,8 +89,24 @@ func (f *feed) postProgress(e *dispatchv1.BuildEvent) {
 // Write appends to the log.
 func (f *feed) Write(p []byte) (int, error) {
 	n, err := f.log.Write(p)
-	f.signal()
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if len(p) > 0 {
+		f.midLine = p[len(p)-1] != '\n'
+	}
+	f.signalLocked()
 	return n, err
+}
+
+// note appends a line of ours to the log.
+func (f *feed) note(line string) {
+	f.mu.Lock()
+	begin := ""
+	if f.midLine {
+		begin = "\n"
+	}
+	f.mu.Unlock()
+	_, _ = f.Write([]byte(begin + "nix-dispatch: " + line + "\n")) // a spool takes everything
 }
 
 // startBuilding notes that the remote build has begun: the followers' time

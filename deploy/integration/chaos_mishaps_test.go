@@ -24,6 +24,8 @@ type mishap struct {
 	end func(v victim)
 	// keeps says that the victim's connection must survive.
 	keeps bool
+	// leaves says that something is left on the victim, which must be ended.
+	leaves bool
 }
 
 // A victim is the machine that a mishap happens to.
@@ -54,7 +56,8 @@ var mishaps = []mishap{
 	{name: "frozen", scheme: "ssh-ng", at: whileBuilt, begin: victim.freeze},
 	{name: "cut off before the first connection", at: beforeAll, begin: victim.cutOffAtStart},
 	{name: "cut off while inputs travel", rate: shortRate, size: someSize, at: onUpload, begin: victim.cutOff},
-	{name: "cut off while it builds", scheme: "ssh-ng", at: whileBuilt, begin: victim.cutOff},
+	{name: "cut off while it builds", at: whileBuilt, begin: victim.cutOff, leaves: true},
+	{name: "cut off while its nix-daemon builds", scheme: "ssh-ng", user: "nix", at: whileBuilt, begin: victim.cutOff, leaves: true},
 	{name: "cut off while outputs travel", rate: shortRate, size: someSize, at: onDownload, begin: victim.cutOff},
 	{name: "link flaps", scheme: "ssh-ng", at: whileBuilt, good: 40, begin: victim.flap},
 	{name: "slow link", rate: lineRate, size: 1_000_000, at: beforeAll, begin: func(victim) {}, keeps: true},

@@ -52,8 +52,8 @@ func TestChaos(t *testing.T) {
 func TestChaosShort(t *testing.T) {
 	t.Parallel()
 	for scheme, names := range map[string][]string{
-		"ssh":    {"store full", "killed"},
-		"ssh-ng": {"frozen"},
+		"ssh":    {"store full", "killed", "cut off while it builds"},
+		"ssh-ng": {"frozen", "sshd restarted"},
 	} {
 		t.Run(scheme, func(t *testing.T) {
 			t.Parallel()
@@ -129,6 +129,11 @@ func (s *site) suffer(m mishap, who string, within time.Duration, ask func(work)
 	}
 	v.heal()
 	v.must(v.Limit(s.t.Context(), 0))
+	if m.leaves && who == "ours" {
+		s.eventually(ledgerWait, "what was left on the machine is ended", func() bool {
+			return strings.Contains(s.daemon.log.String(), "nothing of it is left on the machine")
+		})
+	}
 	if lost := strings.Contains(s.daemon.log.String(), `msg="ssh connection lost" machine=`+"ssh://root@mac"); m.keeps && lost {
 		s.t.Errorf("%s: the connection to the machine was given up", m.name)
 	}
