@@ -114,6 +114,7 @@ func (c *condition) notTold(why string) {
 func (c *condition) foundFull(words string, asked bool, now time.Time) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	c.yieldTill = time.Time{}
 	if c.unread || now.Before(c.fullTill) { // other builds that it had meet it, too
 		c.fullAt, c.unread = now, asked
 		return
@@ -124,7 +125,6 @@ func (c *condition) foundFull(words string, asked bool, now time.Time) {
 		pause = 0
 	}
 	c.full, c.fullAt, c.fullTill, c.unread = words, now, now.Add(pause), asked
-	c.yieldTill = time.Time{}
 }
 
 // failed notes that the machine's Nix failed in a way that no build is to blame for.
