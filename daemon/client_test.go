@@ -241,7 +241,9 @@ type realising struct {
 	stories map[nix.StorePath]*story
 	order   []nix.StorePath // in which builds finished
 	summary *dispatchv1.Summary
-	err     error
+	// detached is what the build is known by that goes on.
+	detached uint64
+	err      error
 }
 
 // realise calls Build and reads all it says.
@@ -271,6 +273,8 @@ func readBuild(stream grpc.ServerStreamingClient[dispatchv1.BuildResponse]) *rea
 			r.plan = msg.GetPlan()
 		case msg.GetSummary() != nil:
 			r.summary = msg.GetSummary()
+		case msg.GetDetached() != nil:
+			r.detached = msg.GetDetached().GetBuildId()
 		default:
 			e := msg.GetEvent()
 			p := nix.StorePath(e.GetDrvPath())

@@ -14,6 +14,7 @@ import (
 	"log/slog"
 	"net"
 	"os"
+	"path/filepath"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -50,7 +51,8 @@ type Options struct {
 	// machines say also where nobody is asked for a password.
 	PageNames bool
 	// StateDir holds what must not be in memory: the logs of builds in progress,
-	// and which machines are drained.
+	// what is kept of those that have ended, detached builds, and which machines are
+	// drained.
 	StateDir string
 	// MachineWait is how long a build waits while no machine that could run it
 	// is up or coming. Zero means five minutes.
@@ -92,6 +94,7 @@ type Daemon struct {
 	stores     *stores
 	machines   *machines
 	dispatcher *dispatcher
+	detached   *detachedBuilds
 	metrics    *metrics
 	leftLocal  leftLocal
 	record     record
@@ -140,6 +143,8 @@ func New(opts Options) (*Daemon, error) {
 		stores:     local,
 		machines:   newMachines(opts.Logger),
 		dispatcher: newDispatcher(opts.Logger),
+		detached: &detachedBuilds{
+			dir: filepath.Join(opts.StateDir, "detached"), log: opts.Logger, all: make(map[uint64]*detachedBuild)},
 	}
 	d.ssh = sshpool.Options{Logger: d.log, OnChange: d.hostChanged}
 	d.life, d.end = context.WithCancelCause(context.Background())
@@ -168,6 +173,7 @@ func (d *Daemon) Run(ctx context.Context) error {
 	d.openRecord()
 	pool := sshpool.New(d.ssh)
 	d.begin(pool)
+	d.resumeDetached()
 	server, healthServer := newGRPCServer(d, gate{own: uint32(os.Geteuid()), group: d.group()}) //nolint:gosec // a uid
 	failed := make(chan error, 2)
 	var serving sync.WaitGroup

@@ -77,6 +77,21 @@ func (d *dispatcher) submitLocked(b *build) {
 	d.carryOutLocked(d.queue.Enqueue(b.request()))
 }
 
+// nextID is an id that no build has.
+func (d *dispatcher) nextID() uint64 {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.lastID++
+	return uint64(d.lastID)
+}
+
+// skipID keeps ids that are in use from being given again.
+func (d *dispatcher) skipID(used uint64) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.lastID = max(d.lastID, scheduler.BuildID(used))
+}
+
 // remove takes a build out for good, whatever it held.
 func (d *dispatcher) remove(b *build) {
 	d.mu.Lock()

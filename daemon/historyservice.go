@@ -83,6 +83,13 @@ func (s *server) Log(req *dispatchv1.LogRequest, stream grpc.ServerStreamingServ
 			return toStatus(fmt.Errorf("%w: %w", errBadRequest, err))
 		}
 	}
+	if j := s.d.detached.find(req.GetBuildId()); j != nil {
+		targets, err := s.d.stores.own.parseTargets(j.request.GetDerivations())
+		if err != nil {
+			return toStatus(err)
+		}
+		req, drvPath = &dispatchv1.LogRequest{Follow: req.GetFollow()}, targets[0].drvPath
+	}
 	if b, done := s.d.dispatcher.read(scheduler.BuildID(req.GetBuildId()), drvPath); b != nil {
 		defer done()
 		if !c.mayRead(b.caller.uid) {

@@ -26,13 +26,15 @@ type realisation struct {
 	limits     limits
 	substitute bool
 	keepGoing  bool
-	holdRoots  bool
 	priority   int
 	store      *localStore
 	lease      *lease // on the list of machines to build on
 
 	sendMu sync.Mutex
-	stream grpc.ServerStreamingServer[dispatchv1.BuildResponse]
+	tell   func(*dispatchv1.BuildResponse) error
+	// keep is called with the outputs wanted that are there, before the temporary
+	// roots go; nil for nothing to be done.
+	keep func([]*dispatchv1.Output) error
 
 	// rootsMu guards conn, whose temporary roots keep everything concerned from
 	// the garbage collector until the call ends, and what was asked over it.
@@ -74,41 +76,54 @@ func (s *server) Build(req *dispatchv1.BuildRequest, stream grpc.ServerStreaming
 		return toStatus(errShutdown)
 	}
 	defer s.d.realising.Done()
-	store, err := s.d.stores.find(req.GetStore(), req.GetEnvironment())
+	c, _ := callerFrom(stream.Context())
+	if req.GetDetach() {
+		return toStatus(s.d.detach(req, c, stream.Send))
+	}
+	r, targets, err := s.d.newRealisation(req, c, stream.Send)
 	if err != nil {
 		return toStatus(err)
+	}
+	defer r.lease.release()
+	if req.GetHoldRoots() {
+		r.keep = func([]*dispatchv1.Output) error {
+			s.d.holdRoots(stream.Context())
+			return nil
+		}
+	}
+	return toStatus(r.run(stream.Context(), targets))
+}
+
+// newRealisation makes one of a request. The caller must release its lease.
+func (d *Daemon) newRealisation(req *dispatchv1.BuildRequest, c caller, tell func(*dispatchv1.BuildResponse) error) (*realisation, []target, error) {
+	store, err := d.stores.find(req.GetStore(), req.GetEnvironment())
+	if err != nil {
+		return nil, nil, err
 	}
 	targets, err := store.parseTargets(req.GetDerivations())
 	if err != nil {
-		return toStatus(err)
+		return nil, nil, err
 	}
-	c, _ := callerFrom(stream.Context())
 	priority, err := c.priority(req.GetPriority())
 	if err != nil {
-		return toStatus(err)
+		return nil, nil, err
 	}
-	machines, err := s.d.leaseFor(req, c)
+	machines, err := d.leaseFor(req, c)
 	if err != nil {
-		return toStatus(err)
+		return nil, nil, err
 	}
-	defer machines.release()
-	r := &realisation{
-		d: s.d, caller: c, since: time.Now(), stream: stream, store: store, lease: machines,
+	return &realisation{
+		d: d, caller: c, since: time.Now(), tell: tell, store: store, lease: machines,
 		limits:      limitsFrom(req.GetLimits()),
 		substitute:  req.GetBuildersUseSubstitutes(),
 		keepGoing:   req.GetKeepGoing(),
-		holdRoots:   req.GetHoldRoots(),
 		priority:    priority,
 		known:       make(map[nix.StorePath]nix.PathInfo),
 		outputs:     make(map[nix.StorePath]map[string]nix.StorePath),
 		goals:       make(map[nix.StorePath]*goal),
 		substituted: make(chan struct{}),
 		localSlots:  make(chan struct{}, runtime.NumCPU()),
-	}
-	if err := r.run(stream.Context(), targets); err != nil {
-		return toStatus(err)
-	}
-	return nil
+	}, targets, nil
 }
 
 // leaseFor returns the list that a request goes by.
@@ -179,27 +194,18 @@ func (r *realisation) run(ctx context.Context, targets []target) error {
 	r.work.Go(func() { r.substituteAll(ctx, missing.WillSubstitute) })
 	r.start(ctx)
 	r.work.Wait()
-	if err := context.Cause(ctx); err != nil && len(r.failed) == 0 {
+	if err := context.Cause(ctx); err != nil && (len(r.failed) == 0 || errors.Is(err, errShutdown)) {
 		return err
 	}
-	if err := r.sum(targets); err != nil || !r.holdRoots {
+	outputs, err := r.sum(targets)
+	if err != nil || r.keep == nil {
 		return err
 	}
-	r.hold()
-	return nil
+	return r.keep(outputs)
 }
 
 // rootsHeld bounds how long a caller may take to make roots of its own.
 const rootsHeld = 10 * time.Minute
-
-// hold keeps the temporary roots until the caller ends the call.
-func (r *realisation) hold() {
-	select {
-	case <-r.stream.Context().Done():
-	case <-time.After(rootsHeld):
-	case <-r.d.life.Done():
-	}
-}
 
 // plan asks the local store what there is to do, keeps all of it from the
 // garbage collector, and makes a goal of each derivation to be built.
@@ -302,24 +308,24 @@ func (r *realisation) substituteAll(ctx context.Context, paths []nix.StorePath) 
 func (r *realisation) send(m *dispatchv1.BuildResponse) error {
 	r.sendMu.Lock()
 	defer r.sendMu.Unlock()
-	return r.stream.Send(m)
+	return r.tell(m)
 }
 
 func (r *realisation) sendEvent(e *dispatchv1.BuildEvent) error {
 	return r.send(&dispatchv1.BuildResponse{Message: &dispatchv1.BuildResponse_Event{Event: e}})
 }
 
-// sum says how it all ended, by what is valid now.
-func (r *realisation) sum(targets []target) error {
+// sum says how it all ended, by what is valid now, and returns the outputs.
+func (r *realisation) sum(targets []target) ([]*dispatchv1.Output, error) {
 	sum := &dispatchv1.Summary{Success: len(r.failed) == 0, Failed: r.failed}
 	for _, t := range targets {
 		paths, err := r.conn.QueryDerivationOutputMap(t.drvPath)
 		if err != nil {
-			return &localError{doing: "ask for outputs", err: err}
+			return nil, &localError{doing: "ask for outputs", err: err}
 		}
 		drv, err := r.store.derivation(t.drvPath)
 		if err != nil {
-			return err
+			return nil, err
 		}
 		names := t.outputs
 		if len(names) == 0 {
@@ -329,7 +335,7 @@ func (r *realisation) sum(targets []target) error {
 			valid := paths[name] != ""
 			if valid {
 				if valid, err = r.conn.IsValidPath(paths[name]); err != nil {
-					return &localError{doing: "check outputs", err: err}
+					return nil, &localError{doing: "check outputs", err: err}
 				}
 			}
 			if !valid {
@@ -340,7 +346,7 @@ func (r *realisation) sum(targets []target) error {
 				DrvPath: string(t.drvPath), Name: name, Path: string(paths[name])})
 		}
 	}
-	return r.send(&dispatchv1.BuildResponse{Message: &dispatchv1.BuildResponse_Summary{Summary: sum}})
+	return sum.Outputs, r.send(&dispatchv1.BuildResponse{Message: &dispatchv1.BuildResponse_Summary{Summary: sum}})
 }
 
 func pathNames(paths []nix.StorePath) []string {

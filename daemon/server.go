@@ -73,6 +73,9 @@ func (d *Daemon) status(maxQueued int) *dispatchv1.StatusResponse {
 		r.Errors = append(r.Errors, &dispatchv1.MachineError{
 			File: filepath.Join(d.opts.StateDir, drainedFile), Message: (*fault).Error()})
 	}
+	for _, j := range d.detached.list() {
+		r.Detached = append(r.Detached, j.info())
+	}
 	for _, system := range snapshot.Queued {
 		r.Queued += uint32(system.Queued)           //nolint:gosec // the queue is bounded
 		r.Unplaceable += uint32(system.Unplaceable) //nolint:gosec // likewise
@@ -124,7 +127,10 @@ func (s *server) Machines(context.Context, *dispatchv1.MachinesRequest) (*dispat
 // Cancel ends a build for all its followers.
 func (s *server) Cancel(ctx context.Context, req *dispatchv1.CancelRequest) (*dispatchv1.CancelResponse, error) {
 	c, _ := callerFrom(ctx)
-	err := s.d.cancel(scheduler.BuildID(req.GetBuildId()), c)
+	err := s.d.detached.end(req.GetBuildId(), c)
+	if errors.Is(err, errNoSuchBuild) {
+		err = s.d.cancel(scheduler.BuildID(req.GetBuildId()), c)
+	}
 	if err != nil {
 		return nil, toStatus(err)
 	}
@@ -141,6 +147,9 @@ var (
 
 // toStatus is the one place where errors become gRPC codes.
 func toStatus(err error) error {
+	if _, is := status.FromError(err); is || err == nil {
+		return err // of gRPC itself
+	}
 	code := codes.Internal
 	switch {
 	case errors.Is(err, errBadRequest), errors.Is(err, errAmbiguous), errors.Is(err, errBadList):
@@ -149,7 +158,9 @@ func toStatus(err error) error {
 		code = codes.NotFound
 	case errors.Is(err, errNotYours), errors.Is(err, errNotAllowed), errors.Is(err, errMayNotName), errors.Is(err, errMayNotRaise):
 		code = codes.PermissionDenied
-	case errors.Is(err, errNoHistory), errors.Is(err, errForeignStore):
+	case errors.Is(err, errTooManyDetached):
+		code = codes.ResourceExhausted
+	case errors.Is(err, errNoHistory), errors.Is(err, errEndedBadly), errors.Is(err, errForeignStore):
 		code = codes.FailedPrecondition
 	case errors.Is(err, errShutdown), errors.Is(err, errNotRunning):
 		code = codes.Unavailable

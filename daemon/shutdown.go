@@ -44,6 +44,7 @@ func (d *Daemon) drainBuilds() {
 	go func() { // ends at the latest when the calls do
 		defer close(done)
 		d.realising.Wait()
+		d.detached.running.Wait()
 		d.builds.Wait()
 	}()
 	if builds > 0 {
@@ -69,6 +70,7 @@ func (d *Daemon) shutDown(server *grpc.Server, h *health.Server, web *http.Serve
 	d.dispatcher.mu.Unlock()
 	d.builds.Wait()
 	d.leftovers.Wait()
+	d.detached.running.Wait()
 	told := make(chan struct{})
 	go func() {
 		defer close(told)

@@ -28,6 +28,8 @@ type buildOptions struct {
 	outLink   string
 	printLogs bool
 	request   dispatchv1.BuildRequest
+	// call begins the call that tells of the build.
+	call func(context.Context, *daemonConn) (grpc.ServerStreamingClient[dispatchv1.BuildResponse], error)
 }
 
 func buildCommand() *command {
@@ -38,7 +40,8 @@ asks for some outputs only. Times are in seconds, or like 1h30m.
 Examples:
   nix-dispatch build -L --out-link result $(nix-instantiate hello.nix)
   nix-dispatch build --builders 'ssh://mac x86_64-linux - 4' $(nix-instantiate hello.nix)
-  nix-dispatch build --store ~/my-nix $(nix-instantiate --store ~/my-nix hello.nix)`)
+  nix-dispatch build --store ~/my-nix $(nix-instantiate --store ~/my-nix hello.nix)
+  nix-dispatch build --detach $(nix-instantiate hello.nix)`)
 	opts := buildFlags(c.Flags)
 	c.run = func(ctx context.Context, operands []string, std stdio) int {
 		if len(operands) == 0 {
@@ -51,7 +54,49 @@ Examples:
 			}
 			opts.request.Derivations = append(opts.request.Derivations, drv)
 		}
+		if opts.request.Detach && opts.outLink != "" {
+			return usageError(std, c.Name, "with --detach there is nobody to make the link; 'nix-dispatch attach --out-link' makes it when the build has ended")
+		}
 		opts.request.HoldRoots = opts.outLink != ""
+		opts.call = func(ctx context.Context, conn *daemonConn) (grpc.ServerStreamingClient[dispatchv1.BuildResponse], error) {
+			return conn.Build(ctx, &opts.request)
+		}
+		return runBuild(ctx, opts, std)
+	}
+	return c
+}
+
+// resultFlags are about what is shown and left of a build.
+func resultFlags(flags *flag.FlagSet, opts *buildOptions) {
+	opts.socket = socketFlag(flags)
+	flags.BoolVar(&opts.json, "json", false, "print the outputs as JSON")
+	flags.StringVar(&opts.outLink, "out-link", "", "make `PATH` a link to the output and keep it from being garbage-collected")
+	cli.Alias(flags, "o", "out-link")
+	flags.BoolVar(&opts.printLogs, "print-build-logs", false, "show the builders' logs")
+	cli.Alias(flags, "L", "print-build-logs")
+}
+
+func attachCommand() *command {
+	c := newCommand("attach", "BUILD", "follow a build, and wait for its outputs", `Follows a detached build by its number, and prints the paths of its outputs when it
+has ended, or at once if it has. Ctrl-C leaves the build as it is. Another build in
+progress goes on to its end for this command, even if all who asked for it leave.
+
+Examples:
+  nix-dispatch attach -L --out-link result $(nix-dispatch build --detach $(nix-instantiate hello.nix))`)
+	opts := new(buildOptions)
+	resultFlags(c.Flags, opts)
+	storeFlag(c.Flags, &opts.request.Store)
+	c.run = func(ctx context.Context, operands []string, std stdio) int {
+		if len(operands) != 1 {
+			return usageError(std, c.Name, "want one build")
+		}
+		id, err := strconv.ParseUint(operands[0], 10, 64)
+		if err != nil {
+			return usageError(std, c.Name, "%q is not the number of a build", operands[0])
+		}
+		opts.call = func(ctx context.Context, conn *daemonConn) (grpc.ServerStreamingClient[dispatchv1.BuildResponse], error) {
+			return conn.Attach(ctx, &dispatchv1.AttachRequest{BuildId: id, HoldRoots: opts.outLink != ""})
+		}
 		return runBuild(ctx, opts, std)
 	}
 	return c
@@ -61,12 +106,8 @@ func buildFlags(flags *flag.FlagSet) *buildOptions {
 	opts := new(buildOptions)
 	req := &opts.request
 	req.Limits = new(dispatchv1.Limits)
-	opts.socket = socketFlag(flags)
-	flags.BoolVar(&opts.json, "json", false, "print the outputs as JSON")
-	flags.StringVar(&opts.outLink, "out-link", "", "make `PATH` a link to the output and keep it from being garbage-collected")
-	cli.Alias(flags, "o", "out-link")
-	flags.BoolVar(&opts.printLogs, "print-build-logs", false, "show the builders' logs")
-	cli.Alias(flags, "L", "print-build-logs")
+	resultFlags(flags, opts)
+	flags.BoolVar(&req.Detach, "detach", false, "have the daemon build by itself, and print the number that 'attach', 'cancel' and 'log' take")
 	flags.BoolVar(&req.KeepGoing, "keep-going", false, "go on with what can be built after a failure")
 	cli.Alias(flags, "k", "keep-going")
 	flags.BoolVar(&req.BuildersUseSubstitutes, "builders-use-substitutes", false, "let machines fetch inputs from their own substituters")
@@ -93,11 +134,15 @@ func buildFlags(flags *flag.FlagSet) *buildOptions {
 func runBuild(ctx context.Context, opts *buildOptions, std stdio) int {
 	ctx, stop := interruptible(ctx)
 	defer stop()
-	summary, conn, err := buildThrough(ctx, opts, std)
+	result, conn, err := buildThrough(ctx, opts, std)
 	if err != nil {
 		return reportCallError(std.err, *opts.socket, err)
 	}
 	defer conn.Close() // until then the outputs are safe
+	if result.GetDetached() != nil {
+		return reportDetached(opts, result.GetDetached().GetBuildId(), std)
+	}
+	summary := result.GetSummary()
 	if !summary.GetSuccess() {
 		return exitFailed
 	}
@@ -113,6 +158,18 @@ func runBuild(ctx context.Context, opts *buildOptions, std stdio) int {
 	for _, out := range summary.GetOutputs() {
 		fmt.Fprintln(std.out, nix.PlainText(out.GetPath()))
 	}
+	return exitOK
+}
+
+// reportDetached tells the number of a build that goes on by itself.
+func reportDetached(opts *buildOptions, id uint64, std stdio) int {
+	if opts.json {
+		return printJSON(std, struct {
+			ID uint64 `json:"id"`
+		}{id})
+	}
+	fmt.Fprintf(std.err, "detached: 'nix-dispatch attach %d' follows it\n", id)
+	fmt.Fprintln(std.out, id)
 	return exitOK
 }
 
@@ -167,9 +224,10 @@ func resolveDerivation(operand string) (string, error) {
 	return string(drv) + "!" + outputs, nil
 }
 
-// followBuild runs the call to its end and shows what happens.
-func followBuild(ctx context.Context, conn *daemonConn, opts *buildOptions, std stdio) (*dispatchv1.Summary, error) {
-	stream, err := conn.Build(ctx, &opts.request)
+// followBuild runs the call to its end and shows what happens. It returns the last
+// message.
+func followBuild(ctx context.Context, conn *daemonConn, opts *buildOptions, std stdio) (*dispatchv1.BuildResponse, error) {
+	stream, err := opts.call(ctx, conn)
 	if err != nil {
 		return nil, err
 	}
@@ -178,7 +236,7 @@ func followBuild(ctx context.Context, conn *daemonConn, opts *buildOptions, std 
 	return receiveBuild(stream, p)
 }
 
-func receiveBuild(stream grpc.ServerStreamingClient[dispatchv1.BuildResponse], p *progress) (*dispatchv1.Summary, error) {
+func receiveBuild(stream grpc.ServerStreamingClient[dispatchv1.BuildResponse], p *progress) (*dispatchv1.BuildResponse, error) {
 	for {
 		resp, err := stream.Recv()
 		if err == io.EOF {
@@ -192,8 +250,8 @@ func receiveBuild(stream grpc.ServerStreamingClient[dispatchv1.BuildResponse], p
 			p.plan(m.Plan)
 		case *dispatchv1.BuildResponse_Event:
 			p.event(m.Event)
-		case *dispatchv1.BuildResponse_Summary:
-			return m.Summary, nil
+		case *dispatchv1.BuildResponse_Summary, *dispatchv1.BuildResponse_Detached:
+			return resp, nil
 		}
 	}
 }

@@ -43,6 +43,9 @@ func candidatesOf(st *dispatchv1.StatusResponse, builds bool) []cli.Candidate {
 		for _, b := range st.GetBuilds() {
 			list = append(list, cli.Candidate{Word: strconv.FormatUint(b.GetId(), 10), About: cell(b.GetDrvPath())})
 		}
+		for _, b := range st.GetDetached() {
+			list = append(list, cli.Candidate{Word: strconv.FormatUint(b.GetId(), 10), About: "detached, " + detachedState(b)})
+		}
 		return list
 	}
 	for _, m := range st.GetMachines() {

@@ -59,6 +59,7 @@ func newCommand(name, args, summary, about string) *command {
 func commands() []*command {
 	return []*command{
 		buildCommand(),
+		attachCommand(),
 		statusCommand(),
 		topCommand(),
 		pingCommand(),

@@ -33,8 +33,22 @@ type (
 		Machines []machineJSON `json:"machines"`
 		Builds   []buildJSON   `json:"builds"`
 		// Unplaceable counts the builds that no machine can ever run.
-		Unplaceable uint32      `json:"unplaceable"`
-		Reload      *reloadJSON `json:"reload"`
+		Unplaceable uint32 `json:"unplaceable"`
+		// Detached are the builds that go on without their callers, or did.
+		Detached []detachedJSON `json:"detached"`
+		Reload   *reloadJSON    `json:"reload"`
+	}
+	detachedJSON struct {
+		ID          uint64     `json:"id"`
+		Derivations []string   `json:"derivations"`
+		User        string     `json:"user"`
+		State       string     `json:"state"`
+		Since       time.Time  `json:"since"`
+		Ended       *time.Time `json:"ended"`
+		Planned     uint32     `json:"planned"`
+		Built       uint32     `json:"built"`
+		Failed      uint32     `json:"failed"`
+		Error       string     `json:"error"`
 	}
 	reloadJSON struct {
 		Time    time.Time `json:"time"`
@@ -109,7 +123,7 @@ Examples:
 }
 
 func statusOf(resp *dispatchv1.StatusResponse, now time.Time) statusJSON {
-	s := statusJSON{Machines: []machineJSON{}, Builds: []buildJSON{}, Unplaceable: resp.GetUnplaceable()}
+	s := statusJSON{Machines: []machineJSON{}, Builds: []buildJSON{}, Unplaceable: resp.GetUnplaceable(), Detached: []detachedJSON{}}
 	if r := resp.GetReload(); r != nil {
 		s.Reload = &reloadJSON{Time: r.GetTime().AsTime(), Success: r.GetSuccess(), Errors: []string{}}
 		for _, e := range r.GetErrors() {
@@ -129,7 +143,30 @@ func statusOf(resp *dispatchv1.StatusResponse, now time.Time) statusJSON {
 			Seconds: age(b, now).Seconds(), Reason: b.Reason, User: b.User, Priority: b.Priority,
 		})
 	}
+	for _, b := range resp.GetDetached() {
+		d := detachedJSON{
+			ID: b.Id, Derivations: b.Derivations, User: b.User, State: detachedState(b), Since: b.GetSince().AsTime(),
+			Planned: b.Planned, Built: b.Built, Failed: b.Failed, Error: b.Error,
+		}
+		if b.Ended != nil {
+			ended := b.Ended.AsTime()
+			d.Ended = &ended
+		}
+		s.Detached = append(s.Detached, d)
+	}
 	return s
+}
+
+// detachedState is what has become of a detached build, in a word.
+func detachedState(b *dispatchv1.DetachedBuild) string {
+	switch {
+	case b.GetEnded() == nil:
+		return "building"
+	case b.GetSuccess():
+		return "built"
+	default:
+		return "failed"
+	}
 }
 
 func loadOf(l *dispatchv1.MachineLoad) *loadJSON {
@@ -206,6 +243,12 @@ func printStatus(w io.Writer, resp *dispatchv1.StatusResponse, now time.Time) {
 		}
 	}
 	fmt.Fprintln(w)
+	printBuilds(w, resp, now)
+	printDetached(w, resp.GetDetached(), now)
+}
+
+func printBuilds(w io.Writer, resp *dispatchv1.StatusResponse, now time.Time) {
+	tw := tabwriter.NewWriter(w, 0, 8, 2, ' ', 0)
 	if len(resp.Builds) == 0 {
 		fmt.Fprintln(w, "no builds in progress")
 		return
@@ -219,6 +262,27 @@ func printStatus(w io.Writer, resp *dispatchv1.StatusResponse, now time.Time) {
 	if n := resp.GetUnplaceable(); n > 0 {
 		fmt.Fprintf(w, "\nbuilds that no machine can ever run: %d; 'nix-dispatch explain DRV' tells why\n", n)
 	}
+}
+
+func printDetached(w io.Writer, list []*dispatchv1.DetachedBuild, now time.Time) {
+	if len(list) == 0 {
+		return
+	}
+	fmt.Fprintln(w)
+	tw := tabwriter.NewWriter(w, 0, 8, 2, ' ', 0)
+	fmt.Fprintln(tw, "DETACHED\tSTATE\tTIME\tUSER\tBUILT\tFAILED\tDERIVATION\tREASON")
+	for _, b := range list {
+		drv := ""
+		if drvs := b.GetDerivations(); len(drvs) > 0 {
+			drv = cell(drvs[0])
+			if len(drvs) > 1 {
+				drv += ", ..."
+			}
+		}
+		fmt.Fprintf(tw, "%d\t%s\t%s\t%s\t%d of %d\t%d\t%s\t%s\n", b.Id, detachedState(b), max(0, now.Sub(b.GetSince().AsTime())).Round(time.Second),
+			cell(b.User), b.Built, b.Planned, b.Failed, drv, cell(firstLine(b.Error)))
+	}
+	tw.Flush()
 }
 
 // cell makes foreign text fit for one cell of a table.

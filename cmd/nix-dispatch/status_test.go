@@ -84,7 +84,7 @@ func TestStatus(t *testing.T) {
 func TestStatusOfNothingIsEmptyLists(t *testing.T) {
 	d := (&fakeDaemon{status: &dispatchv1.StatusResponse{}}).start(t)
 	_, stdout, _ := runCommand(t.Context(), d.socket, "status", "--json")
-	if want := "{\n  \"machines\": [],\n  \"builds\": [],\n  \"unplaceable\": 0,\n  \"reload\": null\n}\n"; stdout != want {
+	if want := "{\n  \"machines\": [],\n  \"builds\": [],\n  \"unplaceable\": 0,\n  \"detached\": [],\n  \"reload\": null\n}\n"; stdout != want {
 		t.Errorf("output %q, want %q", stdout, want)
 	}
 }

@@ -30,15 +30,15 @@ const (
 
 // buildThrough has the daemon build, and the next one if that goes away. The
 // caller must close the connection, which holds the outputs' roots.
-func buildThrough(ctx context.Context, opts *buildOptions, std stdio) (*dispatchv1.Summary, *daemonConn, error) {
+func buildThrough(ctx context.Context, opts *buildOptions, std stdio) (*dispatchv1.BuildResponse, *daemonConn, error) {
 	conn, err := dialReady(ctx, *opts.socket)
 	if err != nil {
 		return nil, nil, err
 	}
 	for n := 1; ; n++ {
-		summary, err := followBuild(ctx, conn, opts, std)
+		result, err := followBuild(ctx, conn, opts, std)
 		if err == nil {
-			return summary, conn, nil
+			return result, conn, nil
 		}
 		conn.Close()
 		if status.Code(err) != codes.Unavailable || n == maxDaemons {

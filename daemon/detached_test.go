@@ -1,0 +1,244 @@
+package daemon
+
+import (
+	"context"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	dispatchv1 "nixdispatch/proto/dispatch/v1"
+	"nixdispatch/proto/nix"
+)
+
+// detach begins a detached build.
+func (s *site) detach(drvs ...*recipe) (uint64, *realising) {
+	s.t.Helper()
+	req := &dispatchv1.BuildRequest{Detach: true, KeepGoing: true}
+	for _, r := range drvs {
+		req.Derivations = append(req.Derivations, string(r.path))
+	}
+	got := s.realise(req)
+	if got.err != nil {
+		s.t.Fatalf("detach: %v", got.err)
+	}
+	return got.detached, got
+}
+
+// attach follows a build to its end.
+func (s *site) attach(id uint64) *realising {
+	s.t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	defer cancel()
+	stream, err := s.client.Attach(ctx, &dispatchv1.AttachRequest{BuildId: id})
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	return readBuild(stream)
+}
+
+// detachedInfo is what the status says of a detached build.
+func (s *site) detachedInfo(id uint64) *dispatchv1.DetachedBuild {
+	s.t.Helper()
+	for _, b := range s.status().GetDetached() {
+		if b.GetId() == id {
+			return b
+		}
+	}
+	return nil
+}
+
+// TestDetached has a graph be built without a caller. Those who attach, while it goes
+// on and when it has ended, are told all the same.
+func TestDetached(t *testing.T) {
+	t.Parallel()
+	eachScheme(t, func(t *testing.T, scheme string) {
+		m := oneMachine(scheme)
+		open := make(chan struct{})
+		m.build = m.gated(open)
+		s := newSite(t, m)
+		bottom := s.drv("bottom", drvConfig{})
+		top := s.drv("top", drvConfig{inputs: []*recipe{bottom}, outputs: []string{"out", "doc"}})
+		broken := s.drv("broken", drvConfig{})
+		broken.fail = &nix.BuildResult{Status: nix.PermanentFailure, ErrorMsg: "exit code 1"}
+		id, got := s.detach(top)
+		if id == 0 || got.summary != nil || len(got.plan.GetWillBuild()) != 2 {
+			t.Fatalf("detached %d, plan %v, summary %v", id, got.plan, got.summary)
+		}
+		s.eventually("it is being built", func() bool { return m.building() == 1 })
+		if b := s.detachedInfo(id); b.GetPlanned() != 2 || b.GetBuilt() != 0 || b.GetEnded() != nil || b.GetDerivations()[0] != string(top.path) {
+			t.Errorf("status: %v", b)
+		}
+		// One leaves, one stays.
+		leaver, leave := context.WithCancel(t.Context())
+		stream, err := s.client.Attach(leaver, &dispatchv1.AttachRequest{BuildId: id})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if msg, err := stream.Recv(); err != nil || msg.GetPlan() == nil {
+			t.Errorf("attached: %v, %v; want the plan", msg, err)
+		}
+		leave()
+		stays := make(chan *realising)
+		go func() { stays <- s.attach(id) }()
+		close(open)
+		watched := <-stays
+		watched.mustSucceed(t)
+		for _, r := range []*recipe{bottom, top} {
+			st := watched.stories[r.path]
+			if st == nil || st.status() != dispatchv1.BuildStatus_BUILD_STATUS_BUILT || r == top && st.log != strings.Join(r.log, "\n")+"\n" {
+				t.Errorf("story of %s: %+v", r.path.Name(), st)
+			}
+		}
+		if len(watched.summary.GetOutputs()) != 2 {
+			t.Errorf("outputs: %v", watched.summary.GetOutputs())
+		}
+		// Its outputs are roots, by links of the daemon's.
+		links, _ := filepath.Glob(filepath.Join(s.d.opts.StateDir, "detached", "[0-9]*-*"))
+		var targets []string
+		for _, link := range links {
+			target, err := os.Readlink(link)
+			if err != nil {
+				t.Fatal(err)
+			}
+			targets = append(targets, target)
+		}
+		for _, p := range top.outPaths() {
+			if !strings.Contains(strings.Join(targets, " "), string(p)) {
+				t.Errorf("%s is no root: %q", p, targets)
+			}
+		}
+		again := s.attach(id)
+		if again.mustSucceed(t); len(again.summary.GetOutputs()) != 2 || len(again.stories) != 0 {
+			t.Errorf("attached when it has ended: %+v", again)
+		}
+		if b := s.detachedInfo(id); b.GetBuilt() != 2 || !b.GetSuccess() || b.GetEnded() == nil {
+			t.Errorf("status: %v", b)
+		}
+		// A failure is told then, too.
+		id, _ = s.detach(broken)
+		s.eventually("it has ended", func() bool { return s.detachedInfo(id).GetEnded() != nil })
+		failed := s.attach(id)
+		if failed.err != nil || failed.summary.GetSuccess() || !strings.Contains(failed.stories[broken.path].finished.GetError(), "exit code 1") {
+			t.Errorf("attached to what failed: %+v", failed)
+		}
+		if none := s.attach(4711); status.Code(none.err) != codes.NotFound {
+			t.Errorf("attached to nothing: %v", none.err)
+		}
+		s.idle()
+	})
+}
+
+// TestDetachedOutlivesTheDaemon ends the daemon under a detached build.
+func TestDetachedOutlivesTheDaemon(t *testing.T) {
+	t.Parallel()
+	m := oneMachine("ssh")
+	m.build = untilGone
+	s := newSite(t, m)
+	done, going := s.drv("done", drvConfig{}), s.drv("going", drvConfig{})
+	doneID, _ := s.detach(s.drv("nothing", drvConfig{}))
+	if err := s.d.detached.end(doneID, caller{}); err != nil {
+		t.Fatal(err)
+	}
+	s.eventually("it is cancelled", func() bool { return s.detachedInfo(doneID).GetError() == "cancelled" })
+	id, _ := s.detach(going)
+	s.eventually("it is being built", func() bool { return m.building() == 1 })
+	attached := make(chan *realising)
+	go func() { attached <- s.attach(id) }()
+	damaged := filepath.Join(s.d.opts.StateDir, "detached", "99.json")
+	if err := os.WriteFile(damaged, []byte(`{"id":99,"request":{`), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	s.stop()
+	if got := <-attached; status.Code(got.err) != codes.Unavailable {
+		t.Errorf("attached when the daemon ends: %v, want Unavailable", got.err)
+	}
+
+	m.buildWith(nil)
+	s.restart()
+	got := s.attach(id)
+	got.mustSucceed(t)
+	if !s.local.valid(going.outPaths()[0]) {
+		t.Errorf("the outputs are not there")
+	}
+	if got := s.attach(doneID); status.Code(got.err) != codes.FailedPrecondition || !strings.Contains(got.err.Error(), "cancelled") {
+		t.Errorf("attached to what was cancelled: %v", got.err)
+	}
+	if _, err := os.Stat(damaged + ".damaged"); err != nil {
+		t.Errorf("the damaged file is not set aside: %v", err)
+	}
+	// Ids are not given again.
+	if next, _ := s.detach(done); next <= id {
+		t.Errorf("the next has the id %d after %d", next, id)
+	}
+	s.idle()
+}
+
+func TestDetachedBounds(t *testing.T) {
+	t.Parallel()
+	m := oneMachine("ssh")
+	m.build = untilGone
+	s := newSite(t, m)
+	var last uint64
+	for range maxDetached {
+		last, _ = s.detach(s.drv("many", drvConfig{}))
+	}
+	got := s.realise(&dispatchv1.BuildRequest{Detach: true, Derivations: []string{string(s.drv("one", drvConfig{}).path)}})
+	if status.Code(got.err) != codes.ResourceExhausted {
+		t.Errorf("one more is detached: %v", got.err)
+	}
+	if err := s.d.detached.end(last, caller{uid: 4711}); err != errNotYours { //nolint:errorlint // itself
+		t.Errorf("a stranger cancels it: %v", err)
+	}
+	for _, b := range s.status().GetDetached() {
+		if _, err := s.client.Cancel(t.Context(), &dispatchv1.CancelRequest{BuildId: b.GetId()}); err != nil {
+			t.Error(err)
+		}
+	}
+	s.idle()
+	s.eventually("all have ended", func() bool {
+		for _, b := range s.status().GetDetached() {
+			if b.GetEnded() == nil {
+				return false
+			}
+		}
+		return true
+	})
+	s.d.detached.prune(time.Now().Add(keepDetached + time.Hour))
+	files, err := os.ReadDir(filepath.Join(s.d.opts.StateDir, "detached"))
+	if err != nil || len(files) != 0 || len(s.status().GetDetached()) != 0 {
+		t.Errorf("a week later there is still %v, %v (%v)", files, s.status().GetDetached(), err)
+	}
+	bad := s.realise(&dispatchv1.BuildRequest{Detach: true, Derivations: []string{string(s.path("absent.drv"))}})
+	if bad.err == nil || len(s.status().GetDetached()) != 0 {
+		t.Errorf("what cannot be built is detached: %v, %v", bad.err, s.status().GetDetached())
+	}
+}
+
+// TestAttachKeepsABuild has a caller attach to the build of a hook that leaves.
+func TestAttachKeepsABuild(t *testing.T) {
+	t.Parallel()
+	m := oneMachine("ssh-ng")
+	open := make(chan struct{})
+	m.build = m.gated(open)
+	s := newSite(t, m)
+	r := s.drv("kept", drvConfig{})
+	h := s.hook()
+	id := h.accepted(r).GetBuildId()
+	attached := make(chan *realising)
+	go func() { attached <- s.attach(id) }()
+	s.eventually("there are two callers", func() bool { return s.status().GetBuilds()[0].GetCallers() == 2 })
+	h.leave()
+	s.eventually("one has left", func() bool { return s.status().GetBuilds()[0].GetCallers() == 1 })
+	close(open)
+	got := <-attached
+	got.mustSucceed(t)
+	if st := got.stories[r.path]; st.log != strings.Join(r.log, "\n")+"\n" || got.summary.GetOutputs()[0].GetPath() != string(r.outPaths()[0]) {
+		t.Errorf("story %+v, summary %v", st, got.summary)
+	}
+	s.idle()
+}
