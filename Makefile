@@ -18,6 +18,7 @@ export GOFLAGS := $(GOFLAGS) -trimpath -tags=grpcnotrace -buildvcs=false
 export CGO_ENABLED = 0
 
 STATICCHECK        = honnef.co/go/tools/cmd/staticcheck@v0.8.2
+GOVULNCHECK        = golang.org/x/vuln/cmd/govulncheck@v1.1.4
 PROTOC_GEN_GO      = google.golang.org/protobuf/cmd/protoc-gen-go@v1.36.12
 PROTOC_GEN_GO_GRPC = google.golang.org/grpc/cmd/protoc-gen-go-grpc@v1.6.2
 
@@ -42,7 +43,7 @@ INTEGRATION_RUN = NIX_DISPATCH_REQUIRE_FLEET=1 go test -vet=off -count=1 -timeou
 # Integration tests that measure, and want the machine for themselves.
 MEASURING       = ^TestFasterThanStockHook$$
 
-.PHONY: help build demo bench test unit race integration chaos fuzz lint staticcheck generate check-generated dashboard install clean
+.PHONY: help build demo bench test unit race integration chaos fuzz lint staticcheck vulncheck reproducible generate check-generated dashboard install clean
 .PHONY: tools prepare prepare-tests
 .DEFAULT_GOAL := help
 
@@ -96,6 +97,12 @@ lint: ## gofmt and go vet.
 
 staticcheck: ## Staticcheck, which is fetched and built first.
 	go run $(STATICCHECK) ./...
+
+vulncheck: ## Known vulnerabilities in what is linked in. Asks the Go vulnerability database.
+	go run $(GOVULNCHECK) ./...
+
+reproducible: ## Build twice, in two places with empty caches, and compare the programs.
+	@deploy/reproducible.sh
 
 generate: ## Make the Go code of the gRPC interface anew, and its page.
 	@deploy/install-missing.sh protoc=protobuf-compiler /usr/include/google/protobuf/duration.proto=libprotobuf-dev

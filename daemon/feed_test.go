@@ -83,6 +83,22 @@ func TestSpoolOnAFullDisk(t *testing.T) {
 	}
 }
 
+func TestSpoolIsBounded(t *testing.T) {
+	t.Parallel()
+	s := newSpool(t.TempDir())
+	s.limit = spoolMemory + 1000
+	defer s.close()
+	p := bytes.Repeat([]byte("x"), spoolMemory/2)
+	for range 4 {
+		if n, err := s.Write(p); n != len(p) || err != nil {
+			t.Errorf("Write = %d, %v; a build must go on", n, err)
+		}
+	}
+	if s.length() != s.limit || s.lost() == nil {
+		t.Errorf("length %d, lost %v; want %d and why the rest is gone", s.length(), s.lost(), s.limit)
+	}
+}
+
 // follows runs a follower whose send is given.
 func follows(f *feed, send func(*dispatchv1.BuildEvent) error) (outcome, error) {
 	follower := &follower{b: &build{feed: f, drv: &nix.Derivation{}}}

@@ -88,6 +88,13 @@ func (a *attempt) outputInfos(paths []nix.StorePath) ([]nix.PathInfo, error) {
 		}
 		// Built elsewhere: this store can vouch for nothing but what it was told.
 		infos[n].Ultimate = false
+		// What a fixed output must hold is the derivation's to say, not the machine's;
+		// the local Nix compares.
+		for _, o := range a.b.drv.Outputs {
+			if ca := o.ContentAddress(); o.Path == i.Path && ca != "" {
+				infos[n].CA = ca
+			}
+		}
 	}
 	sorted, err := nix.TopoSort(infos)
 	if err != nil {

@@ -11,11 +11,18 @@ import (
 // Most builds say less.
 const spoolMemory = 64 << 10
 
+// maxSpool bounds a log on disk while its build runs: what a builder or a machine
+// says beyond that is dropped.
+const maxSpool = 1 << 30
+
+var errLongLog = fmt.Errorf("it is longer than %d bytes", maxSpool)
+
 // A spool holds one build's log for as long as somebody may read it: the first
 // bytes in memory, the rest in an unlinked file. The build writes at its own
 // pace; each reader reads at its own. Safe for concurrent use.
 type spool struct {
-	dir string
+	dir   string
+	limit int64
 
 	mu      sync.Mutex
 	head    []byte
@@ -25,7 +32,7 @@ type spool struct {
 	written time.Time
 }
 
-func newSpool(dir string) *spool { return &spool{dir: dir} }
+func newSpool(dir string) *spool { return &spool{dir: dir, limit: maxSpool} }
 
 // Write appends. It always takes all of p: when the disk is full the log is cut
 // short, which lost tells, and the build goes on.
@@ -41,7 +48,11 @@ func (s *spool) Write(p []byte) (int, error) {
 		rest = rest[n:]
 	}
 	if len(rest) > 0 && s.full == nil {
-		s.spillLocked(rest)
+		fits := min(int64(len(rest)), s.limit-s.size)
+		s.spillLocked(rest[:fits])
+		if fits < int64(len(rest)) && s.full == nil {
+			s.full = errLongLog
+		}
 	}
 	return len(p), nil
 }

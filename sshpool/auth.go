@@ -249,10 +249,11 @@ func rsaBits(key ssh.PublicKey) int {
 func sameKey(a, b ssh.PublicKey) bool { return bytes.Equal(a.Marshal(), b.Marshal()) }
 
 // explain makes of a failure to authenticate what was tried, and what to do.
-func (ids *identities) explain(user string, err error) (Cause, error, string) {
+func (ids *identities) explain(user string, err error) (_ Cause, fix string, _ error) {
 	var b strings.Builder
 	fmt.Fprintf(&b, "as user %q: ", user)
-	cause, fix := CauseKeyRefused, fmt.Sprintf("add one of these public keys to %s's authorized_keys there, or name another with IdentityFile", user)
+	cause := CauseKeyRefused
+	fix = fmt.Sprintf("add one of these public keys to %s's authorized_keys there, or name another with IdentityFile", user)
 	if len(ids.offered) > 0 {
 		fmt.Fprintf(&b, "offered %s; ", strings.Join(ids.offered, ", "))
 	} else {
@@ -271,5 +272,5 @@ func (ids *identities) explain(user string, err error) (Cause, error, string) {
 	if len(ids.offered) > 1 && strings.Contains(err.Error(), "Too many authentication failures") {
 		fix = "the machine takes no more tries: name the right key with IdentityFile and set IdentitiesOnly"
 	}
-	return cause, fmt.Errorf("%s%w", b.String(), err), fix
+	return cause, fix, fmt.Errorf("%s%w", b.String(), err)
 }

@@ -87,7 +87,7 @@ func (h *Host) handshakeTimeout(t *Target) time.Duration {
 // authentication.
 func (h *Host) noLogin(c *conn, t *Target, ids *identities, verified, late bool, err error) error {
 	if verified {
-		cause, err, fix := ids.explain(t.User, err)
+		cause, fix, err := ids.explain(t.User, err)
 		if late {
 			cause, fix = CauseTimeout, "look whether sshd there, or the agent here, is stuck"
 		}

@@ -201,10 +201,17 @@ Examples:
 	return c
 }
 
+// printLog prints the bytes of a log as they are, or on a terminal, which they could
+// steer, its lines as plain text.
 func printLog(ctx context.Context, conn *daemonConn, req *dispatchv1.LogRequest, w io.Writer) error {
 	stream, err := conn.Log(ctx, req)
 	if err != nil {
 		return err
+	}
+	if isTerminal(w) {
+		plain := &plainWriter{w: w}
+		defer plain.end()
+		w = plain
 	}
 	for {
 		r, err := stream.Recv()
@@ -217,5 +224,27 @@ func printLog(ctx context.Context, conn *daemonConn, req *dispatchv1.LogRequest,
 		if _, err := w.Write(r.GetData()); err != nil {
 			return err
 		}
+	}
+}
+
+// A plainWriter writes a log's lines as plain text.
+type plainWriter struct {
+	w   io.Writer
+	log buildLog
+}
+
+func (p *plainWriter) Write(data []byte) (int, error) {
+	for _, line := range p.log.write(data) {
+		if _, err := io.WriteString(p.w, line+"\n"); err != nil {
+			return 0, err
+		}
+	}
+	return len(data), nil
+}
+
+// end writes the last line, if it has no end of its own.
+func (p *plainWriter) end() {
+	for _, line := range p.log.end() {
+		_, _ = io.WriteString(p.w, line+"\n") // whoever looks has seen the rest
 	}
 }

@@ -118,3 +118,18 @@ func TestLogIsPrinted(t *testing.T) {
 		}
 	}
 }
+
+// On a terminal a log cannot move the cursor, set the title or forge a line.
+func TestPlainWriterRemovesEscapes(t *testing.T) {
+	var out strings.Builder
+	w := &plainWriter{w: &out}
+	for _, part := range []string{"one \x1b[2", "Jtwo\x1b]0;tit", "le\x07\nback\rred\x1b[31m", "\nlast"} {
+		if n, err := w.Write([]byte(part)); n != len(part) || err != nil {
+			t.Errorf("Write = %d, %v", n, err)
+		}
+	}
+	w.end()
+	if got, want := out.String(), "one two\nred\nlast\n"; got != want {
+		t.Errorf("wrote %q, want %q", got, want)
+	}
+}

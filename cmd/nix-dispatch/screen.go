@@ -37,14 +37,19 @@ func newScreen(w io.Writer) *screen {
 
 // terminalOf is w if it is a terminal that can move its cursor, else nil.
 func terminalOf(w io.Writer) *os.File {
+	if os.Getenv("TERM") == "dumb" || !isTerminal(w) {
+		return nil
+	}
+	return w.(*os.File)
+}
+
+func isTerminal(w io.Writer) bool {
 	f, ok := w.(*os.File)
-	if !ok || os.Getenv("TERM") == "dumb" {
-		return nil
+	if !ok {
+		return false
 	}
-	if _, err := unix.IoctlGetTermios(int(f.Fd()), unix.TCGETS); err != nil {
-		return nil
-	}
-	return f
+	_, err := unix.IoctlGetTermios(int(f.Fd()), unix.TCGETS)
+	return err == nil
 }
 
 // terminalSize is that of a terminal, or what is usual where it does not tell.

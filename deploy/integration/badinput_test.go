@@ -28,6 +28,10 @@ type fault struct {
 	down bool
 	// final is set if the fault looks like the derivation's own failure.
 	final bool
+	// apart is set if it needs options of its own: see endlessStderr.
+	apart bool
+	// attrs are more attributes of the derivations.
+	attrs string
 	// want is what a person must be told.
 	want []string
 }
@@ -50,6 +54,9 @@ func (f fault) machine() machineConfig {
 	return m
 }
 
+// fixedAttrs make the output fixed, to what the good machine makes.
+const fixedAttrs = `outputHashMode = "flat"; outputHashAlgo = "sha256"; outputHash = "106675dc1490d5cdd6d1f0410731316ce93fc964c6cf6726e2b0d53e19688feb";`
+
 var faults = []fault{
 	{name: "bashrc-prints", user: "alice", down: true, want: []string{"hi from the bashrc", "start-up file"}},
 	{name: "command-prints", user: "bob", scheme: "ssh-ng", down: true, want: []string{"Welcome", "start-up file"}},
@@ -69,6 +76,15 @@ var faults = []fault{
 	{name: "wrong-hash", want: []string{"hash mismatch"}},
 	{name: "wrong-hash", scheme: "ssh-ng", want: []string{"hash mismatch"}},
 	{name: "wrong-size", want: []string{"copy outputs", "wrong NAR size"}},
+	{name: "more-than-said", want: []string{"copy outputs", "wrong NAR size"}},
+	{name: "more-than-said", scheme: "ssh-ng", want: []string{"copy outputs", "wrong NAR size"}},
+	{name: "climbs", want: []string{"copy outputs", "bad NAR"}},
+	{name: "climbs", scheme: "ssh-ng", want: []string{"copy outputs", "bad NAR"}},
+	{name: "wrong-fixed", attrs: fixedAttrs, want: []string{"copy outputs", "hash mismatch"}},
+	{name: "wrong-fixed", scheme: "ssh-ng", attrs: fixedAttrs, want: []string{"copy outputs", "hash mismatch"}},
+	{name: "endless-stderr", apart: true},
+	{name: "endless-stderr", scheme: "ssh-ng", apart: true},
+	{name: "more-paths", want: []string{"00000000000000000000000000000000-only-more-paths-ssh", "not asked for"}},
 	{name: "no-nar", want: []string{"copy outputs", "bad NAR"}},
 	{name: "no-nar", scheme: "ssh-ng", want: []string{"copy outputs", "bad NAR"}},
 	{name: "endless-file", want: []string{"copy outputs", "wrong NAR size"}},
@@ -181,6 +197,8 @@ func TestBadMachines(t *testing.T) {
 	})
 	t.Run("a good machine builds instead", func(t *testing.T) { s.within(t).buildsDespiteFaults() })
 	t.Run("without a good machine the build fails and says why", func(t *testing.T) { s.within(t).failsOfFaults() })
+	t.Run("what never stops printing", func(t *testing.T) { s.within(t).endlessStderr() })
+	t.Run("what would steer a terminal", func(t *testing.T) { s.within(t).escapesAreRemoved() })
 	t.Run("what cannot be asked for", func(t *testing.T) { s.within(t).refusesRequests() })
 	s.idle(time.Minute)
 }
@@ -189,8 +207,8 @@ func (s *site) buildsDespiteFaults() {
 	t := s.t
 	var drvs []string
 	for _, f := range faults {
-		if !f.final {
-			drvs = append(drvs, shell("good-"+f.feature(), "echo good > $out", features(f.feature())))
+		if !f.final && !f.apart {
+			drvs = append(drvs, shell("good-"+f.feature(), "echo good > $out", features(f.feature())+f.attrs))
 		}
 	}
 	out, err := s.keepGoing(drvs)
@@ -231,7 +249,9 @@ func (s *site) failsOfFaults() {
 	t := s.t
 	var drvs []string
 	for _, f := range faults {
-		drvs = append(drvs, shell("only-"+f.feature(), "echo never > $out", features("only-"+f.feature())))
+		if !f.apart {
+			drvs = append(drvs, shell("only-"+f.feature(), "echo never > $out", features("only-"+f.feature())+f.attrs))
+		}
 	}
 	out, err := s.keepGoing(drvs)
 	if err == nil || strings.TrimSpace(out.Stdout) != "" {
@@ -243,7 +263,65 @@ func (s *site) failsOfFaults() {
 		}
 	}()
 	for _, f := range faults {
+		if f.apart {
+			continue
+		}
 		f.told(t, "nix-build about "+f.feature(), failureOf(out.Stderr, "only-"+f.feature()))
+	}
+}
+
+// endlessStderr has machines print without end: limits end it, and neither memory
+// nor disk is used up by it.
+func (s *site) endlessStderr() {
+	for scheme, option := range map[string][]string{
+		"ssh":    {"max-build-log-size", "1000000"},
+		"ssh-ng": {"timeout", "5"},
+	} {
+		name := "only-endless-stderr-" + scheme
+		// root, whose max-build-log-size counts
+		out, err := s.nixBuild("root", shell(name, "echo never > $out", features(name)), "--option", option[0], option[1])
+		if err == nil || len(out.Stderr) > 16<<20 {
+			s.t.Errorf("%s: %v with %d bytes of log", scheme, err, len(out.Stderr))
+		}
+		want := "timed out after 5 seconds"
+		if scheme == "ssh" {
+			want = "killed after writing more than 1000000 bytes of log output"
+		}
+		if !strings.Contains(out.Stderr, want) {
+			s.t.Errorf("%s: nix-build ended with %q, want %q", scheme, out.Stderr[max(0, len(out.Stderr)-500):], want)
+		}
+	}
+	s.idle(time.Minute)
+	if used := s.peakMemory(); used > memoryLimit {
+		s.t.Errorf("nix-dispatchd has used %d KiB, want %d at most", used, memoryLimit)
+	}
+}
+
+// escapesAreRemoved looks at all that is printed of a machine's words.
+func (s *site) escapesAreRemoved() {
+	name := "only-escapes-ssh-ng"
+	drv := s.derivations(shell(name, "echo never > $out", features(name)))[0]
+	for _, args := range [][]string{{"build", "-L", drv}, {"history"}, {"history", "--failed"}, {"status"}, {"log", drv}, {"explain", drv}} {
+		argv := append([]string{programs + "/nix-dispatch"}, args...)
+		if args[0] == "log" { // which is as it was printed, except on a terminal
+			argv = []string{"script", "-qec", strings.Join(argv, " "), "/dev/null"}
+		}
+		out, _ := s.client.Run(s.t.Context(), argv...)
+		text := strings.ReplaceAll(out.Stdout+out.Stderr, "\r\n", "\n") // a terminal's
+		if i := strings.IndexFunc(text, func(r rune) bool { return r < ' ' && r != '\n' && r != '\t' || 0x7f <= r && r < 0xa0 }); i >= 0 {
+			s.t.Errorf("nix-dispatch %s prints a control character: %q", args[0], text[max(0, i-40):min(len(text), i+40)])
+		}
+		if args[0] != "status" && args[0] != "explain" && !strings.Contains(out.Stdout+out.Stderr, "red") {
+			s.t.Errorf("nix-dispatch %s does not tell of the failure:\n%s", args, out.Stdout+out.Stderr)
+		}
+	}
+	for line := range strings.Lines(s.daemon.log.String()) {
+		if strings.ContainsFunc(strings.TrimSuffix(line, "\n"), func(r rune) bool { return r < ' ' || r == 0x7f }) {
+			s.t.Errorf("a line of the daemon's log has a control character: %q", line)
+		}
+		if !strings.HasPrefix(line, "time=") {
+			s.t.Errorf("somebody has forged a line of the daemon's log: %q", line)
+		}
 	}
 }
 

@@ -125,6 +125,14 @@ func TestUsersOwnDaemonServesPrivateStores(t *testing.T) {
 			t.Error("the store was not found to be the build's own")
 		}
 
+		// Nobody else uses her daemon, but root.
+		for user, may := range map[string]bool{"bob": false, "root": true} {
+			out, err := s.client.RunAs(t.Context(), user, programs+"/nix-dispatch", "status", "--socket", runtimeDir+"/nix-dispatch/socket")
+			if (err == nil) != may {
+				t.Errorf("%s may use it: %v\n%s", user, err == nil, out.Stderr)
+			}
+		}
+
 		examined, err := d.run(settings, programs+"/nix-dispatch", "doctor")
 		if want := "this user's builds run " + hookSetting(suite); !strings.Contains(examined.Stdout, want) {
 			t.Errorf("doctor (%v) does not say %q:\n%s%s", err, want, examined.Stdout, examined.Stderr)

@@ -16,11 +16,8 @@ type alias struct {
 	name   string
 	scheme string   // "" for ssh
 	config []string // beyond HostName
-	prints string   // what its forced command prints before anything else
 	// down is what the reason says if it must not be used; "" if it builds.
 	down []string
-	// stock says that Nix's own ssh fails, though ours does not.
-	stock bool
 }
 
 func (a alias) uri() string {

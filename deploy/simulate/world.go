@@ -76,7 +76,6 @@ type client struct {
 	chains   []int   // by derivation: how many need it in the longest chain
 	missing  []int   // by derivation: how many inputs are yet to be built
 	left     int     // derivations yet to be built
-	ranks    []int
 	end      time.Duration
 	// ready is told of derivations whose inputs are there.
 	ready func(derivations []int)

@@ -1,5 +1,7 @@
 package nix
 
+import "strings"
+
 // A DerivationOutput is one output as the derivation declares it. The three
 // fields are exactly those of the derivation's ATerm form and of the wire:
 //
@@ -40,6 +42,23 @@ func (o DerivationOutput) Kind() OutputKind {
 	default:
 		return Deferred
 	}
+}
+
+// ContentAddress is the content address that a fixed output must have, as a store
+// tells it, "" for other outputs. Hashes other than SHA-256 are in hexadecimal,
+// which stores take as well.
+func (o DerivationOutput) ContentAddress() string {
+	if o.Kind() != Fixed {
+		return ""
+	}
+	hash := o.Hash
+	if h, err := ParseNarHash(hash); err == nil && strings.HasSuffix(o.HashAlgo, "sha256") {
+		hash = h.Base32()
+	}
+	if strings.HasPrefix(o.HashAlgo, "text:") {
+		return o.HashAlgo + ":" + hash
+	}
+	return "fixed:" + o.HashAlgo + ":" + hash
 }
 
 // A BasicDerivation is a derivation without its input derivations: all that a

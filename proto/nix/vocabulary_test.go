@@ -184,3 +184,24 @@ func TestBuildStatusNamesAndSuccess(t *testing.T) {
 		}
 	}
 }
+
+func TestContentAddressOfAFixedOutput(t *testing.T) {
+	hex := strings.Repeat("0", 62) + "08"
+	base32 := "02" + strings.Repeat("0", 50) // five bits a digit, the highest first, of 260
+	for _, tt := range []struct {
+		output DerivationOutput
+		want   string
+	}{
+		{DerivationOutput{"/nix/store/x", "r:sha256", hex}, "fixed:r:sha256:" + base32},
+		{DerivationOutput{"/nix/store/x", "sha256", hex}, "fixed:sha256:" + base32},
+		{DerivationOutput{"/nix/store/x", "sha1", hex[:40]}, "fixed:sha1:" + hex[:40]},
+		{DerivationOutput{"/nix/store/x", "text:sha256", hex}, "text:sha256:" + base32},
+		{DerivationOutput{"/nix/store/x", "", ""}, ""},
+		{DerivationOutput{"", "r:sha256", ""}, ""},
+		{DerivationOutput{"", "r:sha256", "impure"}, ""},
+	} {
+		if got := tt.output.ContentAddress(); got != tt.want {
+			t.Errorf("%+v: %q, want %q", tt.output, got, tt.want)
+		}
+	}
+}

@@ -75,6 +75,13 @@ func (m *machine) build(req wiretest.BuildRequest) nix.BuildResult {
 		info.NarHash[0] ^= 1
 	case "wrong-size":
 		info.NarSize += 8
+	case "more-than-said":
+		info.NarSize -= 8
+	case "climbs":
+		nar = directoryNAR("../../../../tmp/climbed")
+		info = wiretest.Info(m.out, nar)
+	case "endless-stderr":
+		m.endlessStderr()
 	case "no-nar":
 		nar = bytes.Repeat([]byte("garbage "), 20)
 		info = wiretest.Info(m.out, nar)
@@ -92,6 +99,28 @@ func (m *machine) build(req wiretest.BuildRequest) nix.BuildResult {
 	}
 	m.store.Put(info, nar)
 	return nix.BuildResult{Status: nix.Built}
+}
+
+// directoryNAR is a directory with an empty file of this name in it.
+func directoryNAR(name string) []byte {
+	var nar bytes.Buffer
+	w := wire.NewWriter(&nar)
+	for _, word := range []string{"nix-archive-1", "(", "type", "directory", "entry", "(", "name", name, "node",
+		"(", "type", "regular", "contents", "", ")", ")", ")"} {
+		w.String(word)
+	}
+	w.Flush() //nolint:errcheck // into memory
+	return nar.Bytes()
+}
+
+// endlessStderr prints as fast as it can until nobody reads any more.
+func (m *machine) endlessStderr() {
+	block := bytes.Repeat([]byte("much to say\n"), 1<<12)
+	for {
+		if _, err := os.Stderr.Write(block); err != nil {
+			os.Exit(1)
+		}
+	}
 }
 
 // endlessText begins a message that is as long as can be and goes on for 64 MiB.
@@ -123,6 +152,12 @@ func (m *machine) Write(p []byte) (int, error) {
 		if i := bytes.Index(p, []byte("nix-archive-1")); i >= 0 {
 			os.Stdout.Write(p[:i+40]) //nolint:errcheck // the client notices
 			os.Exit(0)
+		}
+	case "more-paths":
+		// The list of infos ends with an empty string: another one before it.
+		if i := bytes.LastIndex(p, make([]byte, 8)); m.out != "" && i == len(p)-8 && bytes.Contains(p, []byte(m.out)) {
+			one := bytes.ReplaceAll(p[:i], []byte(m.out.Base()), []byte("00000000000000000000000000000000"+m.out.Base()[32:]))
+			return len(p), writeAll(slices.Concat(p[:i], one, p[i:]))
 		}
 	case "other-path":
 		if m.out != "" {
