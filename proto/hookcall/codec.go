@@ -107,7 +107,11 @@ func (t *Try) encode() fields {
 }
 
 func (s *Start) encode() fields {
-	var m fields
+	size := 0
+	for _, p := range s.Inputs { // there may be thousands
+		size += len(p) + 4
+	}
+	m := make(fields, 0, size+64)
 	m.strings(1, s.Inputs)
 	m.strings(2, s.WantedOutputs)
 	return request(3, m)
@@ -117,7 +121,7 @@ func encodeHandedOver() fields { return request(4, nil) }
 
 // request is a HookRequest with one of its messages.
 func request(number int, m fields) fields {
-	var r fields
+	r := make(fields, 0, len(m)+16)
 	r.sub(number, m)
 	return r
 }
