@@ -31,7 +31,7 @@ UNIT        = $$(go list ./... | grep -v /deploy/integration)
 TEST_TOOLS = gcc=gcc /usr/include/stdlib.h=libc6-dev as=binutils git=git ssh=openssh-client \
 	ssh-keygen=openssh-client ssh-agent=openssh-client sshd=openssh-server nix-store=nix-bin \
 	systemctl=systemd mandoc=mandoc zsh=zsh fish=fish \
-	prometheus=prometheus promtool=prometheus
+	prometheus=prometheus promtool=prometheus chromium=chromium
 
 # Tests for who asks for them with an environment variable: see docs/hacking.md.
 OPT_IN = ^TestGolden|^TestChaos(|DaemonKilled|DeadMachineCostsNothing)$$
