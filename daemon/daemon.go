@@ -103,7 +103,10 @@ type Daemon struct {
 	// drainFault is why the drained machines are not known, nil if they are.
 	drainFault atomic.Pointer[error]
 	// copyStall is copyStall, but in tests.
-	copyStall time.Duration
+	copyStall   time.Duration
+	connections *connLimit
+	// helloWait is helloWait, but in tests.
+	helloWait time.Duration
 	// pings has one taken for each ping under way.
 	pings chan struct{}
 	// ssh says how connections to machines are made and kept.
@@ -136,13 +139,15 @@ func New(opts Options) (*Daemon, error) {
 		return nil, err
 	}
 	d := &Daemon{
-		opts:       opts,
-		log:        opts.Logger,
-		copyStall:  copyStall,
-		pings:      make(chan struct{}, maxPings),
-		stores:     local,
-		machines:   newMachines(opts.Logger),
-		dispatcher: newDispatcher(opts.Logger),
+		opts:        opts,
+		log:         opts.Logger,
+		copyStall:   copyStall,
+		helloWait:   helloWait,
+		connections: newConnLimit(opts.Logger),
+		pings:       make(chan struct{}, maxPings),
+		stores:      local,
+		machines:    newMachines(opts.Logger),
+		dispatcher:  newDispatcher(opts.Logger),
 		detached: &detachedBuilds{
 			dir: filepath.Join(opts.StateDir, "detached"), log: opts.Logger, all: make(map[uint64]*detachedBuild)},
 	}

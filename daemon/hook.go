@@ -36,20 +36,23 @@ type hookConversation struct {
 	lease *lease
 	// requests are what the hook says; closed when it has gone.
 	requests chan *dispatchv1.HookRequest
+	late     chan struct{} // closed when the first of them is overdue
 }
 
 // Hook serves a hook process. See the method's comment in dispatch.proto.
 func (s *server) Hook(stream grpc.BidiStreamingServer[dispatchv1.HookRequest, dispatchv1.HookResponse]) error {
 	c, _ := callerFrom(stream.Context())
-	h := &hookConversation{d: s.d, stream: stream, caller: c, requests: make(chan *dispatchv1.HookRequest)}
+	h := &hookConversation{d: s.d, stream: stream, caller: c, requests: make(chan *dispatchv1.HookRequest), late: make(chan struct{})}
 	go h.receive() // ends with the stream, which ends when Hook returns
 	defer func() {
 		if h.lease != nil {
 			h.lease.release()
 		}
 	}()
+	// Nix may take its time for a question, but a hook says at once who it is.
+	late := time.AfterFunc(h.d.helloWait, func() { close(h.late) })
 	first, err := h.next()
-	if err != nil || first == nil {
+	if late.Stop(); err != nil || first == nil {
 		return err
 	}
 	if h.settings = first.GetHello(); h.settings == nil {
@@ -96,6 +99,8 @@ func (h *hookConversation) next() (*dispatchv1.HookRequest, error) {
 	select {
 	case msg := <-h.requests:
 		return msg, nil
+	case <-h.late:
+		return nil, status.Errorf(codes.InvalidArgument, "no Hello within %s", h.d.helloWait)
 	case <-h.d.life.Done():
 		return nil, toStatus(errShutdown)
 	}

@@ -65,7 +65,9 @@ func (c caller) in(name string) bool {
 
 // peerCredentials are transport credentials that learn who is calling from the
 // unix socket itself. Nothing is encrypted: the bytes never leave the host.
-type peerCredentials struct{}
+type peerCredentials struct {
+	limit *connLimit // nil for none
+}
 
 type peerInfo struct {
 	credentials.CommonAuthInfo
@@ -75,7 +77,7 @@ type peerInfo struct {
 func (peerInfo) AuthType() string { return "peercred" }
 
 // ServerHandshake asks the kernel for the peer's credentials.
-func (peerCredentials) ServerHandshake(conn net.Conn) (net.Conn, credentials.AuthInfo, error) {
+func (c peerCredentials) ServerHandshake(conn net.Conn) (net.Conn, credentials.AuthInfo, error) {
 	sc, ok := conn.(syscall.Conn)
 	if !ok {
 		return nil, nil, fmt.Errorf("peer credentials: %T is not a socket", conn)
@@ -96,7 +98,14 @@ func (peerCredentials) ServerHandshake(conn net.Conn) (net.Conn, credentials.Aut
 	}
 	info := peerInfo{caller: caller{uid: cred.Uid, gid: cred.Gid, pid: cred.Pid}}
 	info.SecurityLevel = credentials.PrivacyAndIntegrity
-	return conn, info, nil
+	if c.limit == nil {
+		return conn, info, nil
+	}
+	release, err := c.limit.admit(info.caller)
+	if err != nil {
+		return nil, nil, err
+	}
+	return &limitedConn{conn, release}, info, nil
 }
 
 // ClientHandshake is never used: the daemon is no client.

@@ -26,6 +26,13 @@ const maxMessage = 16 << 20
 // window is how much of a stream may be on its way.
 const window = 1 << 20
 
+const (
+	// helloWait is how long a caller may take for its first words.
+	helloWait = 20 * time.Second
+	// maxConnectionIdle is how long a connection may be open without a call.
+	maxConnectionIdle = 10 * time.Minute
+)
+
 // A server answers the gRPC methods: it validates, calls, and translates.
 type server struct {
 	dispatchv1.UnimplementedDispatchServiceServer
@@ -35,7 +42,11 @@ type server struct {
 // newGRPCServer makes the server with its gate and the health service.
 func newGRPCServer(d *Daemon, g gate) (*grpc.Server, *health.Server) {
 	s := grpc.NewServer(
-		grpc.Creds(peerCredentials{}),
+		grpc.Creds(peerCredentials{d.connections}),
+		grpc.MaxConcurrentStreams(maxStreams),
+		// Who connects and says nothing.
+		grpc.ConnectionTimeout(helloWait),
+		grpc.KeepaliveParams(keepalive.ServerParameters{MaxConnectionIdle: maxConnectionIdle}),
 		grpc.MaxRecvMsgSize(maxMessage),
 		// Set windows keep grpc from measuring the link with pings, one for every
 		// message of a quiet stream.

@@ -1,0 +1,111 @@
+package daemon
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"net"
+	"strings"
+	"testing"
+	"time"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	dispatchv1 "nixdispatch/proto/dispatch/v1"
+)
+
+func TestConnLimit(t *testing.T) {
+	t.Parallel()
+	l := &connLimit{log: slog.New(slog.DiscardHandler), all: 10, others: 6, each: 4, users: make(map[uint32]int)}
+	root, alice, bob := caller{uid: 0}, caller{uid: 4711}, caller{uid: 4712}
+	var releases []func()
+	admitted := func(c caller, n int) int {
+		got := 0
+		for range n {
+			if release, err := l.admit(c); err == nil {
+				got++
+				releases = append(releases, release)
+			} else if !errors.Is(err, errTooManyConnections) {
+				t.Fatal(err)
+			}
+		}
+		return got
+	}
+	for _, tt := range []struct {
+		who  string
+		c    caller
+		want int
+	}{
+		{"one user", alice, 4},
+		{"another", bob, 2}, // the rest of what is not root's
+		{"root", root, 4},   // the rest of all
+	} {
+		if got := admitted(tt.c, 20); got != tt.want {
+			t.Errorf("%s: %d connections, want %d", tt.who, got, tt.want)
+		}
+	}
+	releases[0]()
+	releases[0]() // counts once
+	if got := admitted(bob, 20); got != 1 {
+		t.Errorf("after one of alice's has gone: %d, want 1", got)
+	}
+	for _, release := range releases {
+		release()
+	}
+	if l.total != 0 || l.strange != 0 || len(l.users) != 0 {
+		t.Errorf("left over: %+v", l)
+	}
+}
+
+// TestConnectionsAreCountedUntilTheyEnd has the server itself refuse and forget them.
+func TestConnectionsAreCountedUntilTheyEnd(t *testing.T) {
+	t.Parallel()
+	s := newSite(t, oneMachine("ssh"))
+	limit := s.d.connections
+	dial := func() net.Conn {
+		c, err := net.Dial("unix", s.d.opts.Socket)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { c.Close() })
+		return c
+	}
+	before := limit.inUse()
+	c := dial()
+	s.eventually("it is counted", func() bool { return limit.inUse() == before+1 })
+	limit.mu.Lock()
+	limit.all = limit.total
+	limit.mu.Unlock()
+	refused := dial()
+	_ = refused.SetReadDeadline(time.Now().Add(patience))
+	if n, err := refused.Read(make([]byte, 1)); n != 0 || err == nil || errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("one more connection reads %d, %v; want it closed", n, err)
+	}
+	if _, err := s.client.Status(t.Context(), &dispatchv1.StatusRequest{}); err != nil {
+		t.Errorf("the others: %v", err)
+	}
+	c.Close()
+	s.eventually("it is counted no more", func() bool { return limit.inUse() == before })
+}
+
+// TestSilentHooks has hooks say nothing at all, or nothing more: only the former are
+// sent away.
+func TestSilentHooks(t *testing.T) {
+	t.Parallel()
+	s := newSiteWith(t, siteConfig{
+		machines: []*fakeMachine{oneMachine("ssh")},
+		prepare:  func(s *site) { s.d.helloWait = 50 * time.Millisecond },
+	})
+	waits := s.hook() // said Hello
+	silent, err := s.client.Hook(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := silent.Recv(); status.Code(err) != codes.InvalidArgument || !strings.Contains(err.Error(), "no Hello") {
+		t.Errorf("a silent hook gets %v, want InvalidArgument", err)
+	}
+	r := s.drv("late", drvConfig{})
+	waits.accepted(r)
+	waits.finish().mustBe(t, dispatchv1.BuildStatus_BUILD_STATUS_BUILT)
+}
