@@ -6,6 +6,11 @@ DESTDIR ?=
 # How long each fuzz target runs.
 FUZZTIME ?= 30s
 
+# Who has made a package.
+MAINTAINER ?= nix-dispatch <root@localhost>
+# The time of all files in a package, so that the same commit makes the same bytes.
+SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct 2>/dev/null || echo 0)
+
 VERSION ?= $(shell git describe --always --dirty 2>/dev/null || echo unknown)
 # grpcnotrace leaves out request tracing, which nobody reads: a smaller program
 # that starts faster, and one is started for every build.
@@ -19,6 +24,7 @@ export CGO_ENABLED = 0
 
 STATICCHECK        = honnef.co/go/tools/cmd/staticcheck@v0.8.2
 GOVULNCHECK        = golang.org/x/vuln/cmd/govulncheck@v1.1.4
+NFPM               = github.com/goreleaser/nfpm/v2/cmd/nfpm@v2.45.2
 PROTOC_GEN_GO      = google.golang.org/protobuf/cmd/protoc-gen-go@v1.36.12
 PROTOC_GEN_GO_GRPC = google.golang.org/grpc/cmd/protoc-gen-go-grpc@v1.6.2
 
@@ -43,7 +49,7 @@ INTEGRATION_RUN = NIX_DISPATCH_REQUIRE_FLEET=1 go test -vet=off -count=1 -timeou
 # Integration tests that measure, and want the machine for themselves.
 MEASURING       = ^TestFasterThanStockHook$$
 
-.PHONY: help build demo bench test unit race integration chaos fuzz lint staticcheck vulncheck reproducible generate check-generated dashboard install clean
+.PHONY: help build demo bench test unit race integration chaos fuzz lint staticcheck vulncheck reproducible generate check-generated dashboard install uninstall deb clean
 .PHONY: tools prepare prepare-tests
 .DEFAULT_GOAL := help
 
@@ -121,15 +127,19 @@ dashboard: ## Write the Grafana dashboard anew.
 check-generated: generate ## Check that the committed Go code is what generate makes.
 	git diff --exit-code -- proto/dispatch/v1 docs/api.md
 
-install: build ## Install programs and systemd units (PREFIX=/usr/local, DESTDIR=).
-	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/lib/systemd/system $(DESTDIR)$(PREFIX)/lib/systemd/user $(DESTDIR)$(PREFIX)/lib/sysusers.d
-	install -m 755 $(BIN)/nix-dispatchd $(BIN)/nix-dispatch $(BIN)/nix-dispatch-hook $(DESTDIR)$(PREFIX)/bin/
-	for dir in system user; do \
-		unit=deploy/systemd/nix-dispatchd; test $$dir = system || unit=deploy/systemd/user/nix-dispatchd; \
-		sed 's|/usr/local/|$(PREFIX)/|' $$unit.service >$(DESTDIR)$(PREFIX)/lib/systemd/$$dir/nix-dispatchd.service && \
-		install -m 644 $$unit.socket $(DESTDIR)$(PREFIX)/lib/systemd/$$dir/ || exit 1; \
-	done
-	install -m 644 deploy/systemd/nix-dispatch.sysusers $(DESTDIR)$(PREFIX)/lib/sysusers.d/nix-dispatch.conf
+install: build ## Install programs, units, manual pages, completions (PREFIX=/usr/local, DESTDIR=).
+	deploy/install.sh install $(BIN) $(PREFIX) '$(DESTDIR)'
+
+uninstall: ## Remove what install has installed; Nix's own hook is back first.
+	deploy/install.sh uninstall $(BIN) $(PREFIX) '$(DESTDIR)'
+
+deb: build ## Make the Debian package in bin/ (BIN=, VERSION=).
+	rm -rf $(BIN)/deb
+	deploy/install.sh install $(BIN) /usr $(BIN)/deb
+	DEB_TREE=$(BIN)/deb DEB_VERSION=$$(deploy/deb/version.sh $(VERSION)) DEB_ARCH=$$(go env GOARCH) \
+		DEB_MAINTAINER='$(MAINTAINER)' SOURCE_DATE_EPOCH=$(SOURCE_DATE_EPOCH) \
+		go run $(NFPM) package --config deploy/deb/nfpm.yaml --packager deb --target $(BIN)/
+	rm -rf $(BIN)/deb
 
 clean: ## Remove what was built.
 	rm -rf bin
