@@ -1,0 +1,230 @@
+package integration
+
+import (
+	"encoding/json"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+
+	"nixdispatch/deploy/fleet"
+)
+
+// TestPackage lives through what a host does with the Debian package, on each suite:
+// installed, switched on by one line, restarted and upgraded while builds run, removed
+// while they run, and purged; at the end Nix builds as it did before.
+func TestPackage(t *testing.T) {
+	t.Parallel()
+	f := newFleet(t)
+	old, next := makeDeb(t, "v1.0"), makeDeb(t, "v1.1")
+	if _, err := f.Host(t.Context(), fleet.HostConfig{Name: "mac", NixConf: "max-jobs = 20"}); err != nil {
+		t.Fatal(err)
+	}
+	t.Run("suites", func(t *testing.T) {
+		for _, suite := range fleet.Suites() {
+			t.Run(suite, func(t *testing.T) {
+				t.Parallel()
+				builds := 10
+				if suite == fleet.Trixie {
+					builds = 50
+				}
+				h := &packagedHost{systemdHost: bootSystemd(t, f, suite), builds: builds}
+				h.machines("ssh://root@mac x86_64-linux - 20")
+				h.live(old, next)
+			})
+		}
+	})
+}
+
+// makeDeb makes the package of that version.
+func makeDeb(t *testing.T, version string) (path string) {
+	t.Helper()
+	dir := t.TempDir()
+	cmd := exec.Command("make", "-s", "-C", "../..", "deb", "BIN="+dir, "VERSION="+version)
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("make deb: %v\n%s", err, out)
+	}
+	debs, _ := filepath.Glob(dir + "/nix-dispatch_" + strings.TrimPrefix(version, "v") + "_*.deb")
+	if len(debs) != 1 {
+		t.Fatalf("make deb made %q", debs)
+	}
+	return debs[0]
+}
+
+// A packagedHost is one that the package is installed on.
+type packagedHost struct {
+	*systemdHost
+	builds int // how many are interrupted
+}
+
+func (h *packagedHost) live(old, next string) {
+	t := h.t
+	h.apt("install", h.bring(old))
+	for _, unit := range []string{"nix-dispatchd.socket", "nix-dispatchd.service"} {
+		if state := strings.TrimSpace(h.mustRun("systemctl", "is-enabled", unit)) + strings.TrimSpace(h.mustRun("systemctl", "is-active", unit)); state != "enabledactive" {
+			t.Errorf("%s is %s once installed", unit, state)
+		}
+	}
+	if out := h.mustRun("getent", "group", "nix-dispatch"); !strings.HasPrefix(out, "nix-dispatch:") {
+		t.Errorf("group: %q", out)
+	}
+	h.buildsWithout("installed", "alice")
+
+	h.mustRun("nix-dispatch", "enable") // the documented line
+	h.buildsThrough("enabled", "alice")
+	h.buildsThrough("enabled-root", "root")
+
+	// Builds outlive a restart.
+	builds := h.startBuilds("restarted", h.builds)
+	h.mustRun("systemctl", "restart", "nix-dispatchd")
+	builds.end(h)
+
+	// And an upgrade.
+	pid := h.property("MainPID")
+	builds = h.startBuilds("upgraded", 10)
+	h.apt("install", h.bring(next))
+	builds.end(h)
+	h.eventually("the new version runs", func() bool {
+		out, err := h.run("nix-dispatch", "doctor", "--json")
+		_ = err // it finds problems, as mac may not be what the list says
+		return h.property("MainPID") != pid && strings.Contains(out, "version v1.1 answers")
+	})
+	h.buildsThrough("after-upgrade", "alice")
+
+	// And a removal, after which Nix's own hook builds.
+	builds = h.startBuilds("removed", 10)
+	h.apt("remove", "nix-dispatch")
+	builds.end(h)
+	h.buildsWithout("removed-after", "alice")
+	h.buildsWithout("removed-after-root", "root")
+	if out, err := h.run("grep", "-r", "nix-dispatch", "/etc/nix", "/root/.config"); err == nil {
+		t.Errorf("left in the configuration: %s", out)
+	}
+
+	h.apt("install", h.bring(next))
+	h.mustRun("nix-dispatch", "enable")
+	h.buildsThrough("again", "alice")
+	h.apt("purge", "nix-dispatch")
+	h.buildsWithout("purged", "alice")
+	h.leavesNothing()
+}
+
+// leavesNothing looks for what is left of a purged package.
+func (h *packagedHost) leavesNothing() {
+	h.t.Helper()
+	left := strings.Fields(h.script(`find /usr /etc /var/lib /root /run -xdev -name '*nix-dispatch*' -not -path '/run/systemd/*' -not -path '/var/lib/systemd/*' -not -path '/usr/share/doc/*'`))
+	left = slices.DeleteFunc(left, func(path string) bool { return path == "/run/nix-dispatch" }) // until the next boot
+	if len(left) > 0 {
+		h.t.Errorf("left behind: %q", left)
+	}
+	if out, _ := h.run("systemctl", "--failed", "--no-legend", "--plain"); strings.Contains(out, "nix") {
+		h.t.Errorf("failed units: %s", out)
+	}
+}
+
+// bring puts a package there.
+func (h *packagedHost) bring(deb string) string {
+	h.t.Helper()
+	path := "/var/tmp/" + filepath.Base(deb)
+	data, err := os.ReadFile(deb)
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	if err := h.WriteFile(path, data, 0o644); err != nil {
+		h.t.Fatal(err)
+	}
+	return path
+}
+
+func (h *packagedHost) apt(args ...string) {
+	h.t.Helper()
+	h.mustRun(append([]string{"env", "DEBIAN_FRONTEND=noninteractive", "apt-get", "-qq", "-y", "-o", "Dpkg::Use-Pty=0"}, args...)...)
+}
+
+// through is how many builds have gone through nix-dispatchd.
+func (h *packagedHost) through() int {
+	h.t.Helper()
+	var n int
+	for line := range strings.Lines(h.mustRun("nix-dispatch", "history", "--json")) {
+		var build struct{ Failed bool }
+		if err := json.Unmarshal([]byte(line), &build); err != nil {
+			h.t.Fatalf("%q: %v", line, err)
+		}
+		n++
+	}
+	return n
+}
+
+func (h *packagedHost) buildsThrough(name, user string) {
+	h.t.Helper()
+	before := h.through()
+	h.buildsOnMac(name, user)
+	if n := h.through() - before; n != 1 {
+		h.t.Errorf("%s: %d builds went through nix-dispatchd, want 1", name, n)
+	}
+}
+
+// buildsWithout checks that Nix builds with its own hook.
+func (h *packagedHost) buildsWithout(name, user string) {
+	h.t.Helper()
+	_, err := h.run("test", "-e", "/usr/bin/nix-dispatch")
+	installed, before := err == nil, 0
+	if installed {
+		before = h.through()
+	}
+	h.buildsOnMac(name, user)
+	if installed && h.through() != before {
+		h.t.Errorf("%s: a build went through nix-dispatchd, which is not switched on", name)
+	}
+}
+
+func (h *packagedHost) buildsOnMac(name, user string) {
+	h.t.Helper()
+	expr := derivation{name: h.Name() + "-" + name}.expr()
+	out, err := h.RunAs(h.t.Context(), user, "nix-build", "--no-out-link", "--expr", expr)
+	if err != nil || builtOn(out.Stderr)["ssh://root@mac"] != 1 {
+		h.t.Fatalf("%s: nix-build as %s: %v\n%s", name, user, err, out.Stderr)
+	}
+}
+
+// runningBuilds are those of one nix-build.
+type runningBuilds struct {
+	name string
+	want int
+	out  func() fleet.Output
+	done chan error
+}
+
+// startBuilds starts that many builds, and returns when some are in progress.
+func (h *packagedHost) startBuilds(name string, n int) *runningBuilds {
+	h.t.Helper()
+	b := &runningBuilds{name: name, want: n, done: make(chan error, 1)}
+	expr := all(many(n, derivation{name: h.Name() + "-" + name, script: "sleep 1"}))
+	cmd := h.Command(h.t.Context(), "alice", "nix-build", "--no-out-link", "--keep-going", "--expr", expr)
+	var stdout, stderr syncBuffer
+	cmd.Stdout, cmd.Stderr = &stdout, &stderr
+	b.out = func() fleet.Output { return fleet.Output{Stdout: stdout.String(), Stderr: stderr.String()} }
+	if err := cmd.Start(); err != nil {
+		h.t.Fatal(err)
+	}
+	go func() { b.done <- cmd.Wait() }()
+	h.eventually("builds are in progress", func() bool {
+		out, err := h.run("nix-dispatch", "status", "--json")
+		return err == nil && strings.Contains(out, `"phase": "building"`)
+	})
+	return b
+}
+
+// end waits for all of them.
+func (b *runningBuilds) end(h *packagedHost) {
+	h.t.Helper()
+	err := <-b.done
+	out := b.out()
+	paths := strings.Fields(out.Stdout)
+	if err != nil || len(paths) != b.want {
+		h.t.Fatalf("%s: %d of %d builds, %v\n%s", b.name, len(paths), b.want, err, out.Stderr)
+	}
+	h.mustRun(append([]string{"nix-store", "--verify-path"}, paths...)...)
+}
