@@ -55,7 +55,26 @@ func TestUnderSystemd(t *testing.T) {
 	if !h.listed("ssh://kitty") {
 		t.Error("a question does not start the stopped daemon")
 	}
+	h.buildsOnItself()
 	h.runsUserUnits()
+}
+
+// buildsOnItself has a machine build inside the unit, which for that must not be
+// hardened.
+func (h *systemdHost) buildsOnItself() {
+	h.t.Helper()
+	h.script(`echo "sandbox-paths = /bin /usr /lib /lib64" >>/etc/nix/nix.conf`)
+	h.machines("ssh://localhost?remote-store=/srv/other x86_64-linux - 2")
+	h.mustRun("systemctl", "reload", "nix-dispatchd")
+	h.eventually("the hardened unit keeps it from writing", func() bool { return h.listed("Read-only file system") })
+	h.script(`mkdir -p /etc/systemd/system/nix-dispatchd.service.d
+		cp /usr/local/share/doc/nix-dispatch/examples/builds-on-this-host.conf /etc/systemd/system/nix-dispatchd.service.d/
+		systemctl daemon-reload
+		systemctl restart nix-dispatchd`)
+	h.write("/tmp/here.nix", shell("here", "echo here > $out", ""))
+	h.mustRun("sh", "-ec", "nix-dispatch build $(nix-instantiate /tmp/here.nix)")
+	h.mustRun("rm", "-r", "/etc/systemd/system/nix-dispatchd.service.d")
+	h.mustRun("systemctl", "daemon-reload")
 }
 
 // runsUserUnits has a user's own systemd run a user's own daemon.
