@@ -3,6 +3,7 @@
 package main
 
 import (
+	"bytes"
 	"cmp"
 	"context"
 	"errors"
@@ -208,10 +209,11 @@ func forUser(opts *daemon.Options, given map[string]bool, home string, homeErr e
 }
 
 // newLogger writes to stderr. Under journald, which stamps each line itself, the
-// time is left out.
+// time is left out and the priority put in front, as sd-daemon(3) describes.
 func newLogger(w io.Writer, level slog.Level) *slog.Logger {
 	opts := &slog.HandlerOptions{Level: level}
 	if os.Getenv("JOURNAL_STREAM") != "" {
+		w = journalWriter{w}
 		opts.ReplaceAttr = func(groups []string, a slog.Attr) slog.Attr {
 			if len(groups) == 0 && a.Key == slog.TimeKey {
 				return slog.Attr{}
@@ -220,4 +222,21 @@ func newLogger(w io.Writer, level slog.Level) *slog.Logger {
 		}
 	}
 	return slog.New(slog.NewTextHandler(w, opts))
+}
+
+// A journalWriter puts journald's priorities before lines that begin with their
+// levels, each of which is one Write.
+type journalWriter struct{ w io.Writer }
+
+func (j journalWriter) Write(line []byte) (int, error) {
+	priority := "<6>" // info
+	for level, p := range map[string]string{"DEBUG": "<7>", "WARN": "<4>", "ERROR": "<3>"} {
+		if bytes.HasPrefix(line, []byte("level="+level)) {
+			priority = p
+		}
+	}
+	if _, err := j.w.Write(append([]byte(priority), line...)); err != nil {
+		return 0, err
+	}
+	return len(line), nil
 }

@@ -3,6 +3,7 @@ package main
 import (
 	"bytes"
 	"io"
+	"log/slog"
 	"strings"
 	"testing"
 )
@@ -41,5 +42,19 @@ func TestUsage(t *testing.T) {
 		if code := run(t.Context(), args, signals{}, io.Discard, io.Discard); code != 2 {
 			t.Errorf("%q exits with %d, want 2", args, code)
 		}
+	}
+}
+
+func TestJournalGetsPriorities(t *testing.T) {
+	t.Setenv("JOURNAL_STREAM", "8:1")
+	var out bytes.Buffer
+	log := newLogger(&out, slog.LevelDebug)
+	log.Debug("d")
+	log.Info("i", "level", "ERROR")
+	log.With("machine", "m").Warn("w\nlevel=ERROR")
+	log.Error("e")
+	want := "<7>level=DEBUG msg=d\n<6>level=INFO msg=i level=ERROR\n<4>level=WARN msg=\"w\\nlevel=ERROR\" machine=m\n<3>level=ERROR msg=e\n"
+	if out.String() != want {
+		t.Errorf("got:\n%swant:\n%s", out.String(), want)
 	}
 }

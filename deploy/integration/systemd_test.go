@@ -35,8 +35,11 @@ func TestUnderSystemd(t *testing.T) {
 	if out, err := h.run("systemctl", "reload", "nix-dispatchd"); err == nil {
 		t.Errorf("a reload of a broken list succeeds: %s", out)
 	}
-	if log := h.mustRun("journalctl", "-u", "nix-dispatchd", "--no-pager"); !strings.Contains(log, `found "four"`) {
+	if log := h.mustRun("journalctl", "-u", "nix-dispatchd", "--no-pager"); !strings.Contains(log, `found "four"`) || !strings.Contains(log, "msg=ready") {
 		t.Errorf("the journal does not say what is wrong:\n%s", log)
+	}
+	if log := h.mustRun("journalctl", "-u", "nix-dispatchd", "--no-pager", "-p", "warning"); !strings.Contains(log, "level=") || strings.Contains(log, "level=INFO") {
+		t.Errorf("the journal does not know what is a warning:\n%s", log)
 	}
 	h.machines("ssh://kitty x86_64-linux - 2")
 	h.mustRun("systemctl", "reload", "nix-dispatchd")
