@@ -73,13 +73,14 @@ func newMachine(line nix.Machine, own *localStore, log *slog.Logger) *machine {
 	return m
 }
 
-// maxUploads is the most large uploads to a machine at a time: they share the
-// line, but a channel of x/crypto/ssh moves only 2 MiB for each round trip.
+// maxUploads is the most large uploads to a machine at a time.
 const maxUploads = 4
 
 // uploadTurns is how many large uploads a machine gets at a time: fewer than the
-// builds that are there, so that some build while the inputs of others travel.
-func uploadTurns(line nix.Machine) int { return min(max(line.MaxJobs/2, 1), maxUploads) }
+// builds that are there, so that some build while the inputs of others travel, but
+// not one alone where several build, for one stream may not fill a fast line, nor
+// a long one (2 MiB for each round trip).
+func uploadTurns(line nix.Machine) int { return min((line.MaxJobs+2)/2, maxUploads) }
 
 // connect begins to connect, in the background.
 func (m *machine) connect(pool *sshpool.Pool) {

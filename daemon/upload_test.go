@@ -116,12 +116,12 @@ func TestSharedInputIsTakenOverFromAFailedBuild(t *testing.T) {
 	})
 }
 
-// Of two large uploads one waits for the other, so that its build can begin while
-// the second one's inputs travel; small ones wait for nobody.
+// Of three large uploads one waits for the others, so that their builds can begin
+// while its inputs travel; small ones wait for nobody.
 func TestLargeUploadsTakeTurns(t *testing.T) {
 	t.Parallel()
 	m := oneMachine("ssh")
-	m.slots = 4 // that is, two turns
+	m.slots = 3 // that is, two turns
 	s := newSite(t, m)
 	large := func(name string) nix.StorePath {
 		p := s.path(name)
