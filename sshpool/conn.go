@@ -202,7 +202,17 @@ func (c *conn) retire() {
 // keepAlive ends the connection when the peer has been silent for too long. Any
 // byte counts as life: the answer to a request of ours may have to wait behind
 // megabytes of data on a slow link.
+//
+// All connections with the same interval are looked at at the same moments: what
+// many idle ones cost is mostly the waking of threads, which they share then.
 func (c *conn) keepAlive() {
+	first := time.NewTimer(c.keepInterval - time.Duration(time.Now().UnixNano())%c.keepInterval)
+	defer first.Stop()
+	select {
+	case <-c.dying:
+		return
+	case <-first.C:
+	}
 	ticker := time.NewTicker(c.keepInterval)
 	defer ticker.Stop()
 	asking := make(chan struct{}, 1) // one request at a time waits for its answer
