@@ -15,6 +15,7 @@ import (
 	dispatchv1 "nixdispatch/proto/dispatch/v1"
 	"nixdispatch/proto/nix"
 	"nixdispatch/proto/nix/wire/wiretest"
+	"nixdispatch/sshpool"
 )
 
 func TestWhatAMachineIsParkedFor(t *testing.T) {
@@ -192,6 +193,22 @@ func TestMachineWhoseNixFailsIsParked(t *testing.T) {
 			t.Errorf("placed on %v when it is back", placed)
 		}
 	})
+}
+
+// TestLastMachineIsNotParkedForLong has the only machine come back in the middle of a
+// long pause.
+func TestLastMachineIsNotParkedForLong(t *testing.T) {
+	t.Parallel()
+	m := oneMachine("ssh")
+	s := newSiteWith(t, siteConfig{machines: []*fakeMachine{m}, ssh: func(o *sshpool.Options) { o.BackoffMin, o.BackoffMax = time.Hour, time.Hour }})
+	m.vanish()
+	s.eventually("the machine is down", func() bool {
+		return s.machineStatus(m).GetState() == dispatchv1.MachineState_MACHINE_STATE_DOWN
+	})
+	h := s.hook()
+	h.accepted(s.drv("patient", drvConfig{}))
+	m.ssh.FailDials(nil)
+	h.finish().mustBe(t, dispatchv1.BuildStatus_BUILD_STATUS_BUILT) // within a minute at most
 }
 
 // TestOnlyMachineWithoutSpaceIsTriedAgain has a build that only a machine can do

@@ -249,19 +249,21 @@ func (k *keeper) askIfDue() {
 	due := !k.next.After(time.Now())
 	k.mu.Unlock()
 	conns := k.m.host.Connections()
-	untagged := slices.DeleteFunc(slices.Clone(conns), func(c sshpool.Connection) bool { return c.Tag() != nil })
-	if !due && len(untagged) == 0 {
-		return
+	over := slices.DeleteFunc(slices.Clone(conns), func(c sshpool.Connection) bool { return c.Tag() != nil })
+	if due {
+		over = append(over, conns...)
 	}
 	var err error
-	for _, c := range append(untagged, conns...) {
+	for _, c := range over {
 		var s *sshpool.Session
 		if s, err = c.Spare(k.ctx, lookCommand); err == nil {
 			k.hear(k.ctx, c, s)
 			return
 		}
 	}
-	k.couldNot(err)
+	if due {
+		k.couldNot(err)
+	}
 }
 
 // hear gives the machine the script and notes what it tells.

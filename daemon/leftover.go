@@ -126,10 +126,12 @@ func (d *Daemon) holdSlot(b *build, at scheduler.MachineID, gone func(context.Co
 // reasonable, and says which.
 func (m *machine) awaitGone(ctx context.Context, s *sshpool.Session) (how string) {
 	c := s.Connection()
+	limited, cancel := context.WithTimeout(ctx, leftoverMax)
+	defer cancel()
 	select {
 	case <-c.Ended():
-	case <-ctx.Done():
-		return ""
+	case <-limited.Done():
+		return fmt.Sprintf("the remote process has not ended for %v", leftoverMax)
 	case <-s.Done():
 		select {
 		case <-c.Ended():
@@ -141,8 +143,6 @@ func (m *machine) awaitGone(ctx context.Context, s *sshpool.Session) (how string
 	if sshd == (process{}) || m.config.Local {
 		return m.awaitLong(ctx)
 	}
-	limited, cancel := context.WithTimeout(ctx, leftoverMax)
-	defer cancel()
 	retry := sshpool.Backoff{Min: endRetryMin, Max: endRetry}
 	for {
 		if m.awaitUp(limited) != nil {
