@@ -237,7 +237,7 @@ func (v *view) addNotices(status *dispatchv1.StatusResponse) {
 func (v *view) ended(b *dispatchv1.FinishedBuild, now time.Time) ended {
 	e := ended{
 		Result: words(b.GetStatus()), Machine: v.uri(b.GetMachine()), Failed: b.GetFailed(),
-		Took: span(b.GetBuilding().AsDuration()), Ago: span(now.Sub(b.GetEnded().AsTime())),
+		Took: span(b.GetBuilding().AsDuration()), Ago: roughly(now.Sub(b.GetEnded().AsTime())),
 	}
 	e.Name, e.Title = v.name(b.GetId(), b.GetDrvPath())
 	if v.Named && b.GetError() != "" {
@@ -253,6 +253,13 @@ func words(s string) string {
 		return strings.ToValidUTF8(s[:maxWords], "") + "…"
 	}
 	return s
+}
+
+// roughly is a length of time in its greatest unit.
+func roughly(d time.Duration) string {
+	number, rest, _ := strings.Cut(span(d), " ")
+	unit, _, _ := strings.Cut(rest, " ")
+	return number + " " + unit
 }
 
 // span is a length of time for people, in its two greatest units.
