@@ -324,6 +324,7 @@ type statusReport struct {
 		Seconds float64
 		User    string
 	}
+	Detached []detachedReport
 }
 
 func (s *site) status() statusReport {
