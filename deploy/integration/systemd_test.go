@@ -66,7 +66,7 @@ func TestUnderSystemd(t *testing.T) {
 // hardened.
 func (h *systemdHost) buildsOnItself() {
 	h.t.Helper()
-	h.script(`echo "sandbox-paths = /bin /usr /lib /lib64" >>/etc/nix/nix.conf`)
+	h.script(`printf 'sandbox-paths = /bin /usr /lib /lib64\nmax-jobs = 1\n' >>/etc/nix/nix.conf`)
 	h.machines("ssh://localhost?remote-store=/srv/other x86_64-linux - 2")
 	h.mustRun("systemctl", "reload", "nix-dispatchd")
 	h.eventually("the hardened unit keeps it from writing", func() bool { return h.listed("Read-only file system") })
