@@ -15,7 +15,7 @@ var varying = []struct {
 	{regexp.MustCompile(`/[0-9a-df-np-sv-z]{32}-`), "/HASH-"},
 	{regexp.MustCompile(`\d{4}-\d\d-\d\d[ T]\d\d:\d\d(:\d\d)?(\.\d+)?`), "TIME"},
 	{regexp.MustCompile(`\d+(\.\d+){3}(:\d+)?`), "ADDRESS"},
-	{regexp.MustCompile(`(\d+h)?(\d+m)?\d+(\.\d+)? ?(ms|µs|s|min|h|d|KiB|MiB|GiB|B)\b`), "AMOUNT"},
+	{regexp.MustCompile(`(\d+h)?(\d+m)?\d+(\.\d+)? ?(ms|µs|s|min|h|d|KiB|MiB|GiB|TiB|B)\b`), "AMOUNT"},
 	{regexp.MustCompile(`\d+`), "N"},
 	{regexp.MustCompile(`[ \t]+`), " "},
 	{regexp.MustCompile(`-{4,}|─+`), "-"},
