@@ -41,7 +41,7 @@ func TestEveryCodeBlockIsUnderstood(t *testing.T) {
 }
 
 func TestReadmeIsShort(t *testing.T) {
-	if n := strings.Count(pages(t)["README.md"], "\n"); n > 250 {
+	if n := strings.Count(pages(t)["README.md"], "\n"); n > 200 {
 		t.Errorf("README.md has %d lines, more than anybody reads", n)
 	}
 }
@@ -105,6 +105,61 @@ func TestEveryPageIsLinked(t *testing.T) {
 	}
 }
 
+var (
+	testName   = regexp.MustCompile(`^(Test|Fuzz)[A-Z]\w*$`)
+	makeTarget = regexp.MustCompile(`^(?:.* )?make ([a-z-]+)`)
+)
+
+// Tests and targets of make that pages name exist.
+func TestNamedTestsAndTargetsExist(t *testing.T) {
+	var sources strings.Builder
+	for _, text := range files(t, "_test.go") {
+		sources.WriteString(text)
+	}
+	makefile, err := os.ReadFile(filepath.Join(root, "Makefile"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	named := 0
+	for name, text := range pages(t) {
+		for span, line := range Spans(text) {
+			if testName.MatchString(span) {
+				named++
+				if !strings.Contains(sources.String(), "\nfunc "+span+"(") {
+					t.Errorf("%s:%d: there is no %s", name, line, span)
+				}
+			}
+			if m := makeTarget.FindStringSubmatch(span); m != nil {
+				named++
+				if !strings.Contains("\n"+string(makefile), "\n"+m[1]+":") {
+					t.Errorf("%s:%d: there is no target of that name: %s", name, line, span)
+				}
+			}
+		}
+	}
+	if named < 20 {
+		t.Errorf("only %d names were found: this test sees nothing", named)
+	}
+}
+
+// files reads the repository's files with this ending.
+func files(t *testing.T, ending string) map[string]string {
+	t.Helper()
+	texts := make(map[string]string)
+	err := filepath.WalkDir(root, func(name string, d fs.DirEntry, err error) error {
+		if err != nil || d.IsDir() || !strings.HasSuffix(name, ending) {
+			return err
+		}
+		text, err := os.ReadFile(name)
+		texts[name] = string(text)
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return texts
+}
+
 var verb = regexp.MustCompile(`%[-+# 0]*[0-9.*]*[a-zA-Z]`)
 
 // literals are all string literals of the repository's Go files, with "..." for
@@ -112,14 +167,13 @@ var verb = regexp.MustCompile(`%[-+# 0]*[0-9.*]*[a-zA-Z]`)
 func literals(t *testing.T) string {
 	t.Helper()
 	var all strings.Builder
-	err := filepath.WalkDir(root, func(name string, d fs.DirEntry, err error) error {
-		if err != nil || d.IsDir() || !strings.HasSuffix(name, ".go") || strings.HasSuffix(name, ".pb.go") ||
-			strings.Contains(name, "deploy/doctest") {
-			return err
+	for name, text := range files(t, ".go") {
+		if strings.HasSuffix(name, ".pb.go") || strings.Contains(name, "deploy/doctest") {
+			continue
 		}
-		file, err := parser.ParseFile(token.NewFileSet(), name, nil, 0)
+		file, err := parser.ParseFile(token.NewFileSet(), name, text, 0)
 		if err != nil {
-			return err
+			t.Fatal(err)
 		}
 		ast.Inspect(file, func(n ast.Node) bool {
 			if text, ok := constant(n); ok {
@@ -129,10 +183,6 @@ func literals(t *testing.T) string {
 			}
 			return true
 		})
-		return nil
-	})
-	if err != nil {
-		t.Fatal(err)
 	}
 	return all.String()
 }
