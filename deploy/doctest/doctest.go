@@ -16,12 +16,17 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 )
 
 // Languages are the words that a fence may have.
 var Languages = []string{"sh", "console", "text", "nix", "ini", "json", "yaml", "promql", "proto", "go"}
+
+// hidden is what no test would run in a block of text. Lines of drawings go on with
+// dashes.
+var hidden = regexp.MustCompile(`^(nix|nix-build|nix-dispatch|nix-dispatchd|systemctl|make|go|promtool|apt|apt-get) [^-]*(-{1,2}[a-z].*)?$`)
 
 // A Block is one fenced code block.
 type Block struct {
@@ -48,6 +53,9 @@ func Blocks(page, text string) ([]Block, error) {
 			blocks = append(blocks, *inside)
 			inside = nil
 		case inside != nil:
+			if inside.Lang == "text" && hidden.MatchString(line) {
+				return nil, fmt.Errorf("%s:%d: a command in a block of text: make it sh or console", page, n)
+			}
 			inside.Text += line + "\n"
 		case isFence:
 			if !slices.Contains(Languages, fence) {

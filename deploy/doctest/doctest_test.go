@@ -45,6 +45,7 @@ func TestPagesThatCannotBeTested(t *testing.T) {
 		"a\n\n    make test\n":            "p.md:3: code block by indentation",
 		"```\nmake test\n```\n":           `p.md:1: code block of ""`,
 		"```bash\nmake test\n```\n":       `p.md:1: code block of "bash"`,
+		"```text\nmake test\n```\n":       "p.md:2: a command in a block of text",
 		"```sh\nmake test\n":              "p.md:2: the code block has no end",
 		"```console\nmake test\n```\n":    "p.md:2: output before the first command",
 		"\n\n```console\n```\n":           "p.md:4: a console without a command",

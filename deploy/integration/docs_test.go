@@ -193,7 +193,7 @@ func (d *docs) typed(c doctest.Command) (printed string, err error) {
 	if c.User == "alice" {
 		cmd.Env = append(cmd.Env, "XDG_RUNTIME_DIR="+alicesRuntime)
 	}
-	if program, _, _ := strings.Cut(c.Text, " "); program == "make" || program == "go" {
+	if program, _, _ := strings.Cut(c.Text, " "); slices.Contains([]string{"make", "go", "promtool"}, program) {
 		cmd = exec.CommandContext(ctx, "sh", "-e", "-c", c.Text)
 		cmd.Dir = d.checkout
 		cmd.Env = append(os.Environ(), "NIX_DISPATCH_FLEET_CACHE="+d.cache, "VERSION=v1.0")
@@ -302,7 +302,7 @@ const alicesRuntime = "/run/user/1001"
 
 var (
 	// usage is a call of one of the programs.
-	usage  = regexp.MustCompile(`(?:^|[\s;&|(/])(nix-dispatch|nix-dispatchd)((?: +[^\s;&|)]+)*)`)
+	usage  = regexp.MustCompile(`(?m)(?:^|[;&|(/])[ \t]*(nix-dispatch|nix-dispatchd)((?: +[^\s;&|)]+)*)`)
 	option = regexp.MustCompile(`^--?[a-z][a-z-]*`)
 	word   = regexp.MustCompile(`^[a-z][a-z-]+$`)
 )
