@@ -42,6 +42,8 @@ var docsBefore = map[string]func(*docs){
 	"nix-dispatch explain --system x86_64-linux --features kvm": (*docs).allSorts,
 	"nix build --builders":                                      (*docs).reset,
 	"nix-dispatch doctor":                                       (*docs).switchedOff,
+	"apt install":                                               (*docs).bringPackage,
+	"docs/install.md: make install":                             (*docs).removePackage,
 	"systemctl --user":                                          (*docs).usersOwn,
 }
 
@@ -68,13 +70,18 @@ func TestDocs(t *testing.T) {
 		}
 		t.Run(filepath.Base(name), func(t *testing.T) {
 			d := d.within(t)
-			if name != "README.md" {
+			switch name {
+			case "README.md":
+				defer d.reset()
+			case "docs/install.md":
+				d.client = d.newClient("fresh")
+			default:
 				d.run("nix-dispatch", "enable")
+				defer d.reset()
 			}
 			for _, c := range commands {
 				d.try(c)
 			}
-			d.reset()
 		})
 	}
 	for begin := range docsNotRun {
@@ -114,17 +121,12 @@ func newDocs(t *testing.T) *docs {
 	} {
 		s.machines[c.Name] = s.host(c)
 	}
-	s.client = s.host(fleet.HostConfig{Name: "client", Systemd: true, NixConf: "max-jobs = 0"})
 	if t.Failed() {
 		t.FailNow()
 	}
+	s.client = s.newClient("client")
 	if _, err := s.machines["old"].Run(t.Context(), "sh", "-c", "kill $(cat /run/sshd.pid)"); err != nil {
 		t.Fatal(err)
-	}
-	s.run("sh", "-c", "mkdir -p "+programs+" && ln -s /usr/local/bin/nix-dispatch "+programs)
-	s.write(machinesFile, docsMachines)
-	for _, home := range []string{"/root", "/home/alice"} {
-		s.write(home+"/hello.nix", shell("hello", "echo hello > $out", ""))
 	}
 	return &docs{s, checkoutOf(t), ownCache(t), make(map[string]bool)}
 }
@@ -141,6 +143,29 @@ func ownCache(t *testing.T) string {
 		t.Fatal(err)
 	}
 	return dir
+}
+
+// newClient is a host as one has it before nix-dispatch.
+func (s *site) newClient(name string) *fleet.Host {
+	s.t.Helper()
+	h, err := s.fleet.Host(s.t.Context(), fleet.HostConfig{Name: name, Systemd: true, NixConf: "max-jobs = 0"})
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	files := map[string]string{machinesFile: docsMachines}
+	for _, home := range []string{"/root", "/home/alice"} {
+		files[home+"/hello.nix"] = shell("hello", "echo hello > $out", "")
+	}
+	for path, text := range files {
+		if err := h.WriteFile(path, []byte(text), 0o644); err != nil {
+			s.t.Fatal(err)
+		}
+	}
+	// What tests call and the host's user does not.
+	if _, err := h.Run(s.t.Context(), "sh", "-c", "mkdir -p "+programs+" && ln -s /usr/bin/nix-dispatch "+programs); err != nil {
+		s.t.Fatal(err)
+	}
+	return h
 }
 
 // checkoutOf copies this repository's files.
@@ -284,10 +309,31 @@ func (d *docs) switchedOff() {
 	d.run("nix-dispatch", "disable")
 }
 
+// bringPackage puts the package that make deb made where the page has it.
+func (d *docs) bringPackage() {
+	d.t.Helper()
+	debs, _ := filepath.Glob(d.checkout + "/bin/nix-dispatch_*.deb")
+	if len(debs) != 1 {
+		d.t.Fatalf("make deb has made %q", debs)
+	}
+	deb, err := os.ReadFile(debs[0])
+	if err != nil {
+		d.t.Fatal(err)
+	}
+	// Hosts of a fleet leave out what a package brings to read.
+	d.run("sh", "-c", "mkdir -p bin && rm -f /etc/dpkg/dpkg.cfg.d/fleet")
+	d.write("/root/bin/"+filepath.Base(debs[0]), string(deb))
+}
+
+func (d *docs) removePackage() {
+	d.t.Helper()
+	d.run("apt-get", "purge", "-qq", "-y", "nix-dispatch")
+}
+
 // usersOwn gives alice a systemd of her own, and machines.
 func (d *docs) usersOwn() {
 	d.t.Helper()
-	d.write("/home/alice/.config/nix/nix.conf", "build-hook = /usr/local/bin/nix-dispatch-hook\nbuilders = ssh-ng://alice@mac x86_64-linux - 4\n")
+	d.write("/home/alice/.config/nix/nix.conf", "build-hook = /usr/bin/nix-dispatch-hook\nbuilders = ssh-ng://alice@mac x86_64-linux - 4\n")
 	d.run("install", "-d", "-o", "alice", "-m", "700", alicesRuntime)
 	d.run("systemd-run", "--unit=alices", "-p", "User=alice", "-p", "Delegate=yes",
 		"-p", "Environment=XDG_RUNTIME_DIR="+alicesRuntime, "/lib/systemd/systemd", "--user")
