@@ -40,7 +40,7 @@ TEST_TOOLS = gcc=gcc /usr/include/stdlib.h=libc6-dev as=binutils git=git ssh=ope
 	prometheus=prometheus promtool=prometheus chromium=chromium
 
 # Tests for who asks for them with an environment variable: see docs/hacking.md.
-OPT_IN = ^TestGolden|^TestChaos(|DaemonKilled|DeadMachineCostsNothing)$$
+OPT_IN = ^TestDocs$$|^TestGolden|^TestChaos(|DaemonKilled|DeadMachineCostsNothing)$$
 
 TOOLS           = $(CURDIR)/bin/tools
 # Vetting is a step of its own.
@@ -49,7 +49,7 @@ INTEGRATION_RUN = NIX_DISPATCH_REQUIRE_FLEET=1 go test -vet=off -count=1 -timeou
 # Integration tests that measure, and want the machine for themselves.
 MEASURING       = ^TestFasterThanStockHook$$
 
-.PHONY: help build demo bench test unit race integration chaos fuzz lint staticcheck vulncheck reproducible generate check-generated dashboard install uninstall deb clean
+.PHONY: help build demo bench test unit race integration chaos docs fuzz lint staticcheck vulncheck reproducible generate check-generated dashboard install uninstall deb clean
 .PHONY: tools prepare prepare-tests
 .DEFAULT_GOAL := help
 
@@ -88,6 +88,9 @@ integration: prepare-tests ## The tests on real Nix machines made here. Needs ro
 
 chaos: prepare-tests ## Everything that can go wrong with machines, callers and the daemon. Needs root.
 	NIX_DISPATCH_CHAOS=1 NIX_DISPATCH_CHAOS_SEED=$(SEED) $(INTEGRATION_RUN) -v -run '^TestChaos' $(INTEGRATION)
+
+docs: prepare-tests ## Type every command in the documentation, on hosts made here. Needs root.
+	NIX_DISPATCH_DOCS=1 $(INTEGRATION_RUN) -v -run '^TestDocs$$' $(INTEGRATION)
 
 fuzz: ## Run every fuzz target for a while (FUZZTIME=30s).
 	@set -e; grep -rn --include='*_test.go' '^func Fuzz' . | \
