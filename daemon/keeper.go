@@ -1,6 +1,7 @@
 package daemon
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -290,15 +291,8 @@ func (k *keeper) hear(ctx context.Context, c sshpool.Connection, s *sshpool.Sess
 		k.m.condition.notTold(refused.Error())
 		k.m.log.Info("disk space and load of the machine are not known", "reason", refused)
 	case ctx.Err() == nil:
-		k.m.condition.notTold(fmt.Sprintf("asked for, and not told: %v", orElse(err, errors.New("the answer is not as expected"))))
+		k.m.condition.notTold(fmt.Sprintf("asked for, and not told: %v", cmp.Or(err, errors.New("the answer is not as expected"))))
 	}
-}
-
-func orElse(err, other error) error {
-	if err != nil {
-		return err
-	}
-	return other
 }
 
 // pauseLocked is how long the machine is not asked now, varied by a fifth.

@@ -3,6 +3,7 @@ package daemon
 import (
 	"bufio"
 	"bytes"
+	"errors"
 	"fmt"
 	"math"
 	"strconv"
@@ -259,11 +260,6 @@ func (l look) disk(of, line string) {
 	}
 }
 
-// lookError is why nothing is known of a machine.
-type lookError struct{ why string }
-
-func (e *lookError) Error() string { return e.why }
-
 // notOurs says that something else ran than the script.
 func notOurs(printed []byte) error {
 	text := strings.TrimSpace(nix.PlainText(string(printed)))
@@ -271,7 +267,7 @@ func notOurs(printed []byte) error {
 		text = text[:200] + "..."
 	}
 	if text == "" {
-		return &lookError{"the account there runs no other commands than its own"}
+		return errors.New("the account there runs no other commands than its own")
 	}
-	return &lookError{fmt.Sprintf("the account there runs no other commands than its own: it printed %q", text)}
+	return fmt.Errorf("the account there runs no other commands than its own: it printed %q", text)
 }

@@ -33,7 +33,7 @@ func newStateCollector(d *Daemon) *stateCollector {
 		parked:      desc("machine_parked", "1 for each machine that is parked, with what it is short of.", "machine", "reason"),
 		slots:       desc("machine_slots", "Builds the machine may run at once (max-jobs).", "machine"),
 		inUse:       desc("machine_slots_in_use", "Build slots in use.", "machine"),
-		held:        desc("machine_slots_held", "Slots in use by builds whose connection was lost and that may still run there, for two minutes.", "machine"),
+		held:        desc("machine_slots_held", "Slots in use by builds whose connection was lost and that may still run there.", "machine"),
 		staging:     desc("machine_builds_staging", "Builds whose inputs travel to the machine, or that wait there for a slot.", "machine"),
 		connects:    desc("ssh_connects_total", "SSH connections made (ok) and attempts that failed (failed).", "machine", "result"),
 		queued:      desc("builds_queued", "Builds waiting for a machine that could take them; system is \"other\" if no machine has it.", "system"),

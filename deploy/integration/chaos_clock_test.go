@@ -18,8 +18,9 @@ func TestChaosClockJump(t *testing.T) {
 	v.await(whileBuilt, "sleeper")
 	v.must(s.client.Signal(s.daemon.cmd, syscall.SIGSTOP))
 	v.kill()
-	time.Sleep(20 * time.Second)
+	time.Sleep(17 * time.Second)
 	v.must(s.client.Signal(s.daemon.cmd, syscall.SIGCONT))
+	v.must(s.daemon.cmd.Process.Signal(syscall.SIGCONT)) // nsenter has stopped with it
 	woken := time.Now()
 	// By keepalives it would take 45 seconds.
 	s.eventually(30*time.Second, "the connection is found dead", func() bool {
