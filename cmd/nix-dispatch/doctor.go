@@ -193,6 +193,15 @@ func (p *pinger) lookAtMachines(ctx context.Context, st *dispatchv1.StatusRespon
 	}
 }
 
+// wherefore is a step that something is wrong with, and what kind of thing it is where
+// that is another word.
+func wherefore(s pingtext.Step) string {
+	if s.Cause == s.Name {
+		return s.Name
+	}
+	return s.Name + ": " + s.Cause
+}
+
 // findingsOf is what a ping says of a machine.
 func findingsOf(r *pingtext.Report) []finding {
 	var found []finding
@@ -202,9 +211,9 @@ func findingsOf(r *pingtext.Report) []finding {
 		total += s.Milliseconds
 		switch {
 		case s.Verdict == pingtext.Failed || s.Cause == "claims":
-			found = append(found, problem(r.Machine, s.Fix, "%s: %s: %s", s.Name, s.Cause, s.Detail))
+			found = append(found, problem(r.Machine, s.Fix, "%s: %s", wherefore(s), s.Detail))
 		case s.Verdict == pingtext.Warning:
-			found = append(found, warning(r.Machine, s.Fix, "%s: %s: %s", s.Name, s.Cause, s.Detail))
+			found = append(found, warning(r.Machine, s.Fix, "%s: %s", wherefore(s), s.Detail))
 		case s.Name == "protocol" || s.Name == "trust":
 			told = append(told, s.Detail)
 		case s.Name == "claims":

@@ -313,7 +313,7 @@ func TestDoctorOnDaemonAndMachines(t *testing.T) {
 			t.Errorf("%s: %q, want %q", subject, got, want)
 		}
 	}
-	if got := about(got.Findings, "ssh://claims"); !strings.Contains(got, "\nproblem: claims: claims: no feature kvm; take it out") || !strings.Contains(got, "\nwarning: trust: user not trusted: ") {
+	if got := about(got.Findings, "ssh://claims"); !strings.Contains(got, "\nproblem: claims: no feature kvm; take it out") || !strings.Contains(got, "\nwarning: trust: user not trusted: ") {
 		t.Errorf("claims: %q", got)
 	}
 	code, stdout, _ = runCommand(t.Context(), d.socket, "doctor")

@@ -68,8 +68,8 @@ func TestDoctor(t *testing.T) {
 				"ssh-ng://root@old": {"ok: its Nix was reached in "},
 				"ssh://nix@mid": {
 					"ok: its Nix was reached in ", "warning: trust: user not trusted: ",
-					"problem: claims: claims: its own Nix does not build for riscv64-linux, which the list says (it does for x86_64-linux",
-					"problem: claims: claims: its own Nix has no feature kvm, which the list says, and fails such builds (it has big)",
+					"problem: claims: its own Nix does not build for riscv64-linux, which the list says (it does for x86_64-linux",
+					"problem: claims: its own Nix has no feature kvm, which the list says, and fails such builds (it has big)",
 				},
 			})
 			for _, uri := range []string{"ssh://root@mac", "ssh-ng://root@old"} {

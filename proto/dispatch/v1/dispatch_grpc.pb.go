@@ -53,7 +53,8 @@ type DispatchServiceClient interface {
 	// derivations are built (or substituted) first, in dependency order, as
 	// parallel as the machines' slots allow. The stream ends after a Summary, with
 	// hold_roots when the caller ends it.
-	// Ending the call cancels what nobody else waits for.
+	// Ending the call cancels what nobody else waits for. With detach the call ends
+	// once the build has begun, after Detached; it goes on without a caller.
 	//
 	// Errors:
 	//
@@ -63,18 +64,12 @@ type DispatchServiceClient interface {
 	//	  there first.
 	//	FAILED_PRECONDITION: the local store cannot be used; the message says
 	//	  why. Mend the host, then retry.
-	//	PERMISSION_DENIED: the caller names machines and may not.
-	//	UNAVAILABLE: the daemon is shutting down. Retry with backoff, also after the
-	//	  call had begun: what is built is found there by the next one.
-	//
-	// With detach the call ends once the build has begun, after Detached; it goes on
-	// without a caller.
-	//
-	// Further errors:
-	//
-	//	PERMISSION_DENIED: the caller wants a priority above 0 and may not.
+	//	PERMISSION_DENIED: the caller names machines, or wants a priority above 0, and
+	//	  may not.
 	//	RESOURCE_EXHAUSTED: the caller has too many detached builds in progress. Wait
 	//	  for one, or cancel it.
+	//	UNAVAILABLE: the daemon is shutting down. Retry with backoff, also after the
+	//	  call had begun: what is built is found there by the next one.
 	Build(ctx context.Context, in *BuildRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[BuildResponse], error)
 	// Attach follows a detached build to its end, or tells of one how it has ended: the
 	// last one of the stream is a Summary, as with Build. Of any other build in progress
@@ -369,7 +364,8 @@ type DispatchServiceServer interface {
 	// derivations are built (or substituted) first, in dependency order, as
 	// parallel as the machines' slots allow. The stream ends after a Summary, with
 	// hold_roots when the caller ends it.
-	// Ending the call cancels what nobody else waits for.
+	// Ending the call cancels what nobody else waits for. With detach the call ends
+	// once the build has begun, after Detached; it goes on without a caller.
 	//
 	// Errors:
 	//
@@ -379,18 +375,12 @@ type DispatchServiceServer interface {
 	//	  there first.
 	//	FAILED_PRECONDITION: the local store cannot be used; the message says
 	//	  why. Mend the host, then retry.
-	//	PERMISSION_DENIED: the caller names machines and may not.
-	//	UNAVAILABLE: the daemon is shutting down. Retry with backoff, also after the
-	//	  call had begun: what is built is found there by the next one.
-	//
-	// With detach the call ends once the build has begun, after Detached; it goes on
-	// without a caller.
-	//
-	// Further errors:
-	//
-	//	PERMISSION_DENIED: the caller wants a priority above 0 and may not.
+	//	PERMISSION_DENIED: the caller names machines, or wants a priority above 0, and
+	//	  may not.
 	//	RESOURCE_EXHAUSTED: the caller has too many detached builds in progress. Wait
 	//	  for one, or cancel it.
+	//	UNAVAILABLE: the daemon is shutting down. Retry with backoff, also after the
+	//	  call had begun: what is built is found there by the next one.
 	Build(*BuildRequest, grpc.ServerStreamingServer[BuildResponse]) error
 	// Attach follows a detached build to its end, or tells of one how it has ended: the
 	// last one of the stream is a Summary, as with Build. Of any other build in progress
