@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"os"
 	"syscall"
 	"time"
 )
@@ -86,7 +87,8 @@ func (h *Host) dialTransport(ctx context.Context, t *Target) (net.Conn, error) {
 		return nc, nil
 	}
 	// The dialer keeps to the deadline by itself, and may be the first to see it.
-	late := dialCtx.Err() == context.DeadlineExceeded || errors.Is(err, context.DeadlineExceeded)
+	late := dialCtx.Err() == context.DeadlineExceeded ||
+		errors.Is(err, context.DeadlineExceeded) || errors.Is(err, os.ErrDeadlineExceeded)
 	return nil, h.dialError(t, err, timeout, late)
 }
 
