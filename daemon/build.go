@@ -193,11 +193,9 @@ func sleep(ctx context.Context, d time.Duration) error {
 	}
 }
 
-// run takes the build from the queue to its outcome. It is the build's one
-// goroutine.
+// run takes the build from the queue to its outcome, in the build's one goroutine.
 func (d *Daemon) run(ctx context.Context, b *build) {
 	log := d.log.With("build_id", b.id, "drv_path", b.drvPath)
-	log.Info("build accepted", "system", b.drv.Platform, "user", b.user)
 	o, err := d.attempts(ctx, b, log)
 	if err != nil {
 		o = outcomeOf(err)

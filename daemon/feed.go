@@ -1,6 +1,7 @@
 package daemon
 
 import (
+	"context"
 	"sync"
 	"time"
 
@@ -60,6 +61,20 @@ func (f *feed) read(c *cursor) reading {
 	}
 	c.events, c.version = len(f.events), f.version
 	return r
+}
+
+// awaitNews waits until there is something to read.
+func (f *feed) awaitNews(ctx context.Context) {
+	f.mu.Lock()
+	changed, silent := f.changed, len(f.events) == 0 && f.outcome == nil && f.building.IsZero()
+	f.mu.Unlock()
+	if !silent {
+		return
+	}
+	select {
+	case <-changed:
+	case <-ctx.Done():
+	}
 }
 
 // post appends an event. Progress of an earlier phase is dropped with it.

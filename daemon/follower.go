@@ -54,7 +54,6 @@ func (f *follower) follow(ctx context.Context, send func(*dispatchv1.BuildEvent)
 		f.enforce(ctx, cancel)
 	}()
 	defer func() { cancel(nil); <-watching }()
-	buf := make([]byte, logChunk)
 	for {
 		r := f.b.feed.read(&f.cursor)
 		// First, for the log may be long and others wait for the locks.
@@ -64,7 +63,7 @@ func (f *follower) follow(ctx context.Context, send func(*dispatchv1.BuildEvent)
 			}
 			handOver = nil
 		}
-		if err := f.pass(ctx, r, buf, send); err != nil {
+		if err := f.pass(ctx, r, send); err != nil {
 			return outcome{}, err
 		}
 		if r.outcome != nil && r.outcome.unfinished {
@@ -85,7 +84,7 @@ func (f *follower) follow(ctx context.Context, send func(*dispatchv1.BuildEvent)
 }
 
 // pass sends what a reading brought: events in order, the log in chunks.
-func (f *follower) pass(ctx context.Context, r reading, buf []byte, send func(*dispatchv1.BuildEvent) error) error {
+func (f *follower) pass(ctx context.Context, r reading, send func(*dispatchv1.BuildEvent) error) error {
 	for _, e := range r.events {
 		if p := e.GetPlaced(); p != nil {
 			f.machine = p.GetMachine()
@@ -100,16 +99,19 @@ func (f *follower) pass(ctx context.Context, r reading, buf []byte, send func(*d
 		}
 	}
 	for ctx.Err() == nil {
-		n, err := f.b.feed.log.readAt(buf, f.cursor.log)
+		// No buffer is kept: thousands of builds may wait, and say nothing.
+		size := min(f.b.feed.log.length()-f.cursor.log, logChunk)
+		if size == 0 {
+			break
+		}
+		data := make([]byte, size)
+		n, err := f.b.feed.log.readAt(data, f.cursor.log)
 		if err != nil {
 			return fmt.Errorf("read the build's log: %w", err)
 		}
-		if n == 0 {
-			break
-		}
 		f.cursor.log += int64(n)
 		e := f.b.event()
-		e.Event = &dispatchv1.BuildEvent_Log{Log: &dispatchv1.Log{Data: append([]byte(nil), buf[:n]...)}}
+		e.Event = &dispatchv1.BuildEvent_Log{Log: &dispatchv1.Log{Data: data[:n]}}
 		if err := send(e); err != nil {
 			return err
 		}

@@ -72,7 +72,14 @@ func (r *realisation) start(ctx context.Context) {
 // run builds the derivation and then those that only waited for it.
 func (g *goal) run(ctx context.Context) {
 	r := g.r
-	ok := g.realise(ctx)
+	b, f, o, err := g.begin(ctx)
+	if f != nil {
+		f.b.feed.awaitNews(ctx) // thousands may wait: here, where each needs little stack
+		o, err = f.follow(ctx, r.sendEvent, nil)
+		f.leave(errCancelled)
+		b = f.b
+	}
+	ok := g.ended(ctx, b, o, err)
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if !ok {
@@ -92,13 +99,9 @@ func (g *goal) run(ctx context.Context) {
 // errFirstFailure ends a realisation that does not keep going.
 var errFirstFailure = errors.New("another derivation failed")
 
-// realise builds the derivation where it can be and tells the caller how it
-// ended. A build that was cut off by the end of the realisation has not failed.
-func (g *goal) realise(ctx context.Context) (ok bool) {
-	b := g.r.d.newBuild(g.r.store, g.drvPath, g.drv, g.r.substitute, g.r.caller)
-	b.lease, b.asked, b.chain = g.r.lease, g.r.since, g.chain
-	b.wantedFor(originOf(g.r.caller, nil), g.r.priority)
-	followed, o, err := g.build(ctx, b)
+// ended tells the caller how the build that was followed has ended. One that was cut
+// off by the end of the realisation has not failed.
+func (g *goal) ended(ctx context.Context, b *build, o outcome, err error) (ok bool) {
 	if err != nil {
 		if errors.Is(err, errShutdown) {
 			g.r.cancel(err)
@@ -109,34 +112,33 @@ func (g *goal) realise(ctx context.Context) (ok bool) {
 		o = outcomeOf(err)
 	}
 	// The stream's end ends the context, too.
-	_ = g.r.sendEvent(finished(followed, o))
+	_ = g.r.sendEvent(finished(b, o))
 	return o.status.Succeeded()
 }
 
-// build returns the build that was followed, which may be one that another
-// caller had begun.
-func (g *goal) build(ctx context.Context, b *build) (*build, outcome, error) {
+// begin has the derivation built and returns a follower of its build, which may be
+// one that another caller had begun. Without a follower it has been built already, by
+// the local Nix, or could not be.
+func (g *goal) begin(ctx context.Context) (*build, *follower, outcome, error) {
+	b := g.r.d.newBuild(g.r.store, g.drvPath, g.drv, g.r.substitute, g.r.caller)
+	b.lease, b.asked, b.chain = g.r.lease, g.r.since, g.chain
+	b.wantedFor(originOf(g.r.caller, nil), g.r.priority)
 	if err := g.awaitInputs(ctx); err != nil {
-		return b, outcome{}, err
+		return b, nil, outcome{}, err
 	}
 	if here, why := g.local(b); here {
 		o, err := g.buildLocally(ctx, b)
 		if err == nil && !o.status.Succeeded() && why != "" {
 			o.err += "\n" + why
 		}
-		return b, o, err
+		return b, nil, o, err
 	}
 	inputs, err := g.inputs()
 	if err != nil {
-		return b, outcome{}, err
+		return b, nil, outcome{}, err
 	}
 	f, err := g.r.d.submit(b, g.r.limits, inputs)
-	if err != nil {
-		return b, outcome{}, err
-	}
-	defer f.leave(errCancelled)
-	o, err := f.follow(ctx, g.r.sendEvent, nil)
-	return f.b, o, err
+	return b, f, outcome{}, err
 }
 
 // inputPoll is how often a derivation looks whether its inputs have come while the

@@ -40,6 +40,9 @@ func (d *Daemon) startLocked(b *build) {
 	d.builds.Go(func() {
 		defer cancel(nil)
 		defer held.release()
+		// Thousands of builds may wait, so here, where each needs the smallest stack there
+		// is, and not further down, where run looks at what has come.
+		_, _ = d.dispatcher.awaitPlace(ctx, b)
 		d.run(ctx, b)
 	})
 }
@@ -48,6 +51,7 @@ func (d *Daemon) startLocked(b *build) {
 // accept, f follows the build: b, or one of the same derivation that is already
 // in flight.
 func (d *Daemon) offerHook(b *build, f *hookFollower, amWilling bool) scheduler.Decision {
+	defer d.logAccepted(b) // without the lock
 	q := d.dispatcher
 	q.mu.Lock()
 	defer q.mu.Unlock()
@@ -72,6 +76,7 @@ func (d *Daemon) offerHook(b *build, f *hookFollower, amWilling bool) scheduler.
 // follower of its build, or of the one of the same derivation that is already in
 // flight.
 func (d *Daemon) submit(b *build, l limits, inputs []nix.StorePath) (*follower, error) {
+	defer d.logAccepted(b) // without the lock
 	q := d.dispatcher
 	q.mu.Lock()
 	defer q.mu.Unlock()
@@ -89,6 +94,14 @@ func (d *Daemon) submit(b *build, l limits, inputs []nix.StorePath) (*follower, 
 	}
 	f.b.inputs.provide(inputs)
 	return f, nil
+}
+
+// logAccepted notes that a build was taken in, unless it was not, and another is
+// followed instead.
+func (d *Daemon) logAccepted(b *build) {
+	if b.id != 0 {
+		d.log.Info("build accepted", "build_id", b.id, "drv_path", b.drvPath, "system", b.drv.Platform, "user", b.user)
+	}
 }
 
 func (q *dispatcher) joinLocked(f *follower, b *build) {
