@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -100,6 +101,7 @@ type site struct {
 	machines map[string]*fleet.Host
 	args     []string
 	env      []string // more of nix-dispatchd's environment
+	prefix   []string // what runs nix-dispatchd, in place of nobody
 	daemon   *daemonProcess
 }
 
@@ -204,7 +206,7 @@ func (s *site) startDaemon() {
 	s.t.Helper()
 	d := &daemonProcess{gone: make(chan struct{})}
 	d.cmd = s.client.Command(context.WithoutCancel(s.t.Context()), "root",
-		append([]string{programs + "/nix-dispatchd", "--log-level", "debug", "--drain-timeout", "0s"}, s.args...)...)
+		slices.Concat(s.prefix, []string{programs + "/nix-dispatchd", "--log-level", "debug", "--drain-timeout", "0s"}, s.args)...)
 	d.cmd.Env = append(d.cmd.Env, s.env...)
 	d.cmd.Stdout, d.cmd.Stderr = &d.log, &d.log
 	if err := d.cmd.Start(); err != nil {
