@@ -150,7 +150,13 @@ func (k *keeper) run() {
 func (k *keeper) tend() time.Duration {
 	st := k.m.host.Status()
 	if st.State != sshpool.Up {
-		k.m.condition.disconnected()
+		// A connection over which it was just asked may be on its way up.
+		k.mu.Lock()
+		past := k.asked.Before(st.Since)
+		k.mu.Unlock()
+		if past {
+			k.m.condition.disconnected()
+		}
 		return time.Hour // its host tells of changes
 	}
 	if probe, _ := k.m.condition.due(); !probe.IsZero() && !probe.After(time.Now()) {
