@@ -101,7 +101,7 @@ type site struct {
 	machines map[string]*fleet.Host
 	args     []string
 	env      []string // more of nix-dispatchd's environment
-	prefix   []string // what runs nix-dispatchd, in place of nobody
+	prefix   []string // a command that runs nix-dispatchd, such as prlimit; nil for none
 	daemon   *daemonProcess
 }
 
