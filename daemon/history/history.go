@@ -12,6 +12,7 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
+	"runtime/debug"
 	"strings"
 	"sync"
 	"time"
@@ -142,8 +143,10 @@ func (db *DB) replace(why error) error {
 	return db.open()
 }
 
-// recovered calls fn. bbolt panics where a file is damaged.
+// recovered calls fn. bbolt panics where a file is damaged, and faults where it
+// follows a page number out of what it has mapped: for a file that was cut off.
 func recovered(fn func() error) (err error) {
+	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
 	defer func() {
 		if p := recover(); p != nil {
 			err = fmt.Errorf("%w: %v", errDamaged, p)
