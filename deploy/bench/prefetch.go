@@ -43,13 +43,15 @@ var prefetchRow = row{
 		if err := s.machines[0].Limit(ctx, prefetchLine); err != nil {
 			return nil, err
 		}
-		transfer := float64(prefetchBuilds*prefetchSize) / prefetchLine
 		f := figure{
 			Unit: "s", Goals: []goal{{Side: ours, Of: limit, AtMost: 1.15}, {Side: ours, Of: stock, AtMost: 1}},
-			Note: fmt.Sprintf("The limit is that of the line, %.1f s, for the builds take %d s", transfer, prefetchBuilds*prefetchSleep/prefetchSlots),
+			Note: fmt.Sprintf("The limit is that of the line, ssh alone with all inputs (%.1f s by its rate), for the builds take %d s",
+				float64(prefetchBuilds*prefetchSize)/prefetchLine, prefetchBuilds*prefetchSleep/prefetchSlots),
 		}
+		line := fmt.Sprintf("for p in %s; do nix-store --dump $p; done | ssh -o Compression=no root@%s 'cat >/dev/null'",
+			strings.Join(inputs, " "), s.names[0])
 		err = b.rounds(ctx, &f, prefetchRounds, s.prefetchBy(ours, ourHook, inputs), s.prefetchBy(stock, stockHook, inputs),
-			measure{limit, func(context.Context, int) (float64, error) { return transfer, nil }})
+			measure{limit, s.pipe(line)})
 		return []figure{f}, err
 	},
 }

@@ -33,7 +33,9 @@ func limitBatch(link string, bytesPerSecond int64) string {
 		return fmt.Sprintf("qdisc replace dev %s root pfifo\nqdisc del dev %[1]s root\n", link)
 	}
 	var batch strings.Builder
-	fmt.Fprintf(&batch, "qdisc replace dev %s root tbf rate %dbps burst 16kb limit %d\n",
-		link, bytesPerSecond, max(64<<10, bytesPerSecond/5))
+	// What may go at once is what the line carries in 20 ms: a timer that comes
+	// late on a busy host must not make the line slower than it is said to be.
+	fmt.Fprintf(&batch, "qdisc replace dev %s root tbf rate %dbps burst %d limit %d\n",
+		link, bytesPerSecond, max(16<<10, bytesPerSecond/50), max(64<<10, bytesPerSecond/5))
 	return batch.String()
 }
