@@ -46,6 +46,7 @@ type build struct {
 	// at is where the last attempt was made. Its goroutine's own.
 	at      scheduler.MachineID
 	account account
+	rests   sshpool.Backoff // from machines that failed it. Its goroutine's own
 
 	// The dispatcher's mutex guards the rest.
 
@@ -53,6 +54,7 @@ type build struct {
 	turn      string // by which it goes, see origin
 	priority  int
 	waiting   time.Time // since when it has had no machine; zero while it has one
+	rest      *time.Timer
 	followers int
 	readers   int // of the log, who do not follow
 	ended     bool
@@ -257,16 +259,6 @@ func (d *Daemon) attempts(ctx context.Context, b *build, log *slog.Logger) (outc
 		log.Warn("machine failed the build, trying again", "failures", failed, "err", err)
 		d.retry(b, fault)
 	}
-}
-
-// retry puts a build back into the queue after a machine failed it.
-func (d *Daemon) retry(b *build, fault *machineError) {
-	e := b.event()
-	e.Event = &dispatchv1.BuildEvent_Queued{Queued: &dispatchv1.Queued{Reason: fault.Error()}}
-	b.feed.note(firstLine(nix.PlainText(fault.Error())) + "; the build is tried again")
-	b.feed.post(e)
-	b.queued = time.Now()
-	d.dispatcher.requeue(b, b.at)
 }
 
 // attempt tries the build on the machine the scheduler chooses. It returns the

@@ -97,6 +97,7 @@ func (d *dispatcher) remove(b *build) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	d.forgetLocked(b)
+	b.stopRestLocked()
 	delete(d.builds, b.id)
 	d.carryOutLocked(d.queue.Remove(b.id))
 }
@@ -106,16 +107,6 @@ func (d *dispatcher) forgetLocked(b *build) {
 	if d.shared[b.key()] == b {
 		delete(d.shared, b.key())
 	}
-}
-
-// requeue gives a build another try elsewhere.
-func (d *dispatcher) requeue(b *build, failed scheduler.MachineID) {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	if b.place.machine == failed {
-		b.setPlaceLocked(placement{})
-	}
-	d.carryOutLocked(d.queue.Requeue(b.id, failed))
 }
 
 // othersFor tells whether a machine other than the given one could take a build,

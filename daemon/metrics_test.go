@@ -184,7 +184,7 @@ func TestLoadKnowsTheOldestWait(t *testing.T) {
 		check("both are placed", 2, time.Time{})
 		state(scheduler.Down)
 		time.Sleep(time.Second)
-		d.dispatcher.requeue(builds[2], id)
+		d.dispatcher.requeue(builds[2], id, 0)
 		check("one is put back", 2, start.Add(4*time.Second))
 		d.end(nil)
 	})

@@ -7,6 +7,7 @@ import (
 
 	"nixdispatch/proto/nix"
 	"nixdispatch/scheduler"
+	"nixdispatch/sshpool"
 )
 
 // newBuild makes a build that is not in the queue yet, for the daemon's own machines.
@@ -24,6 +25,7 @@ func (d *Daemon) newBuild(store *localStore, drvPath nix.StorePath, drv *nix.Der
 		queued:          now,
 		feed:            newFeed(d.opts.StateDir),
 		inputs:          inputs{ready: make(chan struct{})},
+		rests:           sshpool.Backoff{Min: restMin, Max: restMax},
 		hooks:           make(map[*hookFollower]struct{}),
 		handOverChanged: make(chan struct{}),
 	}

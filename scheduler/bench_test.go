@@ -237,7 +237,7 @@ func (s shape) benchmarkFail(b *testing.B, machines, queued int) {
 		victim := running[0]
 		running = running[1:]
 		at, _ := q.Build(victim)
-		orders := q.Requeue(victim, at.Machine)
+		orders := q.Requeue(victim, at.Machine, "")
 		orders = append(orders, q.Remove(victim)...)
 		last++
 		orders = append(orders, q.Enqueue(s.request(last))...)

@@ -11,6 +11,7 @@ type class struct {
 	reach    *reach
 	exclude  []string   // URIs, sorted
 	excluded []*machine // those of the reach that have one of them
+	rests    bool       // whether they keep away from these come what may
 
 	queues  map[*caller]*callerQueue
 	heads   queueHeap // the queues, the one whose first build is next on top
@@ -160,9 +161,9 @@ func (c *class) drop(b *build) {
 
 // newClass returns the class of builds that may go to r's machines but those with
 // the URIs in exclude, which are sorted.
-func newClass(r *reach, exclude []string) *class {
+func newClass(r *reach, exclude []string, rests bool) *class {
 	c := &class{
-		reach: r, exclude: exclude,
+		reach: r, exclude: exclude, rests: rests,
 		queues: make(map[*caller]*callerQueue), hungry: queueHeap{which: 1}, waiting: -1,
 	}
 	c.fit()
@@ -183,13 +184,19 @@ func (c *class) fit() {
 }
 
 // avoids tells whether c's builds keep away from the machines that they failed on:
-// they do as long as another that is up or coming can take them.
+// they do while they rest, and as long as another that is up or coming can take them.
 func (c *class) avoids() bool {
+	return len(c.excluded) > 0 && (c.rests || c.others() > 0)
+}
+
+// others counts the machines that are up or coming and that c's builds have not
+// failed on.
+func (c *class) others() int {
 	others := c.reach.coming
 	for _, m := range c.excluded {
 		others -= count(m.coming())
 	}
-	return len(c.excluded) > 0 && others > 0
+	return others
 }
 
 // ok tells whether m is one of the machines that c's builds may go to now.

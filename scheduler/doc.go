@@ -82,7 +82,8 @@
 //  4. On [Withdraw], leave the machine and wait for the next order.
 //  5. When a machine fails a build, tell the machine's state first if that changed
 //     too (else the build may be placed on a dead machine), then [Queue.Requeue] or
-//     Remove. Bound the number of attempts: the Queue does not.
+//     Remove. Bound the number of attempts: the Queue does not. A build that is to
+//     rest from the machine does so until [Queue.EndRest].
 //  6. Call [Queue.Remove] once when the build is done with, in whatever phase.
 //
 // An order can cross an event of the same build on its way (it is moved just

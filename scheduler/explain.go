@@ -54,18 +54,22 @@ type Explanation struct {
 // Explain tells where a build such as r would go now. It changes nothing.
 func (q *Queue) Explain(r Request) Explanation {
 	n := q.requirement(r)
-	c := n.reach.class(r.Exclude)
+	c := n.reach.class(r)
 	e := Explanation{System: r.System, Features: n.features}
 	for _, m := range q.machines {
 		if m.List == n.list {
-			e.Machines = append(e.Machines, n.judge(m, c))
+			v := n.judge(m, c)
+			if v.Reason == FailedBefore && c.rests {
+				v.Text = "failed this build before, and does not get it " + printable(r.Rest)
+			}
+			e.Machines = append(e.Machines, v)
 		}
 	}
 	t := n.reach.tally()
 	u := q.callers[r.Caller]
 	m, rule := c.choose(u == nil || u.hungry(r.Priority))
 	e.Situation = t.situation()
-	e.Why = e.Situation.text(t)
+	e.Why = c.why(r.Rest)
 	if m != nil {
 		e.Chosen = m.ID
 		if m.has(slotPlace) {

@@ -97,7 +97,7 @@ func (w *world) some(phases ...Phase) (BuildStatus, bool) {
 
 // event applies one event to all three.
 func (w *world) event() {
-	switch w.n(17) {
+	switch w.n(18) {
 	case 0:
 		w.listed = w.machines()
 		w.did(fmt.Sprintf("SetMachines(%+v)", w.listed),
@@ -127,8 +127,13 @@ func (w *world) event() {
 			if failed == "" || w.n(3) == 0 {
 				failed = w.machineID()
 			}
-			w.did(fmt.Sprintf("Requeue(%d, %s)", b.ID, failed),
-				w.q.Requeue(b.ID, failed), w.twin.Requeue(b.ID, failed), w.naive.Requeue(b.ID, failed))
+			rest := pick(w, "", "until noon")
+			w.did(fmt.Sprintf("Requeue(%d, %s, %q)", b.ID, failed, rest), w.q.Requeue(b.ID, failed, rest),
+				w.twin.Requeue(b.ID, failed, rest), w.naive.Requeue(b.ID, failed, rest))
+		}
+	case 17:
+		if b, ok := w.some(Queued, Staging, Staged, Running, Fetching, Lost); ok {
+			w.did(fmt.Sprintf("EndRest(%d)", b.ID), w.q.EndRest(b.ID), w.twin.EndRest(b.ID), w.naive.EndRest(b.ID))
 		}
 	case 14:
 		w.lostOrRelease()

@@ -146,7 +146,7 @@ func (n *naive) eligible(r Request) []*naiveMachine {
 			hope = hope || m.state == Up || m.state == Connecting
 		}
 	}
-	if hope {
+	if hope || r.Rest != "" {
 		return rest
 	}
 	return all
@@ -397,9 +397,15 @@ func (n *naive) Release(id MachineID) []Order {
 	return n.settle()
 }
 
-func (n *naive) Requeue(id BuildID, failed MachineID) []Order {
+func (n *naive) EndRest(id BuildID) []Order {
+	n.build(id).Rest = ""
+	return n.settle()
+}
+
+func (n *naive) Requeue(id BuildID, failed MachineID, rest string) []Order {
 	b := n.build(id)
 	b.Exclude = append(slices.Clone(b.Exclude), failed)
+	b.Rest = rest
 	if b.on != nil && b.on.ID == failed {
 		b.phase, b.on = Queued, nil
 	}

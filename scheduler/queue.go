@@ -34,6 +34,9 @@ type Request struct {
 	CouldBuildLocally bool
 	// Exclude names machines it already failed on; their URIs count. See Requeue.
 	Exclude []MachineID
+	// Rest keeps it from these machines though no other can take it. It says for how
+	// long, in words such as "until 10:03:05"; "" if it does not.
+	Rest string
 }
 
 // A Phase is how far a build has come; see the package comment.
@@ -326,7 +329,10 @@ func (q *Queue) Release(id MachineID) []Order {
 // is queued again, as old as it was, and goes to that machine, and others with
 // its URI, no more while one that is up or coming can take it. A build that has
 // left that machine stays where it is, and only avoids it from now on.
-func (q *Queue) Requeue(id BuildID, failed MachineID) []Order {
+//
+// With rest it does not go to the machines it failed on at all, until EndRest: see
+// Request.
+func (q *Queue) Requeue(id BuildID, failed MachineID, rest string) []Order {
 	b := q.known("Requeue", id)
 	old := b.machine
 	leaves := old != nil && old.ID == failed
@@ -338,7 +344,10 @@ func (q *Queue) Requeue(id BuildID, failed MachineID) []Order {
 	} else if b.phase == Queued {
 		q.dequeue(b)
 	}
-	q.exclude(b, failed)
+	b.req.Exclude = append(b.req.Exclude, failed)
+	b.req.Rest = rest
+	q.leaveClass(b)
+	q.enterClass(b)
 	if b.phase == Queued {
 		q.enqueue(b)
 	}
@@ -348,11 +357,24 @@ func (q *Queue) Requeue(id BuildID, failed MachineID) []Order {
 	return q.settle(old)
 }
 
-// exclude makes b, which is not queued, a build that failed on machine id.
-func (q *Queue) exclude(b *build, id MachineID) {
-	b.req.Exclude = append(b.req.Exclude, id)
+// EndRest lets the build go again to machines it failed on, if no other can take it.
+// It does nothing to a build that does not rest.
+func (q *Queue) EndRest(id BuildID) []Order {
+	b := q.known("EndRest", id)
+	if b.req.Rest == "" {
+		return nil
+	}
+	queued := b.phase == Queued
+	if queued {
+		q.dequeue(b)
+	}
+	b.req.Rest = ""
 	q.leaveClass(b)
 	q.enterClass(b)
+	if queued {
+		q.enqueue(b)
+	}
+	return q.settle()
 }
 
 // Remove tells that the build is done with: finished, failed or cancelled. What

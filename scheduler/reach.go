@@ -28,14 +28,20 @@ type reach struct {
 	movable int             // builds that may be moved away from where they are; kept there, too
 
 	requirements []*requirement
-	plain        *class            // the builds that have failed on no machine
-	failed       map[string]*class // the others, by the URIs they exclude
-	waiting      []*class          // those with queued builds, in no order that matters
-	index        int               // in Queue.waiting, -1 when nothing is queued
+	plain        *class               // the builds that have failed on no machine
+	failed       map[failedKey]*class // the others
+	waiting      []*class             // those with queued builds, in no order that matters
+	index        int                  // in Queue.waiting, -1 when nothing is queued
 }
 
 // A reachKey tells reaches apart.
 type reachKey struct{ list, system, set string }
+
+// A failedKey tells the classes of a reach apart whose builds failed on a machine.
+type failedKey struct {
+	exclude string
+	rests   bool
+}
 
 // maxIdleRequirements bounds the requirements kept though no build has them. Keeping
 // some saves working out the machines for each of many equal builds.
@@ -58,18 +64,18 @@ func (q *Queue) requirement(r Request) *requirement {
 }
 
 // class returns the class of builds such as r, which is new if no build is of it.
-func (q *Queue) class(r Request) *class { return q.requirement(r).reach.class(r.Exclude) }
+func (q *Queue) class(r Request) *class { return q.requirement(r).reach.class(r) }
 
-// class returns the class of builds that failed on the machines in exclude.
-func (r *reach) class(exclude []MachineID) *class {
-	if len(exclude) == 0 {
+// class returns the class of those builds of r that are such as req.
+func (r *reach) class(req Request) *class {
+	if len(req.Exclude) == 0 {
 		return r.plain
 	}
-	uris := sortedURIs(exclude)
-	if c := r.failed[joined(uris)]; c != nil {
+	uris, rests := sortedURIs(req.Exclude), req.Rest != ""
+	if c := r.failed[failedKey{joined(uris), rests}]; c != nil {
 		return c
 	}
-	return newClass(r, uris)
+	return newClass(r, uris, rests)
 }
 
 // match tells, by machine index, which machines could ever run builds with n.
@@ -86,8 +92,8 @@ func (q *Queue) join(n *requirement, ok []bool) {
 	key := reachKey{n.list, n.system, bits(ok)}
 	r := q.reaches[key]
 	if r == nil {
-		r = &reach{list: n.list, system: n.system, failed: make(map[string]*class), index: -1}
-		r.plain = newClass(r, nil)
+		r = &reach{list: n.list, system: n.system, failed: make(map[failedKey]*class), index: -1}
+		r.plain = newClass(r, nil, false)
 		r.set(ok, q.machines)
 		q.reaches[key] = r
 	}
@@ -172,10 +178,10 @@ func (q *Queue) reclass(b *build) {
 
 // enterClass makes b one of its class.
 func (q *Queue) enterClass(b *build) {
-	b.class = b.requirement.reach.class(b.req.Exclude)
+	b.class = b.requirement.reach.class(b.req)
 	b.class.refs++
 	if len(b.class.exclude) > 0 {
-		b.class.reach.failed[joined(b.class.exclude)] = b.class
+		b.class.reach.failed[b.class.key()] = b.class
 	}
 }
 
@@ -183,9 +189,11 @@ func (q *Queue) enterClass(b *build) {
 func (q *Queue) leaveClass(b *build) {
 	c := b.class
 	if c.refs--; c.refs == 0 && len(c.exclude) > 0 {
-		delete(c.reach.failed, joined(c.exclude))
+		delete(c.reach.failed, c.key())
 	}
 }
+
+func (c *class) key() failedKey { return failedKey{joined(c.exclude), c.rests} }
 
 // require gives b its requirement and its class.
 func (q *Queue) require(b *build) {

@@ -112,7 +112,9 @@ func (s *scenario) event(line string) (answer string) {
 	case "release":
 		return orders(s.q.Release(uri(arg(1))))
 	case "requeue":
-		return orders(s.q.Requeue(s.id(arg(1)), uri(arg(2))))
+		return orders(s.q.Requeue(s.id(arg(1)), uri(arg(2)), strings.Join(words[3:], " ")))
+	case "rested":
+		return orders(s.q.EndRest(s.id(arg(1))))
 	case "join":
 		r := s.request(0, words[3:])
 		return orders(s.q.Join(s.id(arg(1)), arg(2), r.Priority))

@@ -71,13 +71,16 @@ func (q *Queue) Machines() []MachineStatus {
 // Builds returns all builds, by ID.
 func (q *Queue) Builds() []BuildStatus {
 	list := make([]BuildStatus, 0, len(q.builds))
-	why := make(map[*reach]string)
+	why := make(map[*reach]string) // of those that do not rest
 	for _, b := range q.builds {
 		s := b.status()
-		if b.phase == Queued {
-			r := b.class.reach
+		switch r := b.class.reach; {
+		case b.phase != Queued:
+		case b.class.rests:
+			s.Why = b.class.why(b.req.Rest)
+		default:
 			if why[r] == "" {
-				why[r] = r.why()
+				why[r] = b.class.why("")
 			}
 			s.Why = why[r]
 		}
@@ -96,9 +99,12 @@ func (q *Queue) Build(id BuildID) (BuildStatus, bool) {
 	return b.status(), true
 }
 
-// why tells why builds that are queued in r wait.
-func (r *reach) why() string {
-	t := r.tally()
+// why tells why builds that are queued in c, and rest as told, wait.
+func (c *class) why(rest string) string {
+	t := c.reach.tally()
+	if c.rests && t.coming > 0 && c.others() == 0 {
+		return "waits " + printable(rest) + ": it failed on all matching machines that are up"
+	}
 	return t.situation().text(t)
 }
 

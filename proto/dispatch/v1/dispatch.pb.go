@@ -267,7 +267,8 @@ const (
 	VerdictReason_VERDICT_REASON_CONNECTING VerdictReason = 6
 	VerdictReason_VERDICT_REASON_DOWN       VerdictReason = 7
 	VerdictReason_VERDICT_REASON_DRAINED    VerdictReason = 8
-	// It failed this build before, and other machines can take it.
+	// It failed this build before, and other machines can take it, or it is not
+	// tried there again before some time has passed.
 	VerdictReason_VERDICT_REASON_FAILED_BEFORE VerdictReason = 9
 	// All its slots are taken.
 	VerdictReason_VERDICT_REASON_FULL VerdictReason = 10
