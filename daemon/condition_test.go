@@ -281,3 +281,19 @@ func TestLeftoverIsEndedBeforeItsSlotIsFree(t *testing.T) {
 	gone.Store("gone")
 	s.eventually("its slots are free", func() bool { return s.machineStatus(m).GetRunning() == 0 })
 }
+
+// TestLostConnectionIsTidiedUp cuts off a machine on which nothing is built: what
+// copied inputs, or did nothing, is ended there as well.
+func TestLostConnectionIsTidiedUp(t *testing.T) {
+	t.Parallel()
+	m := oneMachine("ssh")
+	var ended atomic.Int32
+	m.shell = shellOf(m, &ended, func() string { return "gone" })
+	s := newSiteWith(t, siteConfig{machines: []*fakeMachine{m}, options: func(o *Options) { o.LoadInterval = time.Minute }})
+	s.eventually("the machine has told of itself", func() bool { return s.machineStatus(m).GetLoad() != nil })
+	if n := ended.Load(); n != 0 {
+		t.Errorf("something was ended %d times before", n)
+	}
+	m.ssh.Cut()
+	s.eventually("what is left is ended", func() bool { return ended.Load() == 1 })
+}

@@ -52,11 +52,11 @@ type keeper struct {
 	next    time.Time // when to ask
 	used    time.Time // when a build last began or ended
 	told    string    // the state that was last told
-	ending  map[process]chan struct{}
+	ending  map[process]*endRun
 }
 
 func newKeeper(m *machine, every time.Duration, changed func()) *keeper {
-	k := &keeper{m: m, every: every, changed: changed, kicked: make(chan struct{}, 1), ending: make(map[process]chan struct{})}
+	k := &keeper{m: m, every: every, changed: changed, kicked: make(chan struct{}, 1), ending: make(map[process]*endRun)}
 	k.ctx, k.cancel = context.WithCancel(context.Background())
 	return k
 }
@@ -291,6 +291,9 @@ func (k *keeper) hear(ctx context.Context, c sshpool.Connection, s *sshpool.Sess
 	k.mu.Unlock()
 	switch {
 	case ok:
+		if c.Tag() == nil && l.sshd != (process{}) {
+			k.do(func() { k.tidyAfter(c, l.sshd) })
+		}
 		c.SetTag(l.sshd)
 		k.m.condition.told(l.load)
 	case refused != nil:

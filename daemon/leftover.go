@@ -143,20 +143,55 @@ func (m *machine) awaitGone(ctx context.Context, s *sshpool.Session) (how string
 	if sshd == (process{}) || m.config.Local {
 		return m.awaitLong(ctx)
 	}
+	switch err := m.keeper.tidy(limited, sshd); {
+	case err == nil:
+		return "nothing of it is left on the machine"
+	case errors.Is(err, errNoScript):
+		return m.awaitLong(ctx)
+	default:
+		return fmt.Sprintf("the machine has not been back for %v", leftoverMax)
+	}
+}
+
+// tidyAfter ends what a connection leaves on the machine if it is lost. Even where
+// nothing was built, there may be remote processes that wait for the rest of an
+// input, with a lock on it, and keep paths from being collected.
+func (k *keeper) tidyAfter(c sshpool.Connection, sshd process) {
+	select {
+	case <-c.Ended():
+	case <-k.ctx.Done():
+		return
+	}
+	if errors.Is(c.Err(), sshpool.ErrClosed) {
+		return // the machine has been told
+	}
+	ctx, cancel := context.WithTimeout(k.ctx, leftoverMax)
+	defer cancel()
+	if k.tidy(ctx, sshd) == nil {
+		k.m.log.Debug("nothing of a lost connection is left on the machine")
+	}
+}
+
+// tidy waits for the machine to be back and has all ended that descends from the sshd
+// process of a lost connection, however often that takes. The error is errNoScript, or
+// that of ctx.
+func (k *keeper) tidy(ctx context.Context, sshd process) error {
 	retry := sshpool.Backoff{Min: endRetryMin, Max: endRetry}
 	for {
-		if m.awaitUp(limited) != nil {
-			return fmt.Sprintf("the machine has not been back for %v", leftoverMax)
+		if err := k.m.awaitUp(ctx); err != nil {
+			return err
 		}
-		err := m.keeper.endLeftovers(limited, sshd)
+		err := k.endLeftovers(ctx, sshd)
 		if err == nil {
-			return "nothing of it is left on the machine"
+			return nil
 		}
-		m.log.Warn("what a lost connection left on the machine may still run", "err", err)
+		if ctx.Err() == nil {
+			k.m.log.Warn("what a lost connection left on the machine may still run", "err", err)
+		}
 		if errors.Is(err, errNoScript) {
-			return m.awaitLong(ctx)
+			return err
 		}
-		_ = sleep(limited, retry.Next()) // its end is seen above
+		_ = sleep(ctx, retry.Next()) // its end is seen above
 	}
 }
 
@@ -184,29 +219,40 @@ func (m *machine) awaitUp(ctx context.Context) error {
 // errNoScript says that the script did not run.
 var errNoScript = errors.New("the machine does not run the script that ends it")
 
-// endLeftovers ends all that descends from the sshd process of a lost connection. For
-// several that ask for the same one it does so once.
+// An endRun is a run of endScript.
+type endRun struct {
+	over chan struct{}
+	err  error // valid after over is closed
+}
+
+// endLeftovers tries to end all that descends from the sshd process of a lost
+// connection. For several that ask for the same one at once it does so once.
 func (k *keeper) endLeftovers(ctx context.Context, sshd process) error {
 	k.mu.Lock()
-	under := k.ending[sshd]
-	if under == nil {
-		mine := make(chan struct{})
-		k.ending[sshd] = mine
-		defer func() {
-			k.mu.Lock()
-			defer k.mu.Unlock()
-			delete(k.ending, sshd)
-			close(mine)
-		}()
+	e := k.ending[sshd]
+	mine := e == nil
+	if mine {
+		e = &endRun{over: make(chan struct{})}
+		k.ending[sshd] = e
 	}
 	k.mu.Unlock()
-	if under != nil {
-		select {
-		case <-under: // then there is nothing, or another try is due
-		case <-ctx.Done():
-			return ctx.Err()
-		}
+	if mine {
+		e.err = k.runEndScript(ctx, sshd)
+		k.mu.Lock()
+		delete(k.ending, sshd)
+		k.mu.Unlock()
+		close(e.over)
+		return e.err
 	}
+	select {
+	case <-e.over:
+		return e.err
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+func (k *keeper) runEndScript(ctx context.Context, sshd process) error {
 	ctx, cancel := context.WithTimeout(ctx, endLimit)
 	defer cancel()
 	s, err := k.m.host.Session(ctx, lookCommand)

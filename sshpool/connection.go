@@ -37,6 +37,17 @@ func (h *Host) Connections() []Connection {
 // about to.
 func (c Connection) Ended() <-chan struct{} { return c.c.dying }
 
+// Err tells why the connection has ended, once the channel of Ended is closed. It
+// matches [ErrClosed] when this side closed it.
+func (c Connection) Err() error {
+	select {
+	case <-c.c.dying:
+		return c.c.cause
+	default:
+		return nil
+	}
+}
+
 // SetTag notes something about the connection for its user.
 func (c Connection) SetTag(tag any) { c.c.tag.Store(&tag) }
 
