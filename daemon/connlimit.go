@@ -86,9 +86,34 @@ func (l *connLimit) count(c caller, stranger bool, n int) {
 	}
 }
 
+// A limitedListener accepts what its limit admits. The rest is closed at once, one
+// after the other, so that a flood of connections takes one file descriptor.
+type limitedListener struct {
+	net.Listener
+	limit *connLimit
+}
+
+func (l limitedListener) Accept() (net.Conn, error) {
+	for {
+		conn, err := l.Listener.Accept()
+		if err != nil {
+			return nil, err
+		}
+		c, err := callerOf(conn)
+		if err == nil {
+			var release func()
+			if release, err = l.limit.admit(c); err == nil {
+				return &limitedConn{conn, c, release}, nil
+			}
+		}
+		_ = conn.Close() // nothing was said
+	}
+}
+
 // A limitedConn is a connection that counts until it is closed.
 type limitedConn struct {
 	net.Conn
+	caller  caller
 	release func()
 }
 

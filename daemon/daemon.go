@@ -182,7 +182,7 @@ func (d *Daemon) Run(ctx context.Context) error {
 	server, healthServer := newGRPCServer(d, gate{own: uint32(os.Geteuid()), group: d.group()}) //nolint:gosec // a uid
 	failed := make(chan error, 2)
 	var serving sync.WaitGroup
-	serving.Go(func() { failed <- server.Serve(listener) })
+	serving.Go(func() { failed <- server.Serve(limitedListener{listener, d.connections}) })
 	serving.Go(func() { d.dispatcher.watchStranded(d.life, d.opts.MachineWait) })
 	serving.Go(func() { d.watchHopes(d.life) })
 	serving.Go(func() { watchClock(d.life, time.Now, func(by time.Duration) { d.wake(pool, by) }) })

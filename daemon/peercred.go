@@ -65,9 +65,7 @@ func (c caller) in(name string) bool {
 
 // peerCredentials are transport credentials that learn who is calling from the
 // unix socket itself. Nothing is encrypted: the bytes never leave the host.
-type peerCredentials struct {
-	limit *connLimit // nil for none
-}
+type peerCredentials struct{}
 
 type peerInfo struct {
 	credentials.CommonAuthInfo
@@ -76,36 +74,41 @@ type peerInfo struct {
 
 func (peerInfo) AuthType() string { return "peercred" }
 
-// ServerHandshake asks the kernel for the peer's credentials.
-func (c peerCredentials) ServerHandshake(conn net.Conn) (net.Conn, credentials.AuthInfo, error) {
+// ServerHandshake tells who is calling.
+func (peerCredentials) ServerHandshake(conn net.Conn) (net.Conn, credentials.AuthInfo, error) {
+	info := peerInfo{CommonAuthInfo: credentials.CommonAuthInfo{SecurityLevel: credentials.PrivacyAndIntegrity}}
+	if l, ok := conn.(*limitedConn); ok {
+		info.caller = l.caller
+		return conn, info, nil
+	}
+	var err error
+	if info.caller, err = callerOf(conn); err != nil {
+		return nil, nil, err
+	}
+	return conn, info, nil
+}
+
+// callerOf asks the kernel for the peer's credentials.
+func callerOf(conn net.Conn) (caller, error) {
 	sc, ok := conn.(syscall.Conn)
 	if !ok {
-		return nil, nil, fmt.Errorf("peer credentials: %T is not a socket", conn)
+		return caller{}, fmt.Errorf("peer credentials: %T is not a socket", conn)
 	}
 	raw, err := sc.SyscallConn()
 	if err != nil {
-		return nil, nil, fmt.Errorf("peer credentials: %w", err)
+		return caller{}, fmt.Errorf("peer credentials: %w", err)
 	}
 	var cred *unix.Ucred
 	var credErr error
 	if err := raw.Control(func(fd uintptr) {
 		cred, credErr = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED)
 	}); err != nil {
-		return nil, nil, fmt.Errorf("peer credentials: %w", err)
+		return caller{}, fmt.Errorf("peer credentials: %w", err)
 	}
 	if credErr != nil {
-		return nil, nil, fmt.Errorf("peer credentials: %w", credErr)
+		return caller{}, fmt.Errorf("peer credentials: %w", credErr)
 	}
-	info := peerInfo{caller: caller{uid: cred.Uid, gid: cred.Gid, pid: cred.Pid}}
-	info.SecurityLevel = credentials.PrivacyAndIntegrity
-	if c.limit == nil {
-		return conn, info, nil
-	}
-	release, err := c.limit.admit(info.caller)
-	if err != nil {
-		return nil, nil, err
-	}
-	return &limitedConn{conn, release}, info, nil
+	return caller{uid: cred.Uid, gid: cred.Gid, pid: cred.Pid}, nil
 }
 
 // ClientHandshake is never used: the daemon is no client.

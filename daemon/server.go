@@ -42,7 +42,7 @@ type server struct {
 // newGRPCServer makes the server with its gate and the health service.
 func newGRPCServer(d *Daemon, g gate) (*grpc.Server, *health.Server) {
 	s := grpc.NewServer(
-		grpc.Creds(peerCredentials{d.connections}),
+		grpc.Creds(peerCredentials{}),
 		grpc.MaxConcurrentStreams(maxStreams),
 		// Who connects and says nothing.
 		grpc.ConnectionTimeout(helloWait),

@@ -7,10 +7,12 @@ import (
 	"sync"
 )
 
-// chaosSeed is the seed of all that is random here: NIX_DISPATCH_CHAOS_SEED, or
-// another one for each process.
+const seedVariable = "NIX_DISPATCH_CHAOS_SEED"
+
+// chaosSeed is the seed of all that is random here: that variable's, or another one
+// for each process.
 var chaosSeed = sync.OnceValue(func() uint64 {
-	if seed, err := strconv.ParseUint(os.Getenv("NIX_DISPATCH_CHAOS_SEED"), 10, 64); err == nil {
+	if seed, err := strconv.ParseUint(os.Getenv(seedVariable), 10, 64); err == nil {
 		return seed
 	}
 	return rand.Uint64N(1_000_000)

@@ -28,13 +28,8 @@ for (my $end = time + 600; time < $end;) {
 func TestDaemonUnderSiege(t *testing.T) {
 	t.Parallel()
 	s := newSite(t, siteConfig{machines: []machineConfig{{name: "mac", suite: fleet.Sid, columns: "x86_64-linux - 4"}}})
-	s.stopDaemon(syscall.SIGTERM)
-	s.run("groupadd", "--system", "nix-dispatch")
-	for _, user := range []string{"alice", "bob"} {
-		s.run("usermod", "--append", "--groups", "nix-dispatch", user)
-	}
 	s.prefix = []string{"prlimit", "--nofile=200:200"}
-	s.startDaemon()
+	s.admit("alice", "bob")
 	// As many builds as later, so that the connections they need are there before.
 	s.verify(s.mustBuild("alice", several("before"))...)
 	l := s.openLedger()

@@ -1,6 +1,6 @@
 // Command mallory does what a program should not: the integration tests have it
-// talk to nix-dispatchd as a build hook that lies, and look into the memory of
-// processes.
+// talk to nix-dispatchd as a build hook that lies, or as a thousand that stay, and
+// look into the memory of processes.
 package main
 
 import (
@@ -23,8 +23,13 @@ import (
 
 func main() {
 	run := hook
-	if len(os.Args) > 1 && os.Args[1] == "memory" {
-		run = memory
+	if len(os.Args) > 1 {
+		switch os.Args[1] {
+		case "memory":
+			run = memory
+		case "streams":
+			run = streams
+		}
 	}
 	if err := run(os.Args[2:]); err != nil {
 		fmt.Println("error:", err)
