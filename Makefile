@@ -8,6 +8,8 @@ FUZZTIME ?= 30s
 
 # Who has made a package.
 MAINTAINER ?= nix-dispatch <root@localhost>
+# How a package is compressed: xz, zstd, gzip or none.
+COMPRESSION ?= xz
 # The time of all files in a package, so that the same commit makes the same bytes.
 SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct 2>/dev/null || echo 0)
 
@@ -24,7 +26,6 @@ export CGO_ENABLED = 0
 
 STATICCHECK        = honnef.co/go/tools/cmd/staticcheck@v0.8.2
 GOVULNCHECK        = golang.org/x/vuln/cmd/govulncheck@v1.1.4
-NFPM               = github.com/goreleaser/nfpm/v2/cmd/nfpm@v2.45.2
 PROTOC_GEN_GO      = google.golang.org/protobuf/cmd/protoc-gen-go@v1.36.12
 PROTOC_GEN_GO_GRPC = google.golang.org/grpc/cmd/protoc-gen-go-grpc@v1.6.2
 
@@ -40,7 +41,7 @@ TEST_TOOLS = gcc=gcc /usr/include/stdlib.h=libc6-dev as=binutils git=git ssh=ope
 	prometheus=prometheus promtool=prometheus chromium=chromium
 
 # Tests for who asks for them with an environment variable: see docs/hacking.md.
-OPT_IN = ^TestDocs$$|^TestGolden|^TestChaos(|DeadMachineCostsNothing)$$
+OPT_IN = ^TestGolden|^TestChaos(|DeadMachineCostsNothing)$$
 
 TOOLS           = $(CURDIR)/bin/tools
 # Vetting is a step of its own.
@@ -90,8 +91,8 @@ integration: prepare-tests ## The tests on real Nix machines made here. Needs ro
 chaos: prepare-tests ## Everything that can go wrong with machines, callers and the daemon: ONLY=name SEED=N. Needs root.
 	NIX_DISPATCH_CHAOS=1 NIX_DISPATCH_CHAOS_SEED=$(SEED) $(INTEGRATION_RUN) -v -run '^TestChaos$(ONLY)' $(INTEGRATION)
 
-docs: prepare-tests ## Type every command in the documentation, on hosts made here. Needs root.
-	NIX_DISPATCH_DOCS=1 $(INTEGRATION_RUN) -v -run '^TestDocs$$' $(INTEGRATION)
+docs: prepare-tests ## Type every command in the documentation, on hosts made here, as test does. Needs root.
+	$(INTEGRATION_RUN) -v -run '^TestDocs$$' $(INTEGRATION)
 
 fuzz: ## Run every fuzz target for a while (FUZZTIME=30s).
 	@set -e; grep -rn --include='*_test.go' '^func Fuzz' . | \
@@ -111,7 +112,7 @@ staticcheck: ## Staticcheck, which is fetched and built first.
 vulncheck: ## Known vulnerabilities in what is linked in. Asks the Go vulnerability database.
 	go run $(GOVULNCHECK) ./...
 
-reproducible: ## Build twice, in two places with empty caches, and compare the programs.
+reproducible: ## Build twice, in two places with empty caches, and compare programs and package.
 	@deploy/reproducible.sh
 
 generate: ## Make the Go code of the gRPC interface anew, and its page.
@@ -137,13 +138,9 @@ install: build ## Install programs, units, manual pages, completions (PREFIX=/us
 uninstall: ## Remove what install has installed; Nix's own hook is back first.
 	deploy/install.sh uninstall $(BIN) $(PREFIX) '$(DESTDIR)'
 
-deb: build ## Make the Debian package in bin/ (BIN=, VERSION=).
-	rm -rf $(BIN)/deb
-	deploy/install.sh install $(BIN) /usr $(BIN)/deb
-	DEB_TREE=$(BIN)/deb DEB_VERSION=$$(deploy/deb/version.sh $(VERSION)) DEB_ARCH=$$(go env GOARCH) \
-		DEB_MAINTAINER='$(MAINTAINER)' SOURCE_DATE_EPOCH=$(SOURCE_DATE_EPOCH) \
-		go run $(NFPM) package --config deploy/deb/nfpm.yaml --packager deb --target $(BIN)/
-	rm -rf $(BIN)/deb
+deb: build ## Make the Debian package in bin/ (BIN=, VERSION=). Needs dpkg-deb.
+	@MAINTAINER='$(MAINTAINER)' COMPRESSION=$(COMPRESSION) SOURCE_DATE_EPOCH=$(SOURCE_DATE_EPOCH) GOARCH=$$(go env GOARCH) \
+		deploy/deb/build.sh $(BIN) $(VERSION)
 
 clean: ## Remove what was built.
 	rm -rf bin

@@ -75,7 +75,11 @@ func TestPriorityIsFollowed(t *testing.T) {
 	}
 	s := newSite(t, m)
 	build := func(r *recipe, priority int32) {
-		go s.realise(&dispatchv1.BuildRequest{Derivations: []string{string(r.path)}, Priority: priority})
+		stream, err := s.client.Build(t.Context(), &dispatchv1.BuildRequest{Derivations: []string{string(r.path)}, Priority: priority})
+		if err != nil {
+			t.Fatal(err)
+		}
+		go readBuild(stream)
 		s.eventually("it is in the queue", func() bool {
 			for _, b := range s.status().GetBuilds() {
 				if b.GetDrvPath() == string(r.path) && b.GetPriority() == priority {

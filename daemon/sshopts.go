@@ -40,7 +40,7 @@ func shellSplit(text string) ([]string, error) {
 			}
 			word.WriteByte(text[i])
 			started = true
-		case c == quote:
+		case quote != 0 && c == quote:
 			quote = 0
 		case quote != 0:
 			word.WriteByte(c)

@@ -256,7 +256,7 @@ func (s *hookSwitch) verify(should bool) error {
 	set, err := h.daemonSetting(hookSubject, d, v.ignoresFile)
 	switch {
 	case err != nil:
-		return fmt.Errorf("Nix rejects its configuration: %w", err)
+		return fmt.Errorf("the configuration is rejected by Nix: %w", err)
 	case should && version != "":
 		if f := h.judge(set, v, d.env); f.Level != levelOK {
 			return fmt.Errorf("%s: %s; %s", f.Subject, f.Text, f.Fix)

@@ -82,10 +82,6 @@ func copying(t *dispatchv1.Transfer) *dispatchv1.BuildEvent {
 	return &dispatchv1.BuildEvent{Event: &dispatchv1.BuildEvent_Copying{Copying: &dispatchv1.Copying{Transfer: t}}}
 }
 
-func fetching(t *dispatchv1.Transfer) *dispatchv1.BuildEvent {
-	return &dispatchv1.BuildEvent{Event: &dispatchv1.BuildEvent_Fetching{Fetching: &dispatchv1.Fetching{Transfer: t}}}
-}
-
 var buildingEvent = &dispatchv1.BuildEvent{Event: &dispatchv1.BuildEvent_Building{Building: &dispatchv1.Building{}}}
 
 func queued(reason string) *dispatchv1.BuildEvent {

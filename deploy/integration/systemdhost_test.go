@@ -2,7 +2,6 @@ package integration
 
 import (
 	"context"
-	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
@@ -99,16 +98,6 @@ func (h *systemdHost) install() {
 	h.mustRun("systemd-sysusers")
 	h.machines("ssh://mac x86_64-linux - 2")
 	h.mustRun("systemctl", "daemon-reload")
-}
-
-// put copies a file of this machine there.
-func (h *systemdHost) put(name, from string) {
-	h.t.Helper()
-	data, err := os.ReadFile(from)
-	if err != nil {
-		h.t.Fatal(err)
-	}
-	h.write(name, string(data))
 }
 
 func (h *systemdHost) write(name, text string) {
