@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"strings"
 	"sync"
 	"time"
 
@@ -219,7 +220,9 @@ func (e *entry) state(drained map[string]drain) (scheduler.MachineState, string)
 	case st.State == sshpool.Down:
 		reason := "since " + moment(st.Since)
 		if st.LastError != nil {
-			reason = fmt.Sprintf("%v (since %s)", st.LastError, moment(st.Since))
+			// It names the machine, as does all that shows reasons.
+			why := strings.TrimPrefix(st.LastError.Error(), e.line.StoreURI+": ")
+			reason = fmt.Sprintf("%s (since %s)", why, moment(st.Since))
 		}
 		if isDrained {
 			reason += "; it is drained, too"

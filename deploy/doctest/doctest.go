@@ -12,6 +12,7 @@
 package doctest
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"os"
@@ -85,6 +86,22 @@ type Command struct {
 }
 
 func (c Command) String() string { return fmt.Sprintf("%s:%d: %s", c.Page, c.Line, c.Text) }
+
+// ofBuilds are the subcommands whose arguments are numbers of builds.
+var ofBuilds = regexp.MustCompile(`^nix-dispatch (log|cancel|attach) `)
+
+// With is the command with the numbers of builds that its page has replaced by those
+// that they have here.
+func (c Command) With(numbers map[string]string) Command {
+	if ofBuilds.MatchString(c.Text) {
+		words := strings.Fields(c.Text)
+		for i, word := range words {
+			words[i] = cmp.Or(numbers[word], word)
+		}
+		c.Text = strings.Join(words, " ")
+	}
+	return c
+}
 
 // Commands are the commands of the block, in order. A script is one.
 func (b Block) Commands() ([]Command, error) {

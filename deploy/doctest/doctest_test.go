@@ -79,8 +79,25 @@ ssh://mac  up     3 of 12
 		"ssh://mac":          false,
 		"ssh://mac  up     3 of 12\nMACHINE    STATE  RUNNING\n": false,
 	} {
-		if err := Match(sample, printed); (err == nil) != ok {
+		if _, err := Match(sample, printed); (err == nil) != ok {
 			t.Errorf("%q: %v", sample, err)
+		}
+	}
+}
+
+func TestNumbersOfBuilds(t *testing.T) {
+	numbers, err := Match("BUILD  PHASE\n2  building  1 s\n3\n", "BUILD  PHASE\n14     building  0s\n15\n")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for text, want := range map[string]string{
+		"nix-dispatch log 2\n":                    "nix-dispatch log 14",
+		"nix-dispatch attach -L --out-link r 3\n": "nix-dispatch attach -L --out-link r 15",
+		"nix-dispatch cancel 4\n":                 "nix-dispatch cancel 4",
+		"nix-dispatch build --priority 3 x.drv\n": "nix-dispatch build --priority 3 x.drv\n",
+	} {
+		if got := (Command{Text: text}).With(numbers).Text; got != want {
+			t.Errorf("%q became %q, want %q", text, got, want)
 		}
 	}
 }

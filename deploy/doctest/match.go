@@ -30,10 +30,15 @@ func Plain(line string) string {
 	return strings.TrimSpace(line)
 }
 
+// first is a number that a line begins with, as of a build.
+var first = regexp.MustCompile(`^[0-9]+(?:\s|$)`)
+
 // Match tells whether a command printed what its page says: the lines of the
 // sample are among those that it printed, in this order, apart from what
-// Plain takes out. "..." stands for anything within a line.
-func Match(sample, printed string) error {
+// Plain takes out. "..." stands for anything within a line. Where lines begin with
+// numbers, it returns those that were printed for the sample's.
+func Match(sample, printed string) (numbers map[string]string, err error) {
+	numbers = make(map[string]string)
 	lines := strings.Split(printed, "\n")
 	for want := range strings.Lines(sample) {
 		want = strings.TrimSpace(want)
@@ -46,11 +51,14 @@ func Match(sample, printed string) error {
 			n++
 		}
 		if n == len(lines) {
-			return fmt.Errorf("it does not print, or not in this order, %q", want)
+			return nil, fmt.Errorf("it does not print, or not in this order, %q", want)
+		}
+		if said := strings.TrimSpace(first.FindString(want)); said != "" {
+			numbers[said] = strings.TrimSpace(first.FindString(strings.TrimSpace(lines[n])))
 		}
 		lines = lines[n+1:]
 	}
-	return nil
+	return numbers, nil
 }
 
 func likeness(line string) *regexp.Regexp {

@@ -107,7 +107,7 @@ func TestEveryPageIsLinked(t *testing.T) {
 }
 
 var (
-	testName   = regexp.MustCompile(`^(Test|Fuzz)[A-Z]\w*$`)
+	testName   = regexp.MustCompile(`^(Test|Fuzz|Benchmark)[A-Z]\w*$`)
 	makeTarget = regexp.MustCompile(`^(?:.* )?make ([a-z-]+)`)
 )
 
