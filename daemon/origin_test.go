@@ -96,6 +96,15 @@ func TestPriorityIsFollowed(t *testing.T) {
 	build(s.drv("low", drvConfig{}), -1)
 	build(s.drv("high", drvConfig{}), 5)
 	build(raised, 4)
+	s.eventually("their inputs are there", func() bool {
+		staged := 0
+		for _, b := range s.status().GetBuilds() {
+			if b.GetPriority() > 0 && b.GetPhase() == dispatchv1.Phase_PHASE_STAGED {
+				staged++
+			}
+		}
+		return staged == 2
+	})
 	close(open)
 	for _, want := range []string{"first.drv", "high.drv", "raised.drv", "low.drv"} {
 		if got := <-order; got != want {
