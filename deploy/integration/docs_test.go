@@ -21,6 +21,7 @@ import (
 var docsNotRun = map[string]string{
 	"go test ./deploy/integration -run TestEveryPairBuilds": "that test runs anyway",
 	"go test -run '^$' -bench .":                            "it measures, for half an hour",
+	"promtool check rules":                                  "deploy/prometheus has a test that runs it",
 }
 
 // docsFail are commands that fail, as their pages show, by how they begin.
