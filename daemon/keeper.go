@@ -292,7 +292,11 @@ func (k *keeper) hear(ctx context.Context, c sshpool.Connection, s *sshpool.Sess
 	switch {
 	case ok:
 		if c.Tag() == nil && l.sshd != (process{}) {
-			k.do(func() { k.tidyAfter(c, l.sshd) })
+			c.AfterEnd(func(cause error) {
+				if !errors.Is(cause, sshpool.ErrClosed) { // else the machine has been told
+					k.do(func() { k.tidyUp(l.sshd) })
+				}
+			})
 		}
 		c.SetTag(l.sshd)
 		k.m.condition.told(l.load)

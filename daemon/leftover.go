@@ -153,18 +153,10 @@ func (m *machine) awaitGone(ctx context.Context, s *sshpool.Session) (how string
 	}
 }
 
-// tidyAfter ends what a connection leaves on the machine if it is lost. Even where
-// nothing was built, there may be remote processes that wait for the rest of an
-// input, with a lock on it, and keep paths from being collected.
-func (k *keeper) tidyAfter(c sshpool.Connection, sshd process) {
-	select {
-	case <-c.Ended():
-	case <-k.ctx.Done():
-		return
-	}
-	if errors.Is(c.Err(), sshpool.ErrClosed) {
-		return // the machine has been told
-	}
+// tidyUp ends what a lost connection has left on the machine. Even where nothing was
+// built, there may be remote processes that wait for the rest of an input, with a lock
+// on it, and keep paths from being collected.
+func (k *keeper) tidyUp(sshd process) {
 	ctx, cancel := context.WithTimeout(k.ctx, leftoverMax)
 	defer cancel()
 	if k.tidy(ctx, sshd) == nil {

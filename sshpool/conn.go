@@ -41,6 +41,7 @@ type conn struct {
 	retired   bool      // no new sessions, ever
 	ended     bool
 	endErr    error
+	afterEnd  []func(error)
 }
 
 // A liveConn counts what it receives, so that silence can be told from slowness.

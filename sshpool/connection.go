@@ -37,14 +37,18 @@ func (h *Host) Connections() []Connection {
 // about to.
 func (c Connection) Ended() <-chan struct{} { return c.c.dying }
 
-// Err tells why the connection has ended, once the channel of Ended is closed. It
-// matches [ErrClosed] when this side closed it.
-func (c Connection) Err() error {
-	select {
-	case <-c.c.dying:
-		return c.c.cause
-	default:
-		return nil
+// AfterEnd has f called once the connection has ended, at once if it has. The cause
+// matches [ErrClosed] when this side closed it. f must not block.
+func (c Connection) AfterEnd(f func(cause error)) {
+	h := c.c.host
+	h.mu.Lock()
+	ended, cause := c.c.ended, c.c.endErr
+	if !ended {
+		c.c.afterEnd = append(c.c.afterEnd, f)
+	}
+	h.mu.Unlock()
+	if ended {
+		f(cause)
 	}
 }
 

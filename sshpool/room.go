@@ -195,6 +195,13 @@ func (h *Host) settle(r *remote) {
 
 // remove takes out a connection that has ended with err.
 func (h *Host) remove(c *conn, err error) {
+	for _, f := range h.takeOut(c, err) {
+		f(err)
+	}
+}
+
+// takeOut is remove but for telling those who wanted to know, whom it returns.
+func (h *Host) takeOut(c *conn, err error) (afterEnd []func(error)) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	c.ended, c.endErr = true, err
@@ -207,6 +214,7 @@ func (h *Host) remove(c *conn, err error) {
 	}
 	h.wakeLocked()
 	signal(h.look)
+	return c.afterEnd
 }
 
 func (h *Host) wakeLocked() {

@@ -20,11 +20,6 @@ type ledger struct {
 	fds        int
 }
 
-// firstTimes is how many goroutines may be more: some come with what is done once, such
-// as one that waits for the end of a connection which has told of its machine. What
-// leaks does so for each of many builds.
-const firstTimes = 4
-
 // openLedger notes what nix-dispatchd has with nothing to do. A moment's more is
 // not noted.
 func (s *site) openLedger() ledger {
@@ -109,7 +104,7 @@ func (l ledger) open() []string {
 	}
 	// They are made and ended by what was just looked at, so they come last and
 	// count only when all else is well.
-	if n := s.goroutines(); n > l.goroutines+firstTimes {
+	if n := s.goroutines(); n > l.goroutines {
 		open = append(open, fmt.Sprintf("goroutines: %d, %d before", n, l.goroutines))
 	}
 	if n := s.fds(); n > l.fds {

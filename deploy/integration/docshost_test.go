@@ -161,15 +161,7 @@ func (d *docs) hold(names ...string) {
 	}
 	d.held = append(d.held, names...)
 	d.start("alice", "["+expr.String()+"]", "--keep-going")
-	d.eventually(patience, "all are built", func() bool {
-		building := 0
-		for _, b := range d.status().Builds {
-			if b.Phase == "building" {
-				building++
-			}
-		}
-		return building == len(names)
-	})
+	d.eventually(patience, "all are built", func() bool { return d.status().phases("building") == len(names) })
 }
 
 func (d *docs) holdOne() {

@@ -173,9 +173,7 @@ func (s *site) stopCallers(readers []*logReader) []int {
 		})...)
 	}
 	hooks := 0
-	for _, pid := range pids(s.client, func(cmdline string) bool {
-		return strings.Contains(cmdline, "nix-dispatch-hook") || strings.Contains(cmdline, "nix-dispatch hook")
-	}) {
+	for _, pid := range s.hooks() {
 		if parent, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid)); err == nil && hasParent(string(parent), callers) {
 			callers = append(callers, pid)
 			hooks++
