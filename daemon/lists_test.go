@@ -59,7 +59,12 @@ func TestMachinesNamedByARequest(t *testing.T) {
 		// It could be built locally, and a local slot is free: but the machine is named.
 		h := s.hook(locally, s.with("m2"))
 		thing := s.drv("thing", drvConfig{})
-		reply := h.try(thing, true)
+		// While the connection comes up it may be told to ask again, as Nix does.
+		var reply *dispatchv1.Reply
+		s.eventually("the build is taken or declined", func() bool {
+			reply = h.try(thing, true)
+			return reply.GetAction() != postpone
+		})
 		if reply.GetAction() != accept || reply.GetMachineName() != other.uri() {
 			t.Fatalf("reply = %v, want %s", reply, other.uri())
 		}

@@ -48,7 +48,7 @@ func TestPackage(t *testing.T) {
 func makeDeb(t *testing.T, version string) (path string) {
 	t.Helper()
 	dir := t.TempDir()
-	cmd := exec.Command("make", "-s", "-C", "../..", "deb", "BIN="+dir, "VERSION="+version)
+	cmd := exec.Command("make", "-s", "-C", "../..", "deb", "BIN="+dir, "VERSION="+version, "COMPRESSION=none")
 	if out, err := cmd.CombinedOutput(); err != nil {
 		t.Fatalf("make deb: %v\n%s", err, out)
 	}
