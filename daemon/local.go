@@ -14,11 +14,21 @@ import (
 	"golang.org/x/sys/unix"
 
 	"nixdispatch/proto/nix"
+	"nixdispatch/proto/nix/wire"
 	"nixdispatch/proto/nix/worker"
 )
 
 // localHandshakeTimeout bounds connecting to the local nix-daemon.
 const localHandshakeTimeout = 30 * time.Second
+
+// While nix-daemon is restarted, as by an upgrade of Nix, who connects is refused, or
+// accepted by the one that ends and never greeted. It is tried again for
+// localAwayMost, after pauses that grow from localPause.
+const (
+	localAwayMost  = 10 * time.Second
+	localPause     = 20 * time.Millisecond
+	localPauseMost = time.Second
+)
 
 // A localStore is a store of this host, spoken to through nix-daemon: never by
 // writing into the store directory or its database.
@@ -84,27 +94,52 @@ func (s *localStore) open(ctx context.Context) (*localConn, error) {
 }
 
 // connect makes a new connection, with a receiver for what operations report
-// meanwhile. It is used like one of open.
+// meanwhile. It is used like one of open. It waits for a nix-daemon that is being
+// restarted.
 func (s *localStore) connect(ctx context.Context, events worker.Events) (*localConn, error) {
+	giveUp := time.Now().Add(localAwayMost)
+	for pause := localPause; ; pause = min(2*pause, localPauseMost) {
+		conn, away, err := s.connectOnce(ctx, events)
+		if err == nil {
+			return conn, nil
+		}
+		if ctx.Err() != nil || !away || time.Now().Add(pause).After(giveUp) {
+			return nil, &localError{doing: "connect to nix-daemon", err: contextCause(ctx, err)}
+		}
+		select {
+		case <-time.After(pause):
+		case <-ctx.Done():
+		}
+	}
+}
+
+// connectOnce tells also whether nix-daemon failed to answer in the way of one that
+// may soon be there again.
+func (s *localStore) connectOnce(ctx context.Context, events worker.Events) (conn *localConn, away bool, err error) {
 	transport, err := s.dial(ctx)
 	if err != nil {
-		return nil, &localError{doing: "connect to nix-daemon", err: err}
+		return nil, errors.Is(err, unix.ECONNREFUSED), err
 	}
-	conn := &localConn{store: s, transport: transport, started: time.Now()}
+	conn = &localConn{store: s, transport: transport, started: time.Now()}
 	conn.bind(ctx)
 	timer := time.AfterFunc(localHandshakeTimeout, conn.abort)
 	conn.Client, err = worker.NewClient(transport, transport, events)
 	if !timer.Stop() && err == nil {
 		err = fmt.Errorf("no handshake within %s", localHandshakeTimeout)
 	}
-	if err != nil {
-		conn.Close()
-		if child, ok := transport.(*childDaemon); ok && ctx.Err() == nil {
-			err = child.explain(err)
-		}
-		return nil, &localError{doing: "connect to nix-daemon", err: contextCause(ctx, err)}
+	if err == nil {
+		return conn, false, nil
 	}
-	return conn, nil
+	conn.Close()
+	child, ok := transport.(*childDaemon)
+	if !ok {
+		handshake, ok := errors.AsType[*wire.HandshakeError](err)
+		return nil, ok && handshake.Fault == wire.Closed, err
+	}
+	if ctx.Err() == nil {
+		err = child.explain(err)
+	}
+	return nil, false, err
 }
 
 func (c *localConn) bind(ctx context.Context) {

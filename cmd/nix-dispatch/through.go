@@ -3,6 +3,8 @@ package main
 import (
 	"context"
 	"fmt"
+	"strings"
+	"syscall"
 	"time"
 
 	"google.golang.org/grpc/codes"
@@ -32,6 +34,9 @@ const (
 // caller must close the connection, which holds the outputs' roots.
 func buildThrough(ctx context.Context, opts *buildOptions, std stdio) (*dispatchv1.BuildResponse, *daemonConn, error) {
 	conn, err := dialReady(ctx, *opts.socket)
+	if err != nil && mayComeBack(err) {
+		conn, err = awaitNext(ctx, opts, std, "is out of reach", err)
+	}
 	if err != nil {
 		return nil, nil, err
 	}
@@ -44,12 +49,23 @@ func buildThrough(ctx context.Context, opts *buildOptions, std stdio) (*dispatch
 		if status.Code(err) != codes.Unavailable || n == maxDaemons {
 			return nil, nil, err
 		}
-		fmt.Fprintf(std.err, "nix-dispatch: the daemon went away: %s; waiting for it to come back\n",
-			nix.PlainText(status.Convert(err).Message()))
-		if conn, err = nextDaemon(ctx, *opts.socket); err != nil {
+		if conn, err = awaitNext(ctx, opts, std, "went away", err); err != nil {
 			return nil, nil, err
 		}
 	}
+}
+
+// mayComeBack tells whether dialReady failed on the socket of a daemon that was there
+// once, which is killed or stopped.
+func mayComeBack(err error) bool {
+	return status.Code(err) == codes.DeadlineExceeded || strings.Contains(status.Convert(err).Message(), syscall.ECONNREFUSED.Error())
+}
+
+// awaitNext tells the user why a build waits, and is nextDaemon.
+func awaitNext(ctx context.Context, opts *buildOptions, std stdio, what string, why error) (*daemonConn, error) {
+	fmt.Fprintf(std.err, "nix-dispatch: the daemon %s: %s; waiting for it to come back\n",
+		what, nix.PlainText(status.Convert(why).Message()))
+	return nextDaemon(ctx, *opts.socket)
 }
 
 // nextDaemon connects to the daemon that takes requests again.

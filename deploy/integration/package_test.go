@@ -21,7 +21,8 @@ func TestPackage(t *testing.T) {
 	t.Parallel()
 	f := newFleet(t)
 	old, next := makeDeb(t, "v1.0"), makeDeb(t, "v1.1")
-	if _, err := f.Host(t.Context(), fleet.HostConfig{Name: "mac", NixConf: "max-jobs = 20"}); err != nil {
+	mac, err := f.Host(t.Context(), fleet.HostConfig{Name: "mac", NixConf: "max-jobs = 20"})
+	if err != nil {
 		t.Fatal(err)
 	}
 	t.Run("suites", func(t *testing.T) {
@@ -36,7 +37,7 @@ func TestPackage(t *testing.T) {
 				if suite == fleet.Trixie {
 					builds = 50
 				}
-				h := &packagedHost{systemdHost: bootSystemd(t, f, suite), builds: builds}
+				h := &packagedHost{systemdHost: bootSystemd(t, f, suite), mac: mac, builds: builds}
 				h.machines("ssh://root@mac x86_64-linux - 20")
 				h.live(old, next)
 			})
@@ -62,7 +63,8 @@ func makeDeb(t *testing.T, version string) (path string) {
 // A packagedHost is one that the package is installed on.
 type packagedHost struct {
 	*systemdHost
-	builds int // how many are interrupted
+	mac    *fleet.Host // builds for it
+	builds int         // how many are in progress at a restart
 }
 
 func (h *packagedHost) live(old, next string) {
@@ -84,13 +86,15 @@ func (h *packagedHost) live(old, next string) {
 
 	// Builds outlive a restart.
 	builds := h.startBuilds("restarted", h.builds)
-	h.mustRun("systemctl", "restart", "nix-dispatchd")
+	h.mustRun("systemctl", "--no-block", "restart", "nix-dispatchd")
+	h.stops()
 	builds.end(h)
 
 	// And an upgrade.
 	pid := h.property("MainPID")
 	builds = h.startBuilds("upgraded", 10)
 	h.apt("install", h.bring(next))
+	h.stops()
 	builds.end(h)
 	h.eventually("the new version runs", func() bool {
 		out, err := h.run("nix-dispatch", "doctor", "--json")
@@ -101,8 +105,16 @@ func (h *packagedHost) live(old, next string) {
 
 	// And a removal, after which Nix's own hook builds.
 	builds = h.startBuilds("removed", 10)
-	h.apt("remove", "nix-dispatch")
+	removed := make(chan error, 1)
+	go func() { removed <- h.tryApt("remove", "nix-dispatch") }()
+	h.eventually("the removal waits for builds", func() bool {
+		_, err := h.run("pgrep", "-f", "^nix-dispatch disable")
+		return err == nil
+	})
 	builds.end(h)
+	if err := <-removed; err != nil {
+		t.Fatal(err)
+	}
 	h.buildsWithout("removed-after", "alice")
 	h.buildsWithout("removed-after-root", "root")
 	if out, err := h.run("grep", "-r", "nix-dispatch", "/etc/nix", "/root/.config"); err == nil {
@@ -146,29 +158,53 @@ func (h *packagedHost) bring(deb string) string {
 
 func (h *packagedHost) apt(args ...string) {
 	h.t.Helper()
-	h.mustRun(append([]string{"env", "DEBIAN_FRONTEND=noninteractive", "apt-get", "-qq", "-y", "-o", "Dpkg::Use-Pty=0"}, args...)...)
+	if err := h.tryApt(args...); err != nil {
+		h.t.Fatal(err)
+	}
 }
 
-// through is how many builds have gone through nix-dispatchd.
-func (h *packagedHost) through() int {
+func (h *packagedHost) tryApt(args ...string) error {
+	out, err := h.run(append([]string{"env", "DEBIAN_FRONTEND=noninteractive", "apt-get", "-qq", "-y", "-o", "Dpkg::Use-Pty=0"}, args...)...)
+	if err != nil {
+		return fmt.Errorf("apt-get %q: %w\n%s", args, err, out)
+	}
+	return nil
+}
+
+// stops waits until the service is told to stop, and waits for its builds.
+func (h *packagedHost) stops() {
 	h.t.Helper()
-	var n int
+	h.eventually("the service is stopping", func() bool { return h.property("ActiveState") == "deactivating" })
+}
+
+// through are the builds that have gone through nix-dispatchd, the newest first, each
+// as the name of its caller.
+func (h *packagedHost) through() (callers []string) {
+	h.t.Helper()
 	for line := range strings.Lines(h.mustRun("nix-dispatch", "history", "--json")) {
-		var build struct{ Failed bool }
+		var build struct{ Caller string }
 		if err := json.Unmarshal([]byte(line), &build); err != nil {
 			h.t.Fatalf("%q: %v", line, err)
 		}
-		n++
+		callers = append(callers, build.Caller)
 	}
-	return n
+	return callers
 }
 
 func (h *packagedHost) buildsThrough(name, user string) {
 	h.t.Helper()
-	before := h.through()
+	before := len(h.through())
 	h.buildsOnMac(name, user)
 	// It is written down after it was told of.
-	h.eventually("a build went through nix-dispatchd: "+name, func() bool { return h.through() == before+1 })
+	var callers []string
+	h.eventually("a build went through nix-dispatchd: "+name, func() bool {
+		callers = h.through()
+		return len(callers) == before+1
+	})
+	// Though it is nix-daemon that asks, it is known for whom.
+	if callers[0] != user {
+		h.t.Errorf("%s: the build is said to be %s's, want %s's", name, callers[0], user)
+	}
 }
 
 // buildsWithout checks that Nix builds with its own hook.
@@ -177,10 +213,10 @@ func (h *packagedHost) buildsWithout(name, user string) {
 	_, err := h.run("test", "-e", "/usr/bin/nix-dispatch")
 	installed, before := err == nil, 0
 	if installed {
-		before = h.through()
+		before = len(h.through())
 	}
 	h.buildsOnMac(name, user)
-	if installed && h.through() != before {
+	if installed && len(h.through()) != before {
 		h.t.Errorf("%s: a build went through nix-dispatchd, which is not switched on", name)
 	}
 }
@@ -202,13 +238,15 @@ type runningBuilds struct {
 	done chan error
 }
 
-// startBuilds starts that many builds, and returns when some are in progress.
+// startBuilds starts that many builds, and returns when some are in progress, which
+// they stay until end.
 func (h *packagedHost) startBuilds(name string, n int) *runningBuilds {
 	h.t.Helper()
 	b := &runningBuilds{name: name, want: n, done: make(chan error, 1)}
 	expr := "["
 	for i := range n {
-		expr += shell(fmt.Sprintf("%s-%s-%d", h.Name(), name, i), "sleep 1; echo > $out", "")
+		expr += shell(fmt.Sprintf("%s-%s-%d", h.Name(), name, i),
+			"until test -e "+h.gate(name)+"; do sleep 0.1; done; echo > $out", "")
 	}
 	expr += "]"
 	cmd := h.Command(h.t.Context(), "alice", "nix-build", "--no-out-link", "--keep-going", "--expr", expr)
@@ -226,9 +264,15 @@ func (h *packagedHost) startBuilds(name string, n int) *runningBuilds {
 	return b
 }
 
-// end waits for all of them.
+// gate is the file on mac that the builds of that name wait for.
+func (h *packagedHost) gate(name string) string { return "/var/tmp/gate-" + h.Name() + "-" + name }
+
+// end has all of them end.
 func (b *runningBuilds) end(h *packagedHost) {
 	h.t.Helper()
+	if err := h.mac.WriteFile(h.gate(b.name), nil, 0o644); err != nil {
+		h.t.Fatal(err)
+	}
 	err := <-b.done
 	out := b.out()
 	paths := strings.Fields(out.Stdout)
