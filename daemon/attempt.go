@@ -91,7 +91,9 @@ func (a *attempt) failed(r nix.BuildResult, took time.Duration) (outcome, error)
 	case byDisk:
 		return outcome{}, a.m.fault(doingBuild, &complaint{words: o.err, full: true})
 	case byKilling:
-		return outcome{}, &killedError{o}
+		return outcome{}, &unclearError{outcome: o, killed: true}
+	case unclear:
+		return outcome{}, &unclearError{outcome: o}
 	default:
 		return o, nil
 	}

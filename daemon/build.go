@@ -216,17 +216,17 @@ func (d *Daemon) run(ctx context.Context, b *build) {
 // attempts tries the build until a machine gives a verdict, or it is nobody's
 // fault that another machine could make up for.
 func (d *Daemon) attempts(ctx context.Context, b *build, log *slog.Logger) (outcome, error) {
-	killed := false
+	doubted := false
 	for failed := 0; ; {
 		o, err := d.attempt(ctx, b)
-		if kill, ok := errors.AsType[*killedError](err); ok {
-			if killed || !d.dispatcher.othersFor(b, b.at) {
-				return kill.outcome, nil
+		if u, ok := errors.AsType[*unclearError](err); ok {
+			if doubted || !d.dispatcher.othersFor(b, b.at) {
+				return u.outcome, nil
 			}
-			killed = true
-			log.Warn("a process of the build was killed, trying another machine", "machine", kill.outcome.machine, "err", err)
-			d.metrics.attemptFailed(kill.outcome.machine, failureKilled)
-			d.retry(b, &machineError{kill.outcome.machine, doingBuild, err})
+			doubted = true
+			log.Warn("that may be the machine's fault, trying another one", "machine", u.outcome.machine, "killed", u.killed, "err", err)
+			d.metrics.attemptFailed(u.outcome.machine, u.reason())
+			d.retry(b, &machineError{u.outcome.machine, doingBuild, err})
 			continue
 		}
 		switch {

@@ -26,13 +26,17 @@ const (
 	// byKilling: something on the machine ended a process of the build, out of
 	// memory for example. Another machine may have more; once.
 	byKilling
+	// unclear: the machine's Nix failed before it ran the builder, in words that are
+	// not known here. Most are of its state (no user to build as, a directory that it
+	// may not use), some of the derivation. Another machine may do better; once.
+	unclear
 )
 
 // verdicts tell what a failure that a machine reports means, by words that its
 // message holds outside of the builder's log. The first that fits decides; what
-// fits none is the derivation's fault, so that nothing is repeated in vain. The
-// status tells little: what Nix throws before the builder runs is an
-// InputRejected in one version and a MiscFailure in another.
+// fits none is the derivation's fault, so that nothing is repeated in vain, but for
+// what Nix throws before the builder runs, an InputRejected in one version and a
+// MiscFailure in another.
 //
 // The words are Nix's own, the same in 2.8.0, 2.26.3 and 2.34.8 unless said:
 // build/derivation-goal.cc, build/derivation-building-goal.cc and
@@ -78,6 +82,9 @@ func judge(r nix.BuildResult, drv *nix.Derivation) blame {
 	if r.Status == nix.TransientFailure && !drv.ContentAddressed() {
 		return byMachine
 	}
+	if r.Status == nix.MiscFailure || r.Status == nix.InputRejected {
+		return unclear
+	}
 	return byDerivation
 }
 
@@ -90,11 +97,22 @@ func withoutLog(message string) string {
 	return strings.Join(lines, "\n")
 }
 
-// A killedError is a failure that may be the want of memory of the machine that
-// reported it. The outcome is what the machine said.
-type killedError struct{ outcome outcome }
+// An unclearError is a failure that may be the fault of the machine that reported
+// it: one of byKilling, or unclear. The outcome is what the machine said.
+type unclearError struct {
+	outcome outcome
+	killed  bool
+}
 
-func (e *killedError) Error() string { return e.outcome.err }
+func (e *unclearError) Error() string { return e.outcome.err }
+
+// reason is one of failureKinds.
+func (e *unclearError) reason() string {
+	if e.killed {
+		return failureKilled
+	}
+	return failureReasons[doingBuild]
+}
 
 // A complaint is a failure that a machine's Nix reported in order, and that is the
 // machine's: its Nix works.
@@ -111,9 +129,9 @@ func (m *machine) learn(ctx context.Context, err error) {
 		return // what we end says nothing
 	}
 	fault, isFault := errors.AsType[*machineError](err)
-	_, isKilling := errors.AsType[*killedError](err)
+	_, isUnclear := errors.AsType[*unclearError](err)
 	switch {
-	case err == nil, isKilling:
+	case err == nil, isUnclear:
 		m.condition.worked()
 		return
 	case !isFault, connectionFailed(err):

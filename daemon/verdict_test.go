@@ -52,6 +52,8 @@ func TestJudge(t *testing.T) {
 		{"timed out", nix.TimedOut, "timed out after 3 seconds", ordinary, byDerivation},
 		{"log limit", nix.LogLimitExceeded, "killed after writing more than 3 bytes of log output", ordinary, byDerivation},
 		{"not deterministic", nix.NotDeterministic, "may not be deterministic", ordinary, byDerivation},
+		{"no user to build as", nix.MiscFailure, "all build users are currently in use; consider creating additional users and adding them to the 'nixbld' group", ordinary, unclear},
+		{"a directory to build in, 2.34", nix.MiscFailure, "error: Path \"/nix/var/nix/builds\" is world-writable or a symlink. That's not allowed for security.", ordinary, unclear},
 		{"unknown", 99, "a later Nix's", ordinary, byDerivation},
 	} {
 		if got := judge(nix.BuildResult{Status: tt.status, ErrorMsg: tt.message}, tt.drv); got != tt.want {
@@ -60,27 +62,33 @@ func TestJudge(t *testing.T) {
 	}
 }
 
-// TestKilledBuildIsTriedOnceElsewhere has every builder process killed.
-func TestKilledBuildIsTriedOnceElsewhere(t *testing.T) {
+// TestUnclearFailureIsTriedOnceElsewhere has every builder process killed, or no
+// machine able to run one.
+func TestUnclearFailureIsTriedOnceElsewhere(t *testing.T) {
 	t.Parallel()
-	kill := func(context.Context, wiretest.BuildRequest) nix.BuildResult {
-		return nix.BuildResult{Status: nix.PermanentFailure, ErrorMsg: "builder for 'x' failed due to signal 9 (Killed)"}
-	}
-	for _, machines := range []int{1, 2, 3} {
-		var all []*fakeMachine
-		for _, name := range []string{"m1", "m2", "m3"}[:machines] {
-			m := namedMachine("ssh-ng", name)
-			m.build = kill
-			all = append(all, m)
-		}
-		s := newSite(t, all...)
-		st := s.build(s.drv("thing", drvConfig{}))
-		if st.status() != dispatchv1.BuildStatus_BUILD_STATUS_PERMANENT_FAILURE || !strings.Contains(st.finished.GetError(), "signal 9") {
-			t.Errorf("%d machines: finished = %v, want the machine's verdict", machines, st.finished)
-		}
-		placed := st.placed()
-		if want := min(machines, 2); len(placed) != want || len(slices.Compact(slices.Sorted(slices.Values(placed)))) != want {
-			t.Errorf("%d machines: tried on %v, want %d different ones", machines, placed, want)
+	for _, tt := range []struct {
+		result nix.BuildResult
+		want   dispatchv1.BuildStatus
+	}{
+		{nix.BuildResult{Status: nix.PermanentFailure, ErrorMsg: "builder for 'x' failed due to signal 9 (Killed)"}, dispatchv1.BuildStatus_BUILD_STATUS_PERMANENT_FAILURE},
+		{nix.BuildResult{Status: nix.MiscFailure, ErrorMsg: "error: cannot fork"}, dispatchv1.BuildStatus_BUILD_STATUS_MISC_FAILURE},
+	} {
+		for _, machines := range []int{1, 2, 3} {
+			var all []*fakeMachine
+			for _, name := range []string{"m1", "m2", "m3"}[:machines] {
+				m := namedMachine("ssh-ng", name)
+				m.build = func(context.Context, wiretest.BuildRequest) nix.BuildResult { return tt.result }
+				all = append(all, m)
+			}
+			s := newSite(t, all...)
+			st := s.build(s.drv("thing", drvConfig{}))
+			if st.status() != tt.want || !strings.Contains(st.finished.GetError(), tt.result.ErrorMsg) {
+				t.Errorf("%d machines: finished = %v, want the machine's verdict, %v", machines, st.finished, tt.result)
+			}
+			placed := st.placed()
+			if want := min(machines, 2); len(placed) != want || len(slices.Compact(slices.Sorted(slices.Values(placed)))) != want {
+				t.Errorf("%d machines: %s: tried on %v, want %d different ones", machines, tt.result.ErrorMsg, placed, want)
+			}
 		}
 	}
 }

@@ -18,6 +18,7 @@ type mishap struct {
 	rate   int64  // of the victim's line in bytes a second; 0 for no bound
 	good   int    // pieces that can be built, for each of two callers; 0 for 6
 	size   int    // of inputs and outputs
+	script string // of the builders; "" to take a while
 	at     string // when it begins: one of the moments
 	begin  func(v victim)
 	// end is called when all callers are done, and then heal.
@@ -47,6 +48,7 @@ const (
 	flapsEvery = 2 * time.Second     // and how long it is there, and not
 	sshdLog    = "/var/log/sshd.log" // where the fleet has sshd's log
 	fullStore  = "/nix/store"        // what has no room left
+	buildDirs  = "/tmp /nix/var/nix/builds"
 )
 
 // mishaps happen one at a time to the machine that all builds prefer.
@@ -62,6 +64,10 @@ var mishaps = []mishap{
 	{name: "link flaps", scheme: "ssh-ng", at: whileBuilt, good: 40, begin: victim.flap},
 	{name: "slow link", rate: lineRate, size: 1_000_000, at: beforeAll, begin: func(victim) {}, keeps: true},
 	{name: "store full", at: beforeAll, begin: victim.fillStore, end: victim.emptyStore},
+	{
+		name: "build directory full", at: beforeAll, begin: victim.fillBuilds, end: victim.emptyBuilds,
+		script: "head -c 3M /dev/zero >$TMPDIR/room || exit 1; sleep 2",
+	},
 	{name: "sshd restarted", scheme: "ssh-ng", at: whileBuilt, begin: victim.restartSSHD},
 	{
 		name: "nix-daemon stopped", scheme: "ssh-ng", user: "nix", at: whileBuilt,
@@ -106,6 +112,16 @@ func (v victim) fillStore() {
 }
 
 func (v victim) emptyStore() { v.s.onHost(v.Host, "rm "+fullStore+"/.full") }
+
+// fillBuilds gives the machine too little room to build in, wherever its Nix does
+// so. emptyBuilds makes room.
+func (v victim) fillBuilds() {
+	v.s.onHost(v.Host, "for d in "+buildDirs+"; do mkdir -p $d; mount -t tmpfs -o size=1m,mode=$(stat -c %a $d) tmpfs $d; done")
+}
+
+func (v victim) emptyBuilds() {
+	v.s.onHost(v.Host, "for d in "+buildDirs+"; do mount -o remount,size=64m $d; done")
+}
 
 // restartSSHD ends every connection with a reset, and has sshd back a second
 // later.

@@ -104,7 +104,7 @@ func (s *site) askStock(w work) []*commission {
 func (s *site) suffer(m mishap, who string, within time.Duration, ask func(work) []*commission) tally {
 	s.t.Helper()
 	name := who + "-" + strings.ReplaceAll(m.name, " ", "-")
-	w := work{name: name, good: cmp.Or(m.good, 6), bad: 1, size: m.size, script: "sleep 2"}
+	w := work{name: name, good: cmp.Or(m.good, 6), bad: 1, size: m.size, script: cmp.Or(m.script, "sleep 2")}
 	v := victim{s, s.machines["mac"]}
 	v.must(v.Limit(s.t.Context(), m.rate))
 	if m.at == beforeAll {
