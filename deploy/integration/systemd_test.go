@@ -60,6 +60,7 @@ func TestUnderSystemd(t *testing.T) {
 	}
 	h.buildsOnItself()
 	h.runsUserUnits()
+	h.isUninstalled()
 }
 
 // buildsOnItself has a machine build inside the unit, which for that must not be
@@ -78,6 +79,24 @@ func (h *systemdHost) buildsOnItself() {
 	h.mustRun("sh", "-ec", "nix-dispatch build $(nix-instantiate /tmp/here.nix)")
 	h.mustRun("rm", "-r", "/etc/systemd/system/nix-dispatchd.service.d")
 	h.mustRun("systemctl", "daemon-reload")
+}
+
+// isUninstalled has all taken away again, while the hook is switched on.
+func (h *systemdHost) isUninstalled() {
+	h.t.Helper()
+	h.mustRun("nix-dispatch", "enable")
+	h.mustRun("grep", "-r", "nix-dispatch-hook", "/root/.config/nix")
+	h.uninstall()
+	if out, err := h.run("grep", "-r", "nix-dispatch", "/etc/nix", "/root/.config"); err == nil {
+		h.t.Errorf("left in the configuration: %s", out)
+	}
+	if left := h.script("find /usr/local -name '*nix-dispatch*' -not -type d"); left != "" {
+		h.t.Errorf("left behind: %s", left)
+	}
+	if out, err := h.run("pgrep", "-u", "root", "nix-dispatchd"); err == nil {
+		h.t.Errorf("the daemon still runs: %s", out)
+	}
+	h.mustRun("nix-build", "--no-out-link", "--max-jobs", "1", "--builders", "", "--expr", shell("alone", "echo > $out", ""))
 }
 
 // runsUserUnits has a user's own systemd run a user's own daemon.

@@ -2,6 +2,7 @@ package integration
 
 import (
 	"context"
+	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
@@ -78,26 +79,32 @@ func (h *systemdHost) script(text string) string {
 	return h.mustRun("sh", "-ec", text)
 }
 
-// makeInstall runs make install, or uninstall, as an administrator would there.
-func (h *systemdHost) makeInstall(action string) {
+// install has make install and the daemon's list done.
+func (h *systemdHost) install() {
 	h.t.Helper()
 	bin, err := binaries()
 	if err != nil {
 		h.t.Fatal(err)
 	}
-	cmd := exec.Command("../install.sh", action, bin, "/usr/local", h.Root())
+	cmd := exec.Command("../install.sh", "install", bin, "/usr/local", h.Root())
 	if out, err := cmd.CombinedOutput(); err != nil {
 		h.t.Fatalf("install.sh: %v\n%s", err, out)
 	}
-}
-
-// install has make install and the daemon's list done.
-func (h *systemdHost) install() {
-	h.t.Helper()
-	h.makeInstall("install")
 	h.mustRun("systemd-sysusers")
 	h.machines("ssh://mac x86_64-linux - 2")
 	h.mustRun("systemctl", "daemon-reload")
+}
+
+// uninstall does what make uninstall does.
+func (h *systemdHost) uninstall() {
+	h.t.Helper()
+	script, err := os.ReadFile("../install.sh")
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	h.write("/root/src/deploy/install.sh", string(script))
+	h.mustRun("sh", "/root/src/deploy/install.sh", "uninstall", "bin", "/usr/local", "")
+	h.mustRun("rm", "-r", "/root/src")
 }
 
 func (h *systemdHost) write(name, text string) {
