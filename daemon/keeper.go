@@ -50,7 +50,7 @@ type keeper struct {
 	allowed bool  // that it does
 	asked   time.Time
 	next    time.Time // when to ask
-	used    time.Time // when a build last began or ended
+	used    time.Time // when a build last began or ended; zero if none has
 	told    string    // the state that was last told
 	ending  map[process]*endRun
 }
@@ -62,12 +62,7 @@ func newKeeper(m *machine, every time.Duration, changed func()) *keeper {
 }
 
 // start begins to look after the machine, which has a host now.
-func (k *keeper) start() {
-	k.mu.Lock()
-	k.used = time.Now() // soon
-	k.mu.Unlock()
-	k.do(k.run)
-}
+func (k *keeper) start() { k.do(k.run) }
 
 // stop ends that, and waits for all that was begun.
 func (k *keeper) stop() {
@@ -287,8 +282,8 @@ func (k *keeper) hear(ctx context.Context, c sshpool.Connection, s *sshpool.Sess
 		k.refused = notOurs(text)
 	}
 	refused := k.refused
-	k.next = time.Now().Add(k.pauseLocked())
 	k.mu.Unlock()
+	defer k.putOff()
 	switch {
 	case ok:
 		if c.Tag() == nil && l.sshd != (process{}) {
@@ -311,7 +306,8 @@ func (k *keeper) hear(ctx context.Context, c sshpool.Connection, s *sshpool.Sess
 // pauseLocked is how long the machine is not asked now, varied by a fifth.
 func (k *keeper) pauseLocked() time.Duration {
 	pause := k.every
-	if idle := time.Since(k.used); idle > lookBusy {
+	load, _ := k.m.condition.known()
+	if idle := time.Since(k.used); load != nil && idle > lookBusy {
 		pause = max(pause, min(idle, lookIdle))
 	}
 	if word, _ := k.m.condition.parked(time.Now()); word != "" {
@@ -320,11 +316,16 @@ func (k *keeper) pauseLocked() time.Duration {
 	return pause*4/5 + rand.N(pause*2/5+1)
 }
 
-// couldNot notes that there was no session to ask with.
-func (k *keeper) couldNot(err error) {
+// putOff has the machine be asked again after a pause.
+func (k *keeper) putOff() {
 	k.mu.Lock()
 	k.next = time.Now().Add(k.pauseLocked())
 	k.mu.Unlock()
+}
+
+// couldNot notes that there was no session to ask with.
+func (k *keeper) couldNot(err error) {
+	k.putOff()
 	if load, _ := k.m.condition.known(); load == nil && errors.Is(err, sshpool.ErrNoPlace) {
 		k.m.condition.notTold("no session can be spared for it")
 	}

@@ -8,20 +8,27 @@ import (
 	"io"
 	"strings"
 	"time"
+
+	"nixdispatch/deploy/fleet"
 )
 
 const (
 	sharers     = 16
 	sharedSize  = 512 << 20
 	narOverhead = 1.001 // a NAR is a little longer than its file
+	// inputUnderWay is how long after the builds were asked for it is.
+	inputUnderWay = time.Second
 )
 
 var sharedRow = row{
 	name:       "shared",
-	work:       "16 builds that take no time and need the same path of 512 MiB, 2 machines; meanwhile a build that needs nothing",
+	work:       "16 builds that take no time and need the same path of 512 MiB, 2 machines; meanwhile two that need nothing, of the same user and of another one",
 	needsFleet: true,
 	run: func(ctx context.Context, b *bench) (_ []figure, err error) {
-		s, err := b.newSite(ctx, siteConfig{machines: plainMachines(2)})
+		s, err := b.newSite(ctx, siteConfig{
+			machines: plainMachines(2),
+			client:   fleet.HostConfig{NixConf: "build-hook = " + ourHook + "\n"},
+		})
 		if err != nil {
 			return nil, err
 		}
@@ -32,7 +39,9 @@ var sharedRow = row{
 		}
 		all := figure{Case: "all builds", Unit: "s", Goals: []goal{{Side: ours, Of: stock, AtMost: 1}}}
 		sent := figure{Case: "bytes sent", Unit: "x the input", Goals: []goal{{Side: ours, AtMost: 2 * narOverhead}}}
-		other := figure{Case: "the other build", Unit: "s", Goals: []goal{{Side: "meanwhile", Of: "alone", AtMost: 4}}}
+		goals := []goal{{Side: "meanwhile", Of: "alone", AtMost: 4}}
+		own := figure{Case: "the other build, of the same user", Unit: "s", Goals: goals}
+		others := figure{Case: "the other build, of another user", Unit: "s", Goals: goals}
 		if _, err := s.buildMany(ctx, "warm", 8, ourHook); err != nil {
 			return nil, err
 		}
@@ -40,17 +49,28 @@ var sharedRow = row{
 		if err != nil {
 			return nil, err
 		}
-		other.add("alone", alone)
+		own.add("alone", alone)
+		if alone, err = s.buildAsAlice(ctx, "alone"); err != nil {
+			return nil, err
+		}
+		others.add("alone", alone)
 		before, err := s.bytesSent(ctx)
 		if err != nil {
 			return nil, err
 		}
+		alices := make(chan error, 1)
+		go func() {
+			time.Sleep(inputUnderWay)
+			took, err := s.buildAsAlice(ctx, "meanwhile")
+			others.add("meanwhile", took)
+			alices <- err
+		}()
 		took, meanwhile, err := s.shareBy(ctx, ourHook, big)
-		if err != nil {
+		if err = errors.Join(err, <-alices); err != nil {
 			return nil, err
 		}
 		all.add(ours, took)
-		other.add("meanwhile", meanwhile)
+		own.add("meanwhile", meanwhile)
 		after, err := s.bytesSent(ctx)
 		if err != nil {
 			return nil, err
@@ -60,9 +80,15 @@ var sharedRow = row{
 			return nil, err
 		}
 		all.add(stock, took)
-		other.add("meanwhile, stock", meanwhile)
-		return []figure{all, sent, other}, nil
+		own.add("meanwhile, stock", meanwhile)
+		return []figure{all, sent, own, others}, nil
 	},
+}
+
+// buildAsAlice builds something through nix-daemon, and so our hook.
+func (s *site) buildAsAlice(ctx context.Context, name string) (float64, error) {
+	took, _, err := s.nixBuildAs(ctx, "alice", trivialBuilds("alices-"+name, 1))
+	return took.Seconds(), err
 }
 
 // shareBy has builds that share an input built by a hook, on machines that lack
@@ -87,7 +113,7 @@ func (s *site) shareBy(ctx context.Context, hook, input string) (all, other floa
 		took, _, err := s.nixBuild(ctx, "["+list.String()+" ]", hookOption(hook)...)
 		done <- result{took, err}
 	}()
-	time.Sleep(time.Second) // the input is on its way then
+	time.Sleep(inputUnderWay)
 	other, err = s.buildMany(ctx, "beside-"+kind, 1, hook)
 	r := <-done
 	return r.took.Seconds(), other, errors.Join(err, r.err)

@@ -220,7 +220,12 @@ func hookOption(hook string) []string { return []string{"--option", "build-hook"
 // nixBuild builds an expression as root, without nix-daemon, and returns the time
 // it took and the output paths.
 func (s *site) nixBuild(ctx context.Context, expr string, args ...string) (time.Duration, []string, error) {
-	cmd := s.client.Command(ctx, "root", append([]string{"nix-build", "--no-out-link", "-"}, args...)...)
+	return s.nixBuildAs(ctx, "root", expr, args...)
+}
+
+// nixBuildAs is nixBuild for a user; all but root need nix-daemon.
+func (s *site) nixBuildAs(ctx context.Context, user, expr string, args ...string) (time.Duration, []string, error) {
+	cmd := s.client.Command(ctx, user, append([]string{"nix-build", "--no-out-link", "-"}, args...)...)
 	cmd.Stdin = strings.NewReader(expr)
 	var stdout, stderr syncBuffer
 	cmd.Stdout, cmd.Stderr = &stdout, &stderr
