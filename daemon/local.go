@@ -25,7 +25,7 @@ const localHandshakeTimeout = 30 * time.Second
 // accepted by the one that ends and never greeted. It is tried again for
 // localAwayMost, after pauses that grow from localPause.
 const (
-	localAwayMost  = 10 * time.Second
+	localAwayMost  = 30 * time.Second
 	localPause     = 20 * time.Millisecond
 	localPauseMost = time.Second
 )

@@ -61,17 +61,21 @@ func TestMachinesTellHowTheyAre(t *testing.T) {
 func TestFullDiskParksAMachine(t *testing.T) {
 	t.Parallel()
 	s := newSite(t, siteConfig{daemon: []string{"--load-interval", "1s"}, machines: []machineConfig{
-		{name: "mac", suite: fleet.Sid, columns: "x86_64-linux - 2 4 - only", host: feature("only")},
+		{name: "mac", suite: fleet.Sid, columns: "x86_64-linux - 2 4 only", host: feature("only")},
 		{name: "mini", suite: fleet.Bookworm, columns: "x86_64-linux - 2"},
 	}})
 	v := victim{s, s.machines["mac"]}
 	state := func() (string, string) { m := s.status().Machines[0]; return m.State, m.Reason }
+	s.countBuilds()
+	s.mustBuild("alice", derivation{name: "used"}.expr()) // one that is used is asked how it is
+	if n := s.builds(v.Host).total(); n != 1 {
+		t.Errorf("the machine that is preferred built %d, want 1", n)
+	}
 	s.onHost(v.Host, "mkdir -p /nix/store; mount -t tmpfs -o size=64m,mode=1775,gid=nixbld tmpfs /nix/store; head -c 63M /dev/zero >/nix/store/.full")
 	s.eventually(time.Minute, "the machine is parked", func() bool {
 		state, reason := state()
 		return state == "parked" && strings.Contains(reason, "disk low: ") && strings.Contains(reason, "free in its store")
 	})
-	s.countBuilds()
 	for _, d := range many(3, derivation{name: "elsewhere"}) {
 		s.mustBuild("alice", d.expr())
 	}
