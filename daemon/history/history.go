@@ -93,8 +93,8 @@ type DB struct {
 	closing sync.Once
 }
 
-// Open opens the history in file, or begins one. It reads next to nothing: damage
-// is found in the background, and whenever it shows. Then the file is set aside,
+// Open opens the history in file, or begins one. It reads the head of each page: other
+// damage is found in the background, and whenever it shows. Then the file is set aside,
 // under the name with ".damaged" after it, and a new one begun. The caller must
 // Close the history.
 func Open(file string, limits Limits, log *slog.Logger) (*DB, error) {
@@ -122,11 +122,32 @@ func (db *DB) open() error {
 		if err != nil {
 			return err
 		}
+		if err := db.bolt.View(checkPages); err != nil {
+			return err
+		}
 		return db.bolt.Update(func(tx *bolt.Tx) error {
 			_, err := tx.CreateBucketIfNotExists(rows)
 			return err
 		})
 	})
+}
+
+// checkPages finds pages that claim to go on behind the end of the file. bbolt would
+// note each of theirs, up to four thousand million, when it frees one.
+func checkPages(tx *bolt.Tx) error {
+	for id := 0; ; id++ {
+		page, err := tx.Page(id)
+		if page == nil || err != nil {
+			return err
+		}
+		if page.Type == "free" {
+			continue // it may hold anything
+		}
+		id += page.OverflowCount
+		if last, err := tx.Page(id); last == nil || err != nil {
+			return fmt.Errorf("%w: page %d goes on behind the end", errDamaged, page.ID)
+		}
+	}
 }
 
 // replace sets the file aside and begins a new one. The caller holds mu, or

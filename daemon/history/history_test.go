@@ -1,11 +1,13 @@
 package history
 
 import (
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"log/slog"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -178,6 +180,40 @@ func TestDamagedHistoryIsSetAside(t *testing.T) {
 				t.Errorf("the damaged file is gone: %v", err)
 			}
 		})
+	}
+}
+
+// A damaged length of a page would make bbolt count four thousand million pages.
+func TestHistoryWithEndlessPagesIsSetAside(t *testing.T) {
+	const pageSize, overflow = 4096, 12 // where a page's head has how many pages it goes on
+	file := filepath.Join(t.TempDir(), "history.db")
+	db := open(t, file, Limits{})
+	for id := range uint64(200) {
+		db.Add(row(id+1, 0))
+	}
+	if err := db.Close(); err != nil {
+		t.Fatal(err)
+	}
+	whole, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	aside := 0
+	for page := 2; page < len(whole)/pageSize; page++ { // after the two that have a checksum
+		damaged := slices.Clone(whole)
+		binary.LittleEndian.PutUint32(damaged[page*pageSize+overflow:], 1<<32-1)
+		write(t, file, damaged)
+		db := open(t, file, Limits{})
+		db.Add(row(1000, 0))
+		if err := db.Close(); err != nil {
+			t.Fatal(err)
+		}
+		if os.Remove(file+".damaged") == nil {
+			aside++
+		}
+	}
+	if aside == 0 {
+		t.Error("no file was set aside")
 	}
 }
 
