@@ -26,7 +26,7 @@ import (
 )
 
 // patience bounds every wait of a test: the host may be busy.
-const patience = 30 * time.Second
+const patience = 2 * time.Minute
 
 // A site is a daemon in this process with everything around it: a local store
 // behind a socket, machines behind SSH servers in memory, and a client.
