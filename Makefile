@@ -46,7 +46,7 @@ OPT_IN = ^TestGolden|^TestChaos(|DeadMachineCostsNothing)$$
 TOOLS           = $(CURDIR)/bin/tools
 # Vetting is a step of its own.
 RACE_RUN        = CGO_ENABLED=1 go test -race -vet=off -count=1 -timeout 20m
-INTEGRATION_RUN = NIX_DISPATCH_REQUIRE_FLEET=1 go test -vet=off -count=1 -timeout 40m -parallel 6
+INTEGRATION_RUN = NIX_DISPATCH_REQUIRE_FLEET=1 go test -vet=off -count=1 -timeout 40m -parallel 4
 # Integration tests that measure, and want the machine for themselves.
 MEASURING       = ^TestFasterThanStockHook$$
 

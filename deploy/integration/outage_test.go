@@ -61,9 +61,22 @@ func locals(name string) (string, []recipe) {
 }
 
 // builtLocally builds derivations that any Nix can build and checks that the
-// client did it, and within the time that it takes without a hook and cost. It
-// returns what the user was told.
-func (s *site) builtLocally(name string, cost time.Duration) string {
+// client did it, and within the time that it takes without a hook and cost, one of
+// three times: the host may be busy. It returns what the user was told the last time.
+func (s *site) builtLocally(name string, cost time.Duration) (said string) {
+	s.t.Helper()
+	for n := range 3 {
+		var more time.Duration
+		if said, more = s.buildLocally(fmt.Sprintf("%s-%d", name, n)); more <= cost {
+			return said
+		}
+	}
+	s.t.Errorf("%s: %d builds took more than %v longer than without a hook, three times", name, outageBuilds, cost)
+	return said
+}
+
+// buildLocally does it once, and returns how much longer than without a hook it took.
+func (s *site) buildLocally(name string) (said string, more time.Duration) {
 	s.t.Helper()
 	plain, _ := locals(name + "-plain")
 	start := time.Now()
@@ -77,15 +90,12 @@ func (s *site) builtLocally(name string, cost time.Duration) string {
 	}
 	with := time.Since(start)
 	s.t.Logf("%s: %v, without a hook %v", name, with.Round(time.Millisecond), without.Round(time.Millisecond))
-	if with > without+cost {
-		s.t.Errorf("%s: %d builds took %v, without a hook %v", name, outageBuilds, with, without)
-	}
 	for _, r := range recipes {
 		if n := s.runs(r, s.client); n != 1 {
 			s.t.Errorf("%s: built %d times here, want once", r.name, n)
 		}
 	}
-	return run.out().Stderr
+	return run.out().Stderr, with - without
 }
 
 // TestOutage takes nix-dispatchd away: what the client can build it builds, with
@@ -177,7 +187,7 @@ func TestMachinesOutOfReach(t *testing.T) {
 	}
 	took := s.startUnready()
 	t.Logf("nix-dispatchd answers after %v", took.Round(time.Millisecond))
-	if took > 5*time.Second { // reaching for one of them takes 15
+	if took > 10*time.Second { // reaching for one of them takes 15
 		t.Errorf("nix-dispatchd answers after %v, with its machines out of reach", took)
 	}
 	for _, m := range s.status().Machines {

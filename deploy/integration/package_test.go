@@ -246,7 +246,7 @@ func (h *packagedHost) startBuilds(name string, n int) *runningBuilds {
 	expr := "["
 	for i := range n {
 		expr += shell(fmt.Sprintf("%s-%s-%d", h.Name(), name, i),
-			"until test -e "+h.gate(name)+"; do sleep 0.1; done; echo > $out", "")
+			"until test -e "+h.gate(name)+"; do sleep 1; done; echo > $out", "")
 	}
 	expr += "]"
 	cmd := h.Command(h.t.Context(), "alice", "nix-build", "--no-out-link", "--keep-going", "--expr", expr)
