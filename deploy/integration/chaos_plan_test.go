@@ -132,10 +132,11 @@ func TestSoakReplays(t *testing.T) {
 		}
 		return text
 	}
-	if plan(7) != plan(7) {
+	first, again := plan(7), plan(7)
+	if first != again {
 		t.Error("the same seed makes two plans")
 	}
-	if plan(7) == plan(8) {
+	if first == plan(8) {
 		t.Error("two seeds make one plan")
 	}
 	busy := make(map[string]time.Duration) // until when
