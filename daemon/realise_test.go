@@ -229,7 +229,7 @@ func TestRealiseEnforcesLimitsOnLocalBuilds(t *testing.T) {
 	s.local.mu.Unlock()
 	t.Cleanup(func() { close(stop) })
 	req := asked(s.drv("endless", drvConfig{system: "builtin"}))
-	req.Limits = &dispatchv1.Limits{Timeout: durationpb.New(1e8)}
+	req.Limits = &dispatchv1.Limits{Timeout: durationpb.New(3e9)} // it begins meanwhile, also on a busy host
 	got := s.realise(req)
 	if got.summary.GetSuccess() || !closed(hanging) {
 		t.Fatalf("summary = %v, want failure", got.summary)
