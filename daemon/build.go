@@ -224,7 +224,7 @@ func (d *Daemon) attempts(ctx context.Context, b *build, log *slog.Logger) (outc
 				return u.outcome, nil
 			}
 			doubted = true
-			log.Warn("that may be the machine's fault, trying another one", "machine", u.outcome.machine, "killed", u.killed, "err", err)
+			log.Warn("the failure may be the machine's, trying another one", "machine", u.outcome.machine, "killed", u.killed, "err", err)
 			d.metrics.attemptFailed(u.outcome.machine, u.reason())
 			d.retry(b, &machineError{u.outcome.machine, doingBuild, err})
 			continue

@@ -67,7 +67,7 @@ func (s *site) builtLocally(name string, cost time.Duration) (said string) {
 	s.t.Helper()
 	for n := range 3 {
 		var more time.Duration
-		if said, more = s.buildLocally(fmt.Sprintf("%s-%d", name, n)); more <= cost {
+		if said, more = s.timeLocally(fmt.Sprintf("%s-%d", name, n)); more <= cost {
 			return said
 		}
 	}
@@ -75,8 +75,8 @@ func (s *site) builtLocally(name string, cost time.Duration) (said string) {
 	return said
 }
 
-// buildLocally does it once, and returns how much longer than without a hook it took.
-func (s *site) buildLocally(name string) (said string, more time.Duration) {
+// timeLocally does it once, and returns how much longer than without a hook it took.
+func (s *site) timeLocally(name string) (said string, more time.Duration) {
 	s.t.Helper()
 	plain, _ := locals(name + "-plain")
 	start := time.Now()
