@@ -289,8 +289,7 @@ func (d *Daemon) attempt(ctx context.Context, b *build) (outcome, error) {
 	// nix-store --serve substitutes nothing any more after its first build.
 	r, err := m.open(ctx, b.substitute && !m.ng, b.store)
 	if err != nil {
-		m.learn(ctx, err)
-		return outcome{}, contextCause(ctx, err)
+		return outcome{}, m.blamed(ctx, err)
 	}
 	b.account.attempts++
 	a := &attempt{d: d, b: b, m: m, r: r, place: place}
@@ -300,10 +299,10 @@ func (d *Daemon) attempt(ctx context.Context, b *build) (outcome, error) {
 		}
 	}()
 	o, err := a.run(ctx)
-	m.learn(ctx, err)
 	if err != nil {
-		return outcome{}, contextCause(ctx, err)
+		return outcome{}, m.blamed(ctx, err)
 	}
+	m.learn(ctx, nil)
 	return o, nil
 }
 

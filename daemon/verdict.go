@@ -123,6 +123,15 @@ type complaint struct {
 
 func (c *complaint) Error() string { return c.words }
 
+// blamed is learn for an attempt that has failed, and returns why it has. That is
+// settled before: what is learnt may have the machine parked, and the build moved,
+// which ends ctx, and the failure would count as none.
+func (m *machine) blamed(ctx context.Context, err error) error {
+	why := contextCause(ctx, err)
+	m.learn(ctx, err)
+	return why
+}
+
 // learn notes what an attempt's end tells of the machine. ctx is the attempt's.
 func (m *machine) learn(ctx context.Context, err error) {
 	if m.keeper == nil || ctx.Err() != nil {
