@@ -147,17 +147,30 @@ func (h *Host) wake(patience time.Duration) {
 	}
 }
 
-// mustAnswer ends the connection if not a byte comes of it in time.
+// mustAnswer ends the connection if it shows no life in time: an answer, or, where
+// that waits behind much else, any byte of the second half of the time. What comes
+// before may be older than the jump: it lay in the kernel's buffer.
 func (c *conn) mustAnswer(patience time.Duration) {
-	before := c.net.received.Load()
-	c.host.wg.Go(func() { c.ssh.SendRequest("keepalive@openssh.com", true, nil) }) // ends with the connection
-	timer := time.NewTimer(patience)
-	defer timer.Stop()
-	select {
-	case <-c.dying:
-	case <-timer.C:
-		if c.net.received.Load() == before {
-			c.kill(fmt.Errorf("not a byte received for %v after the clock had jumped", patience))
+	answered := make(chan struct{})
+	c.host.wg.Go(func() { // ends with the connection
+		defer close(answered)
+		c.ssh.SendRequest("keepalive@openssh.com", true, nil)
+	})
+	half := time.NewTicker(patience / 2)
+	defer half.Stop()
+	var before int64
+	for n := range 2 {
+		select {
+		case <-c.dying:
+			return
+		case <-answered:
+			return
+		case <-half.C:
 		}
+		received := c.net.received.Load()
+		if n > 0 && received == before {
+			c.kill(fmt.Errorf("no sign of life for %v after the clock had jumped", patience))
+		}
+		before = received
 	}
 }

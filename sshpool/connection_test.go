@@ -116,6 +116,32 @@ func TestWake(t *testing.T) {
 	})
 }
 
+// What lay in the kernel's buffer when the clock jumped is read after it.
+func TestWakeTakesOldBytesForNoLife(t *testing.T) {
+	for said, lives := range map[time.Duration]bool{
+		time.Second:     false,
+		9 * time.Second: true, // the answer is long in coming, behind much else
+	} {
+		t.Run(said.String(), func(t *testing.T) {
+			inMemory(t, sshtest.ServerOptions{}, func(t *testing.T, s *sshtest.Server, opts Options, cfg Config) {
+				s.MuteRequests(true)
+				h := upHost(t, opts, cfg)
+				cat := mustSession(t, h, "cat")
+				up := h.Status().Since
+				h.wake(10 * time.Second)
+				time.Sleep(said)
+				if _, err := cat.Stdin.Write([]byte("x")); err != nil {
+					t.Fatal(err)
+				}
+				time.Sleep(11*time.Second - said)
+				if st := h.Status(); st.Since.Equal(up) != lives {
+					t.Errorf("a byte %v after the jump, then nothing: %+v", said, st)
+				}
+			})
+		})
+	}
+}
+
 func TestHasten(t *testing.T) {
 	inMemory(t, sshtest.ServerOptions{}, func(t *testing.T, s *sshtest.Server, opts Options, cfg Config) {
 		s.FailDials(errors.New("connection refused"))
