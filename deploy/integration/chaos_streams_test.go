@@ -46,7 +46,7 @@ func TestChaosHookStreams(t *testing.T) {
 			t.Errorf("hook calls were ended:\n%s", clip(said))
 		}
 		h.signal(syscall.SIGKILL)
-		h.wait(10 * time.Second)
+		h.wait(patience)
 	}
 	l.settle(ledgerWait)
 }

@@ -62,8 +62,8 @@ func TestDetachedBuild(t *testing.T) {
 		if out, err := s.dispatch("cancel", id); err != nil {
 			t.Errorf("cancel: %v\n%s", err, out.Stderr)
 		}
-		s.idle(10 * time.Second)
-		s.eventually(10*time.Second, "nothing runs on the machine", func() bool { return runsOn(s.machines["ssh-1"], "sleep 70007") == 0 })
+		s.idle(time.Minute)
+		s.eventually(patience, "nothing runs on the machine", func() bool { return runsOn(s.machines["ssh-1"], "sleep 70007") == 0 })
 		if out, err := s.dispatch("attach", id); err == nil || !strings.Contains(out.Stderr, "cancelled") {
 			t.Errorf("attached to what was cancelled: %v\n%s", err, out.Stderr)
 		}

@@ -22,7 +22,7 @@ func TestFailingBuild(t *testing.T) {
 				s.failOnce(protocol, user)
 			}
 		}
-		s.idle(10 * time.Second)
+		s.idle(time.Minute)
 	})
 }
 
@@ -87,7 +87,7 @@ func TestLog(t *testing.T) {
 				"'; seq 1 170000; printf 'no newline' ; echo > $out"
 			drvPath := s.drvOf(r.expr())
 			run := s.launch("alice", r.expr())
-			s.eventually(30*time.Second, "the user sees the first line while the build runs", func() bool {
+			s.eventually(patience, "the user sees the first line while the build runs", func() bool {
 				return strings.Contains(run.out().Stderr, "\nearly\n")
 			})
 			if log, _ := s.client.Run(t.Context(), "find", "/nix/var/log/nix/drvs", "-name", "*talks-"+protocol+"*"); log.Stdout == "" {

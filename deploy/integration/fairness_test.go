@@ -28,7 +28,7 @@ func TestSingleBuildBesideMany(t *testing.T) {
 			t.Errorf("when the single build of another user is done, only %d of %d are left", left, many)
 		}
 		queue.signal(syscall.SIGINT)
-		queue.wait(10 * time.Second)
-		s.idle(10 * time.Second)
+		queue.wait(patience)
+		s.idle(time.Minute)
 	})
 }

@@ -76,14 +76,14 @@ func TestLimits(t *testing.T) {
 				t.Errorf("%s: the user is not told that %q:\n%s", c.name, c.says, clip(printed))
 			}
 		}
-		s.eventually(10*time.Second, "no builder is left on the machines", func() bool {
+		s.eventually(patience, "no builder is left on the machines", func() bool {
 			n := 0
 			for _, h := range s.allMachines() {
 				n += runsOn(h, "sleep 7000")
 			}
 			return n == 0
 		})
-		s.idle(10 * time.Second)
+		s.idle(time.Minute)
 	})
 }
 
@@ -102,7 +102,7 @@ func TestLimitsOfDispatch(t *testing.T) {
 			if code, printed := run.wait(time.Minute), run.out().Stderr; code != want || !strings.Contains(printed, c.says) {
 				t.Errorf("%s: exit %d, want %d and to be told %q:\n%s", r.name, code, want, c.says, clip(printed))
 			}
-			s.idle(10 * time.Second)
+			s.idle(time.Minute)
 			if n := runsOn(s.machines[protocol+"-1"], "sleep 7000"); n != 0 {
 				t.Errorf("%s: the builder still runs", r.name)
 			}
@@ -120,16 +120,16 @@ func TestLimitsAreEachCallers(t *testing.T) {
 		r.script = r.awaitGate() + "echo > $out"
 		drvPath := s.drvOf(r.expr())
 		patient := s.launchDispatch("build", drvPath)
-		s.eventually(20*time.Second, "the build runs", func() bool { return s.runs(r, s.allMachines()...) == 1 })
+		s.eventually(patience, "the build runs", func() bool { return s.runs(r, s.allMachines()...) == 1 })
 		hasty := s.launch("alice", r.expr(), "--timeout", "2")
-		if code, printed := hasty.wait(30*time.Second), hasty.out().Stderr; code == 0 || !strings.Contains(printed, "timed out after 2 seconds") {
+		if code, printed := hasty.wait(patience), hasty.out().Stderr; code == 0 || !strings.Contains(printed, "timed out after 2 seconds") {
 			t.Errorf("%s: the hasty caller: exit %d, want a time-out:\n%s", protocol, code, printed)
 		}
 		s.openGate(r)
-		s.verify(patient.succeed(30 * time.Second)...)
+		s.verify(patient.succeed(patience)...)
 		if n := s.runs(r, s.allMachines()...); n != 1 {
 			t.Errorf("%s: built %d times, want once", protocol, n)
 		}
 	}
-	s.idle(10 * time.Second)
+	s.idle(time.Minute)
 }

@@ -145,7 +145,7 @@ func TestLocks(t *testing.T) {
 			// Once, longer than an import waits before it begins anew.
 			s.localBuildSlipsIn([]time.Duration{2 * time.Second, 2 * time.Second, 24 * time.Second}[n])
 			s.hookSlipsIn()
-			s.idle(10 * time.Second)
+			s.idle(time.Minute)
 			s.verifyStore()
 		})
 	}
@@ -161,13 +161,13 @@ func (s *site) killedAtHandOver(name, user string, kill func(*launched)) {
 	s.awaitRun(r)
 	release := s.holdImport(r, output)
 	kill(run)
-	if code := run.wait(10 * time.Second); code == 0 {
+	if code := run.wait(patience); code == 0 {
 		s.t.Errorf("%s: exit 0, though it was killed", r.name)
 	}
-	s.idle(10 * time.Second)
+	s.idle(time.Minute)
 	release()
 	again := s.launch(user, r.expr())
-	again.succeed(30 * time.Second)
+	again.succeed(patience)
 	s.gets(output, "near")
 }
 
@@ -178,12 +178,12 @@ func (s *site) killedInImport() {
 	r := recipe{name: "killed-in-import", script: fmt.Sprintf("head -c %d /dev/urandom > $out", size)}
 	output := s.outputOf(s.drvOf(r.expr()))
 	run := s.launch("alice", r.expr())
-	s.eventually(30*time.Second, "a part of the output has arrived", func() bool {
+	s.eventually(patience, "a part of the output has arrived", func() bool {
 		st, err := os.Stat(s.client.Root() + output)
 		return err == nil && st.Size() > 1<<20
 	})
 	run.signal(syscall.SIGKILL)
-	s.idle(10 * time.Second)
+	s.idle(time.Minute)
 	if out, err := s.client.Run(s.t.Context(), "nix-store", "--check-validity", output); err == nil {
 		s.t.Errorf("%s: half an output is valid %s", r.name, out.Stderr)
 	}
@@ -204,11 +204,11 @@ func (s *site) localBuildSlipsIn(takes time.Duration) {
 	s.awaitRun(r)
 	release := s.holdImport(r, output)
 	local := s.launch("bob", r.expr(), "--builders", "")
-	s.eventually(20*time.Second, "the other Nix builds locally", func() bool { return s.runs(r, s.client) == 1 })
+	s.eventually(patience, "the other Nix builds locally", func() bool { return s.runs(r, s.client) == 1 })
 	release()
 	time.Sleep(takes) // the import finds the lock taken
 	s.open(r, s.client)
-	local.succeed(30 * time.Second)
+	local.succeed(patience)
 	remote.succeed(60 * time.Second)
 	s.gets(output, "client")
 }
@@ -223,13 +223,13 @@ func (s *site) hookSlipsIn() {
 	s.awaitRun(r)
 	release := s.holdImport(r, output)
 	second := s.launch("bob", r.expr())
-	s.eventually(20*time.Second, "the other Nix's hook joins", func() bool {
+	s.eventually(patience, "the other Nix's hook joins", func() bool {
 		b := s.status().Builds
 		return len(b) == 1 && len(s.hooks()) == 2 && inode(s.lockFile(output)) == 0
 	})
 	release()
-	first.succeed(30 * time.Second)
-	second.succeed(30 * time.Second)
+	first.succeed(patience)
+	second.succeed(patience)
 	if n := s.runs(r, append(s.allMachines(), s.client)...); n != 1 {
 		s.t.Errorf("%s: built %d times, want once", r.name, n)
 	}
@@ -262,7 +262,7 @@ func TestSameDerivation(t *testing.T) {
 			}
 			s.gets(s.outputOf(drvPath), protocol+"-1")
 		}
-		s.idle(10 * time.Second)
+		s.idle(time.Minute)
 		s.verifyStore()
 	})
 }
@@ -280,12 +280,12 @@ func TestStoppedHook(t *testing.T) {
 			dispatch := s.launchDispatch("build", drvPath)
 			s.awaitRun(r)
 			hook := s.launch("alice", r.expr())
-			s.eventually(20*time.Second, "the hook shares the build", func() bool {
+			s.eventually(patience, "the hook shares the build", func() bool {
 				return strings.Contains(hook.out().Stderr, "started\n")
 			})
 			s.signalHooks(syscall.SIGSTOP)
 			s.openGate(r)
-			s.eventually(20*time.Second, "the build is fetched, its slot free", func() bool {
+			s.eventually(patience, "the build is fetched, its slot free", func() bool {
 				st := s.status()
 				for _, m := range st.Machines {
 					if m.Running != 0 {
@@ -295,12 +295,12 @@ func TestStoppedHook(t *testing.T) {
 				return len(st.Builds) == 1 && st.Builds[0].Phase == "fetching"
 			})
 			s.signalHooks(sig)
-			dispatch.succeed(30 * time.Second)
-			if code := hook.wait(30 * time.Second); (code == 0) != (sig == syscall.SIGCONT) {
+			dispatch.succeed(patience)
+			if code := hook.wait(patience); (code == 0) != (sig == syscall.SIGCONT) {
 				t.Errorf("%s: the Nix whose hook was stopped and then got %v: exit %d", r.name, sig, code)
 			}
 			s.gets(s.outputOf(drvPath), protocol+"-1")
-			s.idle(10 * time.Second)
+			s.idle(time.Minute)
 		}
 	}
 	s.verifyStore()

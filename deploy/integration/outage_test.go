@@ -117,7 +117,7 @@ func TestOutage(t *testing.T) {
 					s.stockInTheEnd(o)
 				}
 				s.backInTime(o)
-				s.idle(20 * time.Second)
+				s.idle(time.Minute)
 			}
 		})
 	}
@@ -130,7 +130,7 @@ func (s *site) backInTime(o outage) {
 	r := recipe{name: "patient-" + o.name, feature: "ssh", script: "uname -n > $out"}
 	drvPath := s.drvOf(r.expr())
 	run := s.launch("alice", r.expr())
-	s.eventually(20*time.Second, "the user is told of the outage", func() bool {
+	s.eventually(patience, "the user is told of the outage", func() bool {
 		return strings.Contains(run.out().Stderr, "out of reach")
 	})
 	time.Sleep(time.Second)

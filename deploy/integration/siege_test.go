@@ -48,7 +48,7 @@ func TestDaemonUnderSiege(t *testing.T) {
 		t.Error("the log does not tell that connections are refused")
 	}
 	siege.signal(syscall.SIGKILL)
-	siege.wait(10 * time.Second)
+	siege.wait(patience)
 	l.settle(time.Minute)
 }
 

@@ -102,8 +102,8 @@ func TestCallersThatDoNotRead(t *testing.T) {
 		l.run.succeed(3 * time.Minute)
 		l.check(want)
 	}
-	s.idle(20 * time.Second)
-	s.eventually(10*time.Second, "no log is left in the state directory", func() bool { return !s.spools() })
+	s.idle(time.Minute)
+	s.eventually(patience, "no log is left in the state directory", func() bool { return !s.spools() })
 	// Kept in memory, the logs would take all of their size; buffers for each reader, and
 	// what the collector has not got to, are no more than a few tens of MiB.
 	grown, logs := (s.peakMemory()-before)<<10, len(want)*len(readers)

@@ -26,7 +26,7 @@ func TestWhoseFaultAFailureIs(t *testing.T) {
 				}})
 				s.featureThatIsNotThere()
 				s.killedBuilder()
-				s.idle(10 * time.Second)
+				s.idle(time.Minute)
 			})
 		}
 	}
