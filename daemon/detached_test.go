@@ -8,6 +8,7 @@ import (
 	"testing"
 	"time"
 
+	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
@@ -39,6 +40,19 @@ func (s *site) attach(id uint64) *realising {
 		s.t.Fatal(err)
 	}
 	return readBuild(stream)
+}
+
+// join attaches, and returns when the plan has come: what happens then is told.
+func (s *site) join(ctx context.Context, id uint64) grpc.ServerStreamingClient[dispatchv1.BuildResponse] {
+	s.t.Helper()
+	stream, err := s.client.Attach(ctx, &dispatchv1.AttachRequest{BuildId: id})
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	if msg, err := stream.Recv(); err != nil || msg.GetPlan() == nil {
+		s.t.Errorf("attached: %v, %v; want the plan", msg, err)
+	}
+	return stream
 }
 
 // detachedInfo is what the status says of a detached build.
@@ -75,18 +89,11 @@ func TestDetached(t *testing.T) {
 		}
 		// One leaves, one stays.
 		leaver, leave := context.WithCancel(t.Context())
-		stream, err := s.client.Attach(leaver, &dispatchv1.AttachRequest{BuildId: id})
-		if err != nil {
-			t.Fatal(err)
-		}
-		if msg, err := stream.Recv(); err != nil || msg.GetPlan() == nil {
-			t.Errorf("attached: %v, %v; want the plan", msg, err)
-		}
+		s.join(leaver, id)
+		stayer := s.join(t.Context(), id)
 		leave()
-		stays := make(chan *realising)
-		go func() { stays <- s.attach(id) }()
 		close(open)
-		watched := <-stays
+		watched := readBuild(stayer)
 		watched.mustSucceed(t)
 		for _, r := range []*recipe{bottom, top} {
 			st := watched.stories[r.path]
