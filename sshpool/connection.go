@@ -158,8 +158,8 @@ func (c *conn) mustAnswer(patience time.Duration) {
 	})
 	half := time.NewTicker(patience / 2)
 	defer half.Stop()
-	var before int64
-	for n := range 2 {
+	before := int64(-1)
+	for range 2 {
 		select {
 		case <-c.dying:
 			return
@@ -168,7 +168,7 @@ func (c *conn) mustAnswer(patience time.Duration) {
 		case <-half.C:
 		}
 		received := c.net.received.Load()
-		if n > 0 && received == before {
+		if received == before {
 			c.kill(fmt.Errorf("no sign of life for %v after the clock had jumped", patience))
 		}
 		before = received
