@@ -35,22 +35,24 @@ func (s *site) attach(id uint64) *realising {
 	s.t.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
-	stream, err := s.client.Attach(ctx, &dispatchv1.AttachRequest{BuildId: id})
-	if err != nil {
-		s.t.Fatal(err)
-	}
-	return readBuild(stream)
+	return readBuild(s.follow(ctx, id))
 }
 
 // join attaches, and returns when the plan has come: what happens then is told.
 func (s *site) join(ctx context.Context, id uint64) grpc.ServerStreamingClient[dispatchv1.BuildResponse] {
 	s.t.Helper()
+	stream := s.follow(ctx, id)
+	if msg, err := stream.Recv(); err != nil || msg.GetPlan() == nil {
+		s.t.Errorf("attached: %v, %v; want the plan", msg, err)
+	}
+	return stream
+}
+
+func (s *site) follow(ctx context.Context, id uint64) grpc.ServerStreamingClient[dispatchv1.BuildResponse] {
+	s.t.Helper()
 	stream, err := s.client.Attach(ctx, &dispatchv1.AttachRequest{BuildId: id})
 	if err != nil {
 		s.t.Fatal(err)
-	}
-	if msg, err := stream.Recv(); err != nil || msg.GetPlan() == nil {
-		s.t.Errorf("attached: %v, %v; want the plan", msg, err)
 	}
 	return stream
 }
@@ -90,7 +92,9 @@ func TestDetached(t *testing.T) {
 		// One leaves, one stays.
 		leaver, leave := context.WithCancel(t.Context())
 		s.join(leaver, id)
-		stayer := s.join(t.Context(), id)
+		bounded, cancel := context.WithTimeout(t.Context(), patience)
+		defer cancel()
+		stayer := s.join(bounded, id)
 		leave()
 		close(open)
 		watched := readBuild(stayer)

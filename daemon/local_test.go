@@ -28,11 +28,10 @@ func TestNixDaemonIsRestarted(t *testing.T) {
 			return func() *net.UnixListener {
 				time.Sleep(3 * localPause)
 				// Where there is no socket, nix-daemon --stdio is started instead.
-				next := listenAt(t, l.Addr().String()+".new")
-				if next != nil {
-					if err := os.Rename(l.Addr().String()+".new", l.Addr().String()); err != nil {
-						t.Error(err)
-					}
+				socket := l.Addr().String()
+				next := listenAt(t, socket+".new")
+				if err := os.Rename(socket+".new", socket); err != nil {
+					t.Error(err)
 				}
 				return next
 			}
@@ -64,7 +63,6 @@ func TestNixDaemonIsRestarted(t *testing.T) {
 					return
 				}
 				defer l.Close()
-				l.SetDeadline(time.Now().Add(2 * localAwayMost))
 				conn, err := l.Accept()
 				if err != nil {
 					t.Error(err)
@@ -84,7 +82,8 @@ func TestNixDaemonIsRestarted(t *testing.T) {
 	}
 }
 
-// listenAt returns nil, and the test has failed, where it can't.
+// listenAt listens for as long as it may take to be asked again. It returns nil, and
+// the test has failed, where it can't.
 func listenAt(t *testing.T, socket string) *net.UnixListener {
 	t.Helper()
 	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: socket, Net: "unix"})
@@ -92,5 +91,6 @@ func listenAt(t *testing.T, socket string) *net.UnixListener {
 		t.Error(err)
 		return nil
 	}
+	l.SetDeadline(time.Now().Add(2 * localAwayMost))
 	return l
 }
