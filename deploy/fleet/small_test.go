@@ -174,3 +174,36 @@ func TestReapRemovesAHalfMadeFleetAndLeavesAnOwnedOne(t *testing.T) {
 		t.Errorf("left: %q, %v; want the owned one", names, err)
 	}
 }
+
+func TestClosingAHostLeavesTheGroupsOfOthers(t *testing.T) {
+	require(t, Available())
+	dir := t.TempDir() // no fleet has it
+	sysd := cgroupPrefix(dir) + "sysd"
+	for _, name := range []string{sysd + "/init.scope", sysd + "2"} {
+		if err := os.MkdirAll(filepath.Join(cgroupMount(), name), 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	left := func() (names []string) {
+		groups, err := filepath.Glob(filepath.Join(cgroupMount(), cgroupPrefix(dir)+"*"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, group := range groups {
+			names = append(names, filepath.Base(group))
+		}
+		return names
+	}
+	if err := removeCgroups(sysd); err != nil {
+		t.Error(err)
+	}
+	if got := left(); len(got) != 1 || got[0] != sysd+"2" {
+		t.Errorf("left when host sysd is closed: %q, want the group of sysd2", got)
+	}
+	if err := removeCgroups(cgroupPrefix(dir) + "*"); err != nil {
+		t.Error(err)
+	}
+	if got := left(); got != nil {
+		t.Errorf("left when the fleet is removed: %q", got)
+	}
+}

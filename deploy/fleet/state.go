@@ -217,7 +217,7 @@ func reapOne(ctx context.Context, log *slog.Logger, dir string) error {
 	if err := s.Network.signal(unix.SIGKILL); err != nil {
 		return err
 	}
-	return errors.Join(removeTree(ctx, dir), removeCgroups(cgroupPrefix(filepath.Base(dir))))
+	return errors.Join(removeTree(ctx, dir), removeCgroups(cgroupPrefix(dir)+"*"))
 }
 
 // removeTree removes a directory whose last users may just be dying.

@@ -54,14 +54,20 @@ func (h *Host) runSystemd() string {
 }
 
 // cgroup is the name of the host's own control group.
-func (h *Host) cgroup() string { return cgroupPrefix(h.fleet.name) + h.name }
+func (h *Host) cgroup() string { return cgroupPrefix(h.fleet.dir) + h.name }
 
-func cgroupPrefix(fleet string) string { return "nix-dispatch-fleet." + fleet + "." }
+// cgroupPrefix begins the names of the control groups of the fleet in dir. Another
+// cache may hold a fleet of the same name, so the whole path is in it.
+func cgroupPrefix(dir string) string {
+	sum := sha256.Sum256([]byte(dir))
+	return "nix-dispatch-fleet." + filepath.Base(dir) + "." + hex.EncodeToString(sum[:4]) + "."
+}
 
-// removeCgroups removes the empty control groups that hosts with systemd leave, by
-// the beginning of their names.
-func removeCgroups(prefix string) error {
-	groups, err := filepath.Glob(filepath.Join(cgroupMount(), prefix+"*"))
+// removeCgroups removes the empty control groups that hosts with systemd leave.
+// pattern is matched as a whole, as by filepath.Match: one host's group is no other's
+// because its name begins in the same way.
+func removeCgroups(pattern string) error {
+	groups, err := filepath.Glob(filepath.Join(cgroupMount(), pattern))
 	for _, group := range groups {
 		var dirs []string
 		err = errors.Join(err, filepath.WalkDir(group, func(path string, d fs.DirEntry, err error) error {
