@@ -40,11 +40,19 @@ func (u *caller) addLine(priority, n int) {
 	}
 }
 
-// queues tells whether a build of u's for a system and list is queued.
-func (u *caller) queues(list, system string) bool {
-	return u != nil && slices.ContainsFunc(u.queued, func(cq *callerQueue) bool {
-		return cq.class.reach.list == list && cq.class.reach.system == system
-	})
+// queues counts u's queued builds for a system and list, and those of them that could
+// be built locally. It takes time for each class of u's queued builds, not for each build.
+func (u *caller) queues(list, system string) (builds, local int) {
+	if u == nil {
+		return 0, 0
+	}
+	for _, cq := range u.queued {
+		if cq.class.reach.list == list && cq.class.reach.system == system {
+			builds += len(cq.builds)
+			local += cq.local
+		}
+	}
+	return builds, local
 }
 
 // own makes b a build of the caller of that name.

@@ -25,6 +25,7 @@ type callerQueue struct {
 	class  *class
 	caller *caller
 	builds buildHeap
+	local  int    // the builds that could be built locally
 	at     [2]int // its index in class.heads and class.hungry, -1 where it is not in
 }
 
@@ -141,6 +142,7 @@ func (c *class) push(b *build) {
 		b.caller.queued = append(b.caller.queued, cq)
 	}
 	heap.Push(&cq.builds, b)
+	cq.local += count(b.req.CouldBuildLocally)
 	cq.sort()
 }
 
@@ -149,6 +151,7 @@ func (c *class) drop(b *build) {
 	cq := c.queues[b.caller]
 	if len(cq.builds) > 1 {
 		heap.Remove(&cq.builds, b.index)
+		cq.local -= count(b.req.CouldBuildLocally)
 		cq.sort()
 		return
 	}

@@ -277,11 +277,11 @@ func (s Situation) text(t tally) string {
 	case FullLocalBusy:
 		return "waits: " + t.full() + ", and no local slot is free"
 	case FullLocalQueued:
-		return t.full() + ", and enough builds wait that could be built locally"
+		return t.full() + ", and enough of the caller's builds wait that could be built locally"
 	case Full:
 		return "waits: " + t.full()
 	case FullQueue:
-		return t.full() + ", and too many builds wait already"
+		return t.full() + ", and too many of the caller's builds wait already"
 	case NoneUpLocal:
 		return t.full() + ", and it can be built locally"
 	case NoneUp:

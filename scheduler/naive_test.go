@@ -329,7 +329,7 @@ func (n *naive) move() bool {
 
 // Offer is the table of replies, read from top to bottom.
 func (n *naive) Offer(r Request, amWilling bool) (Reply, MachineID) {
-	matching, alive, up, slots, queued, local, own := 0, 0, 0, 0, 0, 0, 0
+	matching, alive, up, slots, queued, local := 0, 0, 0, 0, 0, 0
 	most := map[string]int{}
 	for _, m := range n.listed {
 		if could(m.Machine, r) {
@@ -348,20 +348,14 @@ func (n *naive) Offer(r Request, amWilling bool) (Reply, MachineID) {
 		slots += s
 	}
 	for _, b := range n.queue() {
-		if b.System == r.System && b.List == r.List {
+		if b.System == r.System && b.List == r.List && b.Caller == r.Caller {
 			queued++
-			if b.Caller == r.Caller {
-				own++
-			}
 			if b.CouldBuildLocally {
 				local++
 			}
 		}
 	}
 	here, limit := r.CouldBuildLocally, max(512, 4*slots)
-	if own == 0 {
-		limit *= 2
-	}
 	if m := n.best(r, n.slotFree); m != nil {
 		return Accept, m.ID
 	}
@@ -378,7 +372,7 @@ func (n *naive) Offer(r Request, amWilling bool) (Reply, MachineID) {
 		return Decline, ""
 	case here && up == 0:
 		return Postpone, ""
-	case here && local < slots, here && own == 0 && queued < max(512, 4*slots):
+	case here && local < slots:
 		return AcceptQueued, ""
 	case here:
 		return Postpone, ""

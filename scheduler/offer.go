@@ -54,16 +54,15 @@ const (
 	// be bound to machines that may not come.
 	ComingLocal
 	// FullLocalBusy: full, and no local slot is free for it, though it could be built
-	// locally. AcceptQueued while fewer such builds than remote slots are queued, so
-	// that no remote slot idles through the seconds a postponed caller waits; or if
-	// nothing of the caller's is queued, so that others do not keep it out.
+	// locally. AcceptQueued while fewer such builds of the caller's than remote slots are
+	// queued, so that no remote slot idles through the seconds a postponed caller waits.
 	FullLocalBusy
-	// FullLocalQueued: as before, and as many are queued. Postpone.
+	// FullLocalQueued: as before, and as many of the caller's are queued. Postpone.
 	FullLocalQueued
 	// Full, and it cannot be built locally. AcceptQueued.
 	Full
-	// FullQueue: as before or as NoneUp, and max(512, 4 times the slots) are queued, or
-	// twice as many if nothing of the caller's is. Postpone.
+	// FullQueue: as before or as NoneUp, and max(512, 4 times the slots) of the caller's
+	// are queued. Postpone.
 	FullQueue
 	// NoneUpLocal: matching machines exist, none is up or coming (though some may be
 	// parked), and it can be built locally. Decline.
@@ -83,8 +82,8 @@ type Decision struct {
 	Why string
 }
 
-// minQueued is the number of builds for one system that may be queued however
-// few slots there are; queuedPerSlot is how many for each slot otherwise. More
+// minQueued is the number of builds of a caller's for one system that may be queued
+// however few slots there are; queuedPerSlot is how many for each slot otherwise. More
 // would only grow the memory of both daemons: the slots are busy anyway.
 const (
 	minQueued     = 512
@@ -95,8 +94,9 @@ const (
 // caller's word that one of its local slots is free. Offer changes nothing;
 // Enqueue right after an Accept places the build on the machine it named.
 //
-// Queued builds and slots are counted for r's list and system: builds that could
-// not use the same machines do not keep each other out.
+// Queued builds are counted for r's caller, list and system, and slots for the list and
+// system: neither builds that could not use the same machines keep each other out, nor
+// do those of different callers. A caller with nothing queued is always taken.
 func (q *Queue) Offer(r Request, amWilling bool) Decision {
 	c := q.class(r)
 	if c.free(slotPlace) > 0 {
@@ -114,18 +114,13 @@ func (q *Queue) Offer(r Request, amWilling bool) Decision {
 	case r.CouldBuildLocally && t.up == 0:
 		return t.decide(Postpone, ComingLocal)
 	}
-	var queued, local int
-	if s := q.systems[systemKey{r.List, r.System}]; s != nil {
-		queued, local = s.queued, s.local
-	}
-	most := max(minQueued, queuedPerSlot*t.slots)
-	first := !q.callers[r.Caller].queues(r.List, r.System)
+	queued, local := q.callers[r.Caller].queues(r.List, r.System)
 	switch {
-	case r.CouldBuildLocally && (local < t.slots || first && queued < most):
+	case r.CouldBuildLocally && local < t.slots:
 		return t.decide(AcceptQueued, FullLocalBusy)
 	case r.CouldBuildLocally:
 		return t.decide(Postpone, FullLocalQueued)
-	case queued >= 2*most, queued >= most && !first:
+	case queued >= max(minQueued, queuedPerSlot*t.slots):
 		return t.decide(Postpone, FullQueue)
 	case t.coming == 0:
 		return t.decide(AcceptQueued, NoneUp)

@@ -44,13 +44,13 @@ func TestOfferFollowsTheTableOfReplies(t *testing.T) {
 
 		{"full, no local slot, none queued", []m{{Up, 2, 2}}, 0, 0, local, unwilling, AcceptQueued, FullLocalBusy, "", "waits: all matching machines are full, and no local slot is free"},
 		{"full, no local slot, one queued for two slots", []m{{Up, 2, 2}}, 1, 0, local, unwilling, AcceptQueued, FullLocalBusy, "", ""},
-		{"full, no local slot, two queued for two slots", []m{{Up, 2, 2}}, 2, 0, local, unwilling, Postpone, FullLocalQueued, "", "all matching machines are full, and enough builds wait that could be built locally"},
+		{"full, no local slot, two queued for two slots", []m{{Up, 2, 2}}, 2, 0, local, unwilling, Postpone, FullLocalQueued, "", "all matching machines are full, and enough of the caller's builds wait that could be built locally"},
 		{"full, no local slot, others queued do not count", []m{{Up, 2, 2}}, 1, 50, local, unwilling, AcceptQueued, FullLocalBusy, "", ""},
 		{"full, slots of a coming machine count", []m{{Up, 2, 2}, {Connecting, 1, 0}}, 2, 0, local, unwilling, AcceptQueued, FullLocalBusy, "", ""},
 		{"full, slots of a machine that is down do not", []m{{Up, 2, 2}, {Down, 9, 0}}, 2, 0, local, unwilling, Postpone, FullLocalQueued, "", ""},
 
 		{"full, not local, 511 queued", []m{{Up, 2, 2}}, 0, 511, remote, unwilling, AcceptQueued, Full, "", "waits: all matching machines are full"},
-		{"full, not local, 512 queued", []m{{Up, 2, 2}}, 0, 512, remote, unwilling, Postpone, FullQueue, "", "all matching machines are full, and too many builds wait already"},
+		{"full, not local, 512 queued", []m{{Up, 2, 2}}, 0, 512, remote, unwilling, Postpone, FullQueue, "", "all matching machines are full, and too many of the caller's builds wait already"},
 		{"full, not local, 512 queued of both kinds", []m{{Up, 2, 2}}, 1, 511, remote, unwilling, Postpone, FullQueue, "", ""},
 		{"full, not local, 799 queued for 200 slots", []m{{Up, 200, 200}}, 0, 799, remote, unwilling, AcceptQueued, Full, "", ""},
 		{"full, not local, 800 queued for 200 slots", []m{{Up, 200, 200}}, 0, 800, remote, unwilling, Postpone, FullQueue, "", ""},
@@ -130,6 +130,53 @@ func TestOfferCountsTheSystemsApart(t *testing.T) {
 	}
 	if d := q.Offer(Request{System: "x", CouldBuildLocally: true}, false); d.Situation != FullLocalBusy {
 		t.Errorf("x with no local build queued: situation %d, want FullLocalBusy", d.Situation)
+	}
+}
+
+// The bounds are each caller's own: one that fills its own keeps nobody else out, who may
+// then queue as many.
+func TestOfferBoundsEachCaller(t *testing.T) {
+	for _, tt := range []struct {
+		name  string
+		local bool
+		most  int
+		full  Situation
+		taken Situation
+	}{
+		{"only machines can build it", false, 512, FullQueue, Full},
+		{"it could be built locally", true, 2, FullLocalQueued, FullLocalBusy},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			q := New()
+			q.SetMachines([]Machine{{ID: "m", Systems: []string{"x"}, MaxJobs: 2, Staging: -1}})
+			q.SetState("m", Up, "")
+			id := BuildID(0)
+			enqueue := func(caller string) {
+				id++
+				q.Enqueue(Request{ID: id, System: "x", Caller: caller, CouldBuildLocally: tt.local})
+			}
+			offer := func(caller string) Situation {
+				return q.Offer(Request{System: "x", Caller: caller, CouldBuildLocally: tt.local}, false).Situation
+			}
+			for range 2 + 20_000 { // two have the slots
+				enqueue("mallory")
+			}
+			if got := offer("mallory"); got != tt.full {
+				t.Errorf("who has 20,000 queued: situation %d, want %d", got, tt.full)
+			}
+			for n := range tt.most {
+				if got := offer("alice"); got != tt.taken {
+					t.Fatalf("another with %d queued: situation %d, want %d", n, got, tt.taken)
+				}
+				enqueue("alice")
+			}
+			if got := offer("alice"); got != tt.full {
+				t.Errorf("another with %d queued: situation %d, want %d", tt.most, got, tt.full)
+			}
+			if got := offer("bob"); got != tt.taken {
+				t.Errorf("one with nothing queued: situation %d, want %d", got, tt.taken)
+			}
+		})
 	}
 }
 

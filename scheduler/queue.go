@@ -132,7 +132,6 @@ type systemKey struct{ list, system string }
 // A systemQueue counts the queued builds for one system and list.
 type systemQueue struct {
 	queued int
-	local  int // those of them that could be built locally
 	refs   int // builds for the system, in any phase
 }
 

@@ -192,7 +192,6 @@ func (q *Queue) enqueue(b *build) {
 		q.waiting = append(q.waiting, r)
 	}
 	b.system.queued++
-	b.system.local += count(b.req.CouldBuildLocally)
 }
 
 // dequeue takes b out of the queue; then it is nowhere.
@@ -214,7 +213,6 @@ func (q *Queue) dequeue(b *build) {
 		r.index = -1
 	}
 	b.system.queued--
-	b.system.local -= count(b.req.CouldBuildLocally)
 }
 
 // place puts b, which is nowhere, on m.
