@@ -66,6 +66,9 @@ for program in nix-dispatch nix-dispatchd; do
 	file 644 "share/zsh/$zsh/_$program" "$bin/$program" completion zsh
 	file 644 "share/fish/vendor_completions.d/$program.fish" "$bin/$program" completion fish
 done
+license=$here/../LICENSE
+[ "$prefix" != /usr ] || license=$here/deb/copyright # Debian's form
+file 644 share/doc/nix-dispatch/copyright cat "$license"
 for example in builds-on-this-host.conf nix-daemon.conf; do
 	file 644 "share/doc/nix-dispatch/examples/$example" unit "examples/$example"
 done

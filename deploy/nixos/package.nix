@@ -35,6 +35,7 @@ buildGoModule {
 
   meta = {
     description = "Nix builds on remote machines, over connections that stay open";
+    license = lib.licenses.asl20;
     mainProgram = "nix-dispatch";
     platforms = lib.platforms.linux;
   };

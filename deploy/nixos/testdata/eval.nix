@@ -18,6 +18,7 @@ let
     escapeShellArgs = args: builtins.concatStringsSep " " (map (a: "'" + builtins.replaceStrings [ "'" ] [ "'\\''" ] a + "'") args);
     cleanSource = path: toString path;
     platforms.linux = [ "x86_64-linux" ];
+    licenses.asl20 = { spdxId = "Apache-2.0"; };
     types = {
       package = { check = p: p ? outPath; };
       bool = { check = builtins.isBool; };
