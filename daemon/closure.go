@@ -3,6 +3,7 @@ package daemon
 import (
 	"context"
 	"fmt"
+	"maps"
 	"slices"
 
 	"nixdispatch/proto/nix"
@@ -58,7 +59,18 @@ func inputRoots(drv *nix.Derivation, outputsOf func(nix.StorePath) (map[string]n
 // inputClosure is the closure of a derivation's inputs by the local store's own
 // knowledge.
 func (s *localStore) inputClosure(ctx context.Context, drv *nix.Derivation) ([]nix.StorePath, error) {
+	conn, err := s.open(ctx)
+	if err != nil {
+		return nil, err
+	}
+	defer conn.Close()
+	if err := conn.checkValid(slices.Collect(maps.Keys(drv.InputDrvs))...); err != nil {
+		return nil, err
+	}
 	roots, err := inputRoots(drv, func(p nix.StorePath) (map[string]nix.StorePath, error) {
+		if ctx.Err() != nil {
+			return nil, context.Cause(ctx)
+		}
 		input, err := s.derivation(p)
 		if err != nil {
 			return nil, err
@@ -68,11 +80,6 @@ func (s *localStore) inputClosure(ctx context.Context, drv *nix.Derivation) ([]n
 	if err != nil {
 		return nil, err
 	}
-	conn, err := s.open(ctx)
-	if err != nil {
-		return nil, err
-	}
-	defer conn.Close()
 	infos, err := conn.closure(nil, roots)
 	if err != nil {
 		return nil, err

@@ -157,7 +157,7 @@ func (d *Daemon) runDetached(j *detachedBuild, began chan<- error) {
 		}
 		return nil
 	}
-	r, targets, err := d.newRealisation(j.request, j.caller, send)
+	r, targets, err := d.newRealisation(j.ctx, j.request, j.caller, send)
 	if err == nil {
 		r.keep = func(outputs []*dispatchv1.Output) error { return d.detached.keepOutputs(j, r.conn, outputs) }
 		err = r.run(j.ctx, targets)

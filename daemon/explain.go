@@ -11,7 +11,7 @@ import (
 )
 
 // Explain tells where a build can go, and why not elsewhere.
-func (s *server) Explain(_ context.Context, req *dispatchv1.ExplainRequest) (*dispatchv1.ExplainResponse, error) {
+func (s *server) Explain(ctx context.Context, req *dispatchv1.ExplainRequest) (*dispatchv1.ExplainResponse, error) {
 	r := scheduler.Request{System: req.GetSystem(), Features: req.GetFeatures()}
 	var drv *nix.Derivation
 	var asked drvKey
@@ -21,12 +21,12 @@ func (s *server) Explain(_ context.Context, req *dispatchv1.ExplainRequest) (*di
 		if err != nil {
 			return nil, toStatus(err)
 		}
-		targets, err := store.parseTargets([]string{req.GetDrvPath()})
+		t, err := parseTarget(req.GetDrvPath())
 		if err != nil {
 			return nil, toStatus(err)
 		}
-		asked = drvKey{store.key, targets[0].drvPath}
-		if drv, err = store.derivation(asked.drvPath); err != nil {
+		asked = drvKey{store.key, t.drvPath}
+		if drv, err = store.readTarget(ctx, t); err != nil {
 			return nil, toStatus(requestFault(err))
 		}
 		r.System, r.Features = drv.Platform, drv.RequiredSystemFeatures()

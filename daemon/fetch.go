@@ -7,7 +7,6 @@ import (
 	"io"
 	"io/fs"
 	"maps"
-	"os"
 	"slices"
 	"strings"
 	"sync/atomic"
@@ -16,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"nixdispatch/proto/nix"
+	"nixdispatch/sshpool/plainfile"
 )
 
 const (
@@ -191,7 +191,7 @@ func (f *fetch) awaitLock(ctx context.Context, p nix.StorePath) (valid bool, err
 // only looked at: a lock file of non-zero size is stale, whoever holds it
 // (src/libstore/unix/pathlocks.cc).
 func lockHeld(lockFile string) (bool, error) {
-	file, err := os.Open(lockFile)
+	file, err := plainfile.OpenNoFollow(lockFile)
 	if errors.Is(err, fs.ErrNotExist) {
 		return false, nil
 	}

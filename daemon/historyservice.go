@@ -84,11 +84,11 @@ func (s *server) Log(req *dispatchv1.LogRequest, stream grpc.ServerStreamingServ
 		}
 	}
 	if j := s.d.detached.find(req.GetBuildId()); j != nil {
-		targets, err := s.d.stores.own.parseTargets(j.request.GetDerivations())
+		t, err := parseTarget(j.request.GetDerivations()[0])
 		if err != nil {
 			return toStatus(err)
 		}
-		req, drvPath = &dispatchv1.LogRequest{Follow: req.GetFollow()}, targets[0].drvPath
+		req, drvPath = &dispatchv1.LogRequest{Follow: req.GetFollow()}, t.drvPath
 	}
 	if b, done := s.d.dispatcher.read(scheduler.BuildID(req.GetBuildId()), drvPath); b != nil {
 		defer done()

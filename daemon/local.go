@@ -16,6 +16,7 @@ import (
 	"nixdispatch/proto/nix"
 	"nixdispatch/proto/nix/wire"
 	"nixdispatch/proto/nix/worker"
+	"nixdispatch/sshpool/plainfile"
 )
 
 // localHandshakeTimeout bounds connecting to the local nix-daemon.
@@ -201,31 +202,72 @@ func (s *localStore) dial(ctx context.Context) (io.ReadWriteCloser, error) {
 // errNotInStore says that a derivation's file is not in the local store.
 var errNotInStore = errors.New("is not in the local store")
 
-// derivation reads and parses a .drv file of the store.
-func (s *localStore) derivation(p nix.StorePath) (*nix.Derivation, error) {
+// checkDerivationPath refuses what cannot be a derivation of the store, by its name.
+func (s *localStore) checkDerivationPath(p nix.StorePath) error {
 	if !p.IsDerivation() || p.Dir() != s.Dir {
-		return nil, fmt.Errorf("%s is not a derivation of the store %s", p, s.Dir)
+		return fmt.Errorf("%s is not a derivation of the store %s", p, s.Dir)
 	}
-	f, err := os.Open(s.Real(p))
-	if errors.Is(err, fs.ErrNotExist) {
+	return nil
+}
+
+// derivation reads and parses a .drv file of the store. What stands at the name of an
+// invalid path may be anything, a pipe or a device too, and Nix 2.8 has valid paths
+// that are links to such: only a regular file is read. Callers ask the store first
+// whether a path that somebody else named is valid; see checkValid.
+func (s *localStore) derivation(p nix.StorePath) (*nix.Derivation, error) {
+	if err := s.checkDerivationPath(p); err != nil {
+		return nil, err
+	}
+	data, err := plainfile.ReadNoFollow(s.Real(p), nix.MaxDerivationSize)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
 		return nil, fmt.Errorf("derivation %s %w", p, errNotInStore)
-	}
-	if err != nil {
+	case errors.Is(err, plainfile.ErrNotRegular), errors.Is(err, plainfile.ErrTooLarge):
+		return nil, fmt.Errorf("derivation: %w", err)
+	case err != nil:
 		return nil, &localError{doing: "read derivation", err: err}
-	}
-	defer f.Close()
-	data, err := io.ReadAll(io.LimitReader(f, nix.MaxDerivationSize+1))
-	if err != nil {
-		return nil, &localError{doing: "read derivation", err: err}
-	}
-	if len(data) > nix.MaxDerivationSize {
-		return nil, fmt.Errorf("derivation %s is larger than %d bytes", p, nix.MaxDerivationSize)
 	}
 	drv, err := nix.ParseDerivation(data)
 	if err != nil {
 		return nil, fmt.Errorf("derivation %s: %w", p, err)
 	}
 	return drv, nil
+}
+
+// checkValid makes sure that the store vouches for derivations that somebody named,
+// before their files are read: a file that a build has left in the store's directory
+// could name any outputs. The file of a valid path never changes.
+func (s *localStore) checkValid(ctx context.Context, drvs ...nix.StorePath) error {
+	for _, p := range drvs {
+		if err := s.checkDerivationPath(p); err != nil {
+			return err
+		}
+	}
+	conn, err := s.open(ctx)
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	if err := conn.checkValid(drvs...); err != nil {
+		return err
+	}
+	conn.clean = true
+	return nil
+}
+
+// checkValid is localStore.checkValid over a connection there is.
+func (c *localConn) checkValid(drvs ...nix.StorePath) error {
+	if len(drvs) == 0 {
+		return nil
+	}
+	invalid, err := c.invalid(drvs)
+	if err != nil {
+		return err
+	}
+	if len(invalid) > 0 {
+		return fmt.Errorf("derivation %s %w", invalid[0], errNotInStore)
+	}
+	return nil
 }
 
 // contextCause is the reason ctx ended, if it did: the error that ending it

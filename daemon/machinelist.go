@@ -2,18 +2,15 @@ package daemon
 
 import (
 	"crypto/sha256"
-	"errors"
 	"fmt"
-	"io"
-	"io/fs"
 	"log/slog"
-	"os"
 	"runtime"
 	"slices"
 	"strings"
 
 	dispatchv1 "nixdispatch/proto/dispatch/v1"
 	"nixdispatch/proto/nix"
+	"nixdispatch/sshpool/plainfile"
 )
 
 // A machineList is a builders setting as it was read at one time. It is never
@@ -79,27 +76,8 @@ func (d *Daemon) readList(log *slog.Logger) *machineList {
 	return list
 }
 
-// readMachinesFile reads an included file, within bounds. Whatever may stand at
-// that path: it does not wait for a pipe's other end.
-func readMachinesFile(path string) ([]byte, error) {
-	info, err := os.Stat(path)
-	if err != nil {
-		return nil, err
-	}
-	if !info.Mode().IsRegular() {
-		return nil, &fs.PathError{Op: "read", Path: path, Err: errors.New("it is not a regular file")}
-	}
-	f, err := os.Open(path)
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close()
-	data, err := io.ReadAll(io.LimitReader(f, nix.MaxMachinesSize+1))
-	if err == nil && len(data) > nix.MaxMachinesSize {
-		err = fmt.Errorf("larger than %d bytes", nix.MaxMachinesSize)
-	}
-	return data, err
-}
+// readMachinesFile reads a file that a list of machines includes.
+func readMachinesFile(path string) ([]byte, error) { return plainfile.Read(path, nix.MaxMachinesSize) }
 
 // badEntries are the entries left out, for the API.
 func (l *machineList) badEntries() []*dispatchv1.MachineError {

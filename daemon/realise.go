@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"runtime"
 	"slices"
 	"strings"
@@ -80,7 +81,7 @@ func (s *server) Build(req *dispatchv1.BuildRequest, stream grpc.ServerStreaming
 	if req.GetDetach() {
 		return toStatus(s.d.detach(req, c, stream.Send))
 	}
-	r, targets, err := s.d.newRealisation(req, c, stream.Send)
+	r, targets, err := s.d.newRealisation(stream.Context(), req, c, stream.Send)
 	if err != nil {
 		return toStatus(err)
 	}
@@ -95,12 +96,12 @@ func (s *server) Build(req *dispatchv1.BuildRequest, stream grpc.ServerStreaming
 }
 
 // newRealisation makes one of a request. The caller must release its lease.
-func (d *Daemon) newRealisation(req *dispatchv1.BuildRequest, c caller, tell func(*dispatchv1.BuildResponse) error) (*realisation, []target, error) {
+func (d *Daemon) newRealisation(ctx context.Context, req *dispatchv1.BuildRequest, c caller, tell func(*dispatchv1.BuildResponse) error) (*realisation, []target, error) {
 	store, err := d.stores.find(req.GetStore(), req.GetEnvironment())
 	if err != nil {
 		return nil, nil, err
 	}
-	targets, err := store.parseTargets(req.GetDerivations())
+	targets, err := store.parseTargets(ctx, req.GetDerivations())
 	if err != nil {
 		return nil, nil, err
 	}
@@ -134,44 +135,86 @@ func (d *Daemon) leaseFor(req *dispatchv1.BuildRequest, by caller) (*lease, erro
 	return d.lease(req.GetBuilders(), by)
 }
 
+// parseTarget reads "DRVPATH" or "DRVPATH!OUTPUT,...", and opens nothing.
+func parseTarget(text string) (target, error) {
+	name, outputs, some := strings.Cut(text, "!")
+	p, err := nix.ParseStorePath(name)
+	if err != nil {
+		return target{}, fmt.Errorf("%w: %w", errBadRequest, err)
+	}
+	if !p.IsDerivation() {
+		return target{}, fmt.Errorf("%w: %s is not a derivation", errBadRequest, p)
+	}
+	t := target{drvPath: p}
+	if some && outputs != "*" {
+		t.outputs = strings.Split(outputs, ",")
+	}
+	return t, nil
+}
+
 // parseTargets checks what a caller asks for.
-func (s *localStore) parseTargets(texts []string) ([]target, error) {
+func (s *localStore) parseTargets(ctx context.Context, texts []string) ([]target, error) {
 	if len(texts) == 0 {
 		return nil, fmt.Errorf("%w: no derivation given", errBadRequest)
 	}
 	targets := make([]target, len(texts))
+	drvs := make(map[nix.StorePath]*nix.Derivation)
 	for n, text := range texts {
-		name, outputs, some := strings.Cut(text, "!")
-		p, err := nix.ParseStorePath(name)
+		t, err := parseTarget(text)
 		if err != nil {
-			return nil, fmt.Errorf("%w: %w", errBadRequest, err)
+			return nil, err
 		}
-		if !p.IsDerivation() {
-			return nil, fmt.Errorf("%w: %s is not a derivation", errBadRequest, p)
+		targets[n] = t
+		drvs[t.drvPath] = nil
+	}
+	if err := s.checkValid(ctx, slices.Collect(maps.Keys(drvs))...); err != nil {
+		return nil, requestFault(err)
+	}
+	for _, t := range targets {
+		if ctx.Err() != nil {
+			return nil, context.Cause(ctx)
 		}
-		drv, err := s.derivation(p)
-		if err != nil {
-			return nil, requestFault(err)
-		}
-		targets[n].drvPath = p
-		if !some || outputs == "*" {
-			continue
-		}
-		targets[n].outputs = strings.Split(outputs, ",")
-		for _, o := range targets[n].outputs {
-			if _, ok := drv.Outputs[o]; !ok {
-				return nil, fmt.Errorf("%w: derivation %s has no output %q, only %s",
-					errBadRequest, p, o, strings.Join(drv.OutputNames(), ", "))
+		if drvs[t.drvPath] == nil {
+			drv, err := s.derivation(t.drvPath)
+			if err != nil {
+				return nil, requestFault(err)
 			}
+			drvs[t.drvPath] = drv
+		}
+		if err := t.checkOutputs(drvs[t.drvPath]); err != nil {
+			return nil, err
 		}
 	}
 	return targets, nil
 }
 
+// readTarget reads a derivation that a caller named.
+func (s *localStore) readTarget(ctx context.Context, t target) (*nix.Derivation, error) {
+	if err := s.checkValid(ctx, t.drvPath); err != nil {
+		return nil, err
+	}
+	drv, err := s.derivation(t.drvPath)
+	if err != nil {
+		return nil, err
+	}
+	return drv, t.checkOutputs(drv)
+}
+
+// checkOutputs refuses outputs that the derivation does not have.
+func (t target) checkOutputs(drv *nix.Derivation) error {
+	for _, o := range t.outputs {
+		if _, ok := drv.Outputs[o]; !ok {
+			return fmt.Errorf("%w: derivation %s has no output %q, only %s",
+				errBadRequest, t.drvPath, o, strings.Join(drv.OutputNames(), ", "))
+		}
+	}
+	return nil
+}
+
 // requestFault blames the request for a derivation that is not one of this store
 // or cannot be parsed.
 func requestFault(err error) error {
-	if _, local := errors.AsType[*localError](err); local || errors.Is(err, errNotInStore) {
+	if _, local := errors.AsType[*localError](err); local || errors.Is(err, errNotInStore) || errors.Is(err, errBadRequest) || errors.Is(err, context.Canceled) {
 		return err
 	}
 	return fmt.Errorf("%w: %w", errBadRequest, err)

@@ -12,6 +12,8 @@ import (
 	"strings"
 
 	"golang.org/x/crypto/ssh"
+
+	"nixdispatch/sshpool/plainfile"
 )
 
 // hostKeys are the keys a host may have, and what is done about others.
@@ -46,7 +48,9 @@ func loadHostKeys(ctx context.Context, t *Target, log *slog.Logger) (*hostKeys, 
 	k.name, k.bare = t.knownName()
 	var err error
 	if len(t.given) > 0 {
-		k.fixed, err = parseHostKeys(t.given)
+		if k.fixed, err = parseHostKeys(t.given); err == nil {
+			k.readRevocations()
+		}
 	} else {
 		err = k.readFiles()
 	}
@@ -72,16 +76,27 @@ func (k *hostKeys) readFiles() error {
 		r.names = append(r.names, k.bare)
 	}
 	r.found = make([][]knownKey, len(r.names))
+	var failed error
 	for _, name := range k.files {
-		if err := r.readFile(name); err != nil {
-			return err
+		if err := r.readFile(name); err != nil && failed == nil {
+			failed = err
 		}
 	}
 	k.known, k.warnings = r.found[0], r.odd
 	if k.bare != "" {
 		k.knownBare = r.found[1]
 	}
-	return nil
+	return failed
+}
+
+// readRevocations reads the files for what they revoke only: which key the host has
+// is known without them, so a file that cannot be read is no reason not to connect.
+func (k *hostKeys) readRevocations() {
+	if err := k.readFiles(); err != nil {
+		k.warnings = append(k.warnings, err)
+	}
+	known := func(e knownKey) bool { return e.marker != markRevoked }
+	k.known, k.knownBare = slices.DeleteFunc(k.known, known), slices.DeleteFunc(k.knownBare, known)
 }
 
 // maxRevoked bounds a file of RevokedHostKeys.
@@ -90,7 +105,7 @@ const maxRevoked = 16 << 20
 // readRevoked reads a file of RevokedHostKeys: public keys, one a line, or a key
 // revocation list. As in ssh, a file that cannot be read makes all keys refused.
 func (k *hostKeys) readRevoked(name string) error {
-	text, err := readRegular(name, maxRevoked)
+	text, err := plainfile.Read(name, maxRevoked)
 	if err != nil {
 		return fmt.Errorf("RevokedHostKeys: %w", err)
 	}
@@ -213,6 +228,14 @@ func (e *hostKeyError) Unwrap() error { return e.err }
 // sshconnect.c.
 func (k *hostKeys) check(remote net.Addr, key ssh.PublicKey) error {
 	t := k.target
+	// First, for nothing below may waive it. OpenSSH looks at @revoked later than at
+	// RevokedHostKeys, after NoHostAuthenticationForLocalhost, and so accepts there what
+	// is refused here.
+	if e := k.findRevoked(key); e != nil {
+		return &hostKeyError{keyVerdict{cause: CauseHostKeyRevoked, at: []knownKey{*e},
+			err: fmt.Errorf("the host's key %s is revoked at %s", describe(key), e.place()),
+			fix: "give the machine a new host key, and find out why this one was revoked"}}
+	}
 	if t.TrustLocalhost && t.HostKeyAlias == "" && isLoopback(remote) {
 		k.accepted = "not looked at: NoHostAuthenticationForLocalhost"
 		return nil
@@ -220,11 +243,6 @@ func (k *hostKeys) check(remote net.Addr, key ssh.PublicKey) error {
 	if size := rsaBits(key); size > 0 && size < t.RequiredRSASize {
 		return &hostKeyError{keyVerdict{cause: CauseNoSSH, fix: "lower RequiredRSASize, or give the machine another key",
 			err: fmt.Errorf("the host's RSA key has %d bits, RequiredRSASize is %d", size, t.RequiredRSASize)}}
-	}
-	if e := k.findRevoked(key); e != nil {
-		return &hostKeyError{keyVerdict{cause: CauseHostKeyRevoked, at: []knownKey{*e},
-			err: fmt.Errorf("the host's key %s is revoked at %s", describe(key), e.place()),
-			fix: "give the machine a new host key, and find out why this one was revoked"}}
 	}
 	if k.fixed != nil {
 		return k.checkFixed(key)
@@ -404,20 +422,4 @@ func describe(key ssh.PublicKey) string {
 		return fmt.Sprintf("%s %s, signed by %s", cert.Type(), ssh.FingerprintSHA256(cert.Key), ssh.FingerprintSHA256(cert.SignatureKey))
 	}
 	return key.Type() + " " + ssh.FingerprintSHA256(key)
-}
-
-// readRegular reads a file within bounds, but no device or pipe, which could be
-// waited for without end.
-func readRegular(name string, limit int64) ([]byte, error) {
-	st, err := os.Stat(name)
-	if err != nil {
-		return nil, err
-	}
-	if !st.Mode().IsRegular() {
-		return nil, fmt.Errorf("%s: not a regular file", name)
-	}
-	if st.Size() > limit {
-		return nil, fmt.Errorf("%s: larger than %d bytes", name, limit)
-	}
-	return os.ReadFile(name)
 }

@@ -3,6 +3,7 @@ package sshpool
 import (
 	"crypto/rand"
 	"crypto/rsa"
+	"errors"
 	"log/slog"
 	"net"
 	"os"
@@ -94,6 +95,8 @@ func TestKnownHosts(t *testing.T) {
 		{name: "authority", files: []string{"@cert-authority mac " + caLine}, key: cert, first: "ssh-ed25519-cert-v01@openssh.com"},
 		{name: "authority for others", files: []string{"@cert-authority pc " + caLine}, key: cert, want: "is not known"},
 		{name: "authority's name as the host's", addr: "pc:22", files: []string{"@cert-authority pc " + caLine}, key: cert, want: "is not known"},
+		{name: "revoked key in a certificate", files: []string{"@cert-authority mac " + caLine + "\n@revoked * " + goodLine}, key: cert, want: "is revoked at FILE0:2"},
+		{name: "revoked authority", files: []string{"@cert-authority mac " + caLine + "\n@revoked mac " + caLine}, key: cert, want: "is revoked at FILE0:2"},
 		{name: "damaged lines", files: []string{"mac ssh-ed25519 AAAA\nmac ssh-magic AAAA\nmac\n@what mac " + goodLine + "\nmac " + goodLine}, warn: 4},
 		{name: "changed after damaged lines", files: []string{"pc " + goodLine, "nonsense\nmac " + otherLine}, want: "expected the key at FILE1:2", warn: 1},
 		{name: "very long line", files: []string{strings.Repeat("x", 1<<20) + "\nmac " + goodLine}, warn: 1},
@@ -141,6 +144,56 @@ func TestKnownHosts(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// A revoked key is refused whatever would let other keys pass: that it is given, that
+// the host is this one, that nothing is strict.
+func TestRevocationIsCheckedFirst(t *testing.T) {
+	t.Parallel()
+	sshtest.RequireSSH(t)
+	good, ca := sshtest.NewKey().PublicKey(), sshtest.NewKey()
+	cert := hostCertificate(t, ca, good, "mac")
+	file := func(text string) string {
+		name := filepath.Join(t.TempDir(), "file")
+		writeFile(t, name, text+"\n")
+		return name
+	}
+	waivers := map[string]func(*Target){
+		"localhost":  func(t *Target) { t.TrustLocalhost = true },
+		"not strict": func(t *Target) { t.Strict = StrictOff },
+		"given":      func(t *Target) { t.given = []byte(keyLine(good)) },
+		"known": func(t *Target) {
+			t.OtherKnownHosts = []string{file("mac " + keyLine(good) + "\n@cert-authority mac " + keyLine(ca.PublicKey()))}
+		},
+	}
+	revocations := map[string]func(*Target){
+		"nothing":              func(*Target) {},
+		"RevokedHostKeys":      func(t *Target) { t.RevokedHostKeys = []string{file(keyLine(good))} },
+		"a list":               func(to *Target) { to.RevokedHostKeys = []string{revoking(t, keyLine(good))} },
+		"@revoked":             func(t *Target) { t.UserKnownHosts = []string{file("@revoked mac " + keyLine(good))} },
+		"@revoked, everywhere": func(t *Target) { t.OtherKnownHosts = append(t.OtherKnownHosts, file("@revoked * "+keyLine(good))) },
+	}
+	for waiver, waive := range waivers {
+		for revocation, revoke := range revocations {
+			for kind, key := range map[string]ssh.PublicKey{"key": good, "certificate": cert} {
+				if waiver == "given" && kind == "certificate" && revocation == "nothing" {
+					continue // what is given is a key
+				}
+				to := targetAt(t, Config{KnownHostsFiles: []string{os.DevNull}}, "mac:22")
+				waive(to)
+				revoke(to)
+				k, err := loadHostKeys(t.Context(), to, slog.New(slog.DiscardHandler))
+				if err != nil {
+					t.Fatal(err)
+				}
+				err = k.check(&net.TCPAddr{IP: net.IPv4(127, 0, 0, 1), Port: 22}, key)
+				refused, ok := errors.AsType[*hostKeyError](err)
+				if revocation == "nothing" && err != nil || revocation != "nothing" && (!ok || refused.cause != CauseHostKeyRevoked) {
+					t.Errorf("%s, %s revoked by %s: %v", waiver, kind, revocation, err)
+				}
+			}
+		}
 	}
 }
 

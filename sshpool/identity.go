@@ -8,6 +8,8 @@ import (
 	"strings"
 
 	"golang.org/x/crypto/ssh"
+
+	"nixdispatch/sshpool/plainfile"
 )
 
 // maxKeyFile bounds a file with a key or certificate.
@@ -29,7 +31,7 @@ type identityFile struct {
 // readIdentity reads a private key, and the certificate beside it.
 func readIdentity(name string, withCert bool) *identityFile {
 	f := &identityFile{name: name}
-	text, err := readRegular(name, maxKeyFile)
+	text, err := plainfile.Read(name, maxKeyFile)
 	if err == nil {
 		f.signer, err = ssh.ParsePrivateKey(text)
 	}
@@ -94,7 +96,7 @@ func publicHalf(name string, text []byte, err error) ssh.PublicKey {
 	if key, _, _, _, err := ssh.ParseAuthorizedKey(text); err == nil {
 		return key
 	}
-	text, err = readRegular(name+".pub", maxKeyFile)
+	text, err = plainfile.Read(name+".pub", maxKeyFile)
 	if err != nil {
 		return nil
 	}
@@ -134,7 +136,7 @@ func publicOfPrivate(text []byte) ssh.PublicKey {
 
 // readCertificate reads a user's certificate.
 func readCertificate(name string) (*ssh.Certificate, error) {
-	text, err := readRegular(name, maxKeyFile)
+	text, err := plainfile.Read(name, maxKeyFile)
 	if err != nil {
 		return nil, err
 	}

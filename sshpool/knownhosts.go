@@ -16,6 +16,8 @@ import (
 
 	"golang.org/x/crypto/ssh"
 	xknownhosts "golang.org/x/crypto/ssh/knownhosts"
+
+	"nixdispatch/sshpool/plainfile"
 )
 
 // This file reads known_hosts files, whose format is in sshd(8), section
@@ -62,7 +64,10 @@ type knownHostsReader struct {
 
 // readFile reads one file; a missing one is as good as an empty one.
 func (r *knownHostsReader) readFile(name string) error {
-	f, err := os.Open(name)
+	if name == os.DevNull {
+		return nil
+	}
+	f, err := plainfile.Open(name)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}
@@ -70,10 +75,6 @@ func (r *knownHostsReader) readFile(name string) error {
 		return err
 	}
 	defer f.Close()
-	// A pipe would be waited for without end; /dev/null is what many have.
-	if st, err := f.Stat(); err == nil && st.Mode()&(fs.ModeNamedPipe|fs.ModeSocket|fs.ModeDir) != 0 {
-		return fmt.Errorf("%s: neither a file nor a device", name)
-	}
 	if err := r.read(name, io.LimitReader(f, maxKnownHostsSize)); err != nil {
 		return fmt.Errorf("%s: %w", name, err)
 	}

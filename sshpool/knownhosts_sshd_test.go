@@ -129,6 +129,7 @@ func TestKnownHostsOfConfigWithSSHD(t *testing.T) {
 		writeFile(t, name, text+"\n")
 		return name
 	}
+	bothKeys := d.HostKeys()[0] + "\n" + d.HostKeys()[1]
 	hashed := file(xknownhosts.HashHostname(name) + " " + d.HostKeys()[1])
 	for _, tt := range []struct {
 		name    string
@@ -146,11 +147,19 @@ func TestKnownHostsOfConfigWithSSHD(t *testing.T) {
 		{"other revoked", []string{"RevokedHostKeys " + file(keyLine(sshtest.NewKey().PublicKey()))}, ""},
 		{"list of revoked keys missing", []string{"RevokedHostKeys /no/such/file"}, CauseHostKeyFiles},
 		{"localhost", []string{"UserKnownHostsFile none", "NoHostAuthenticationForLocalhost yes"}, ""},
+		{"localhost, revoked", []string{"UserKnownHostsFile none", "NoHostAuthenticationForLocalhost yes",
+			"RevokedHostKeys " + file(bothKeys)}, CauseHostKeyRevoked},
+		{"localhost, revoked in a list", []string{"UserKnownHostsFile none", "NoHostAuthenticationForLocalhost yes",
+			"RevokedHostKeys " + revoking(t, bothKeys)}, CauseHostKeyRevoked},
+		{"localhost, @revoked", []string{"UserKnownHostsFile " + file("@revoked * "+d.HostKeys()[0]+"\n@revoked * "+d.HostKeys()[1]),
+			"NoHostAuthenticationForLocalhost yes"}, CauseHostKeyRevoked},
 		{"only the other algorithm", []string{"HostKeyAlgorithms ecdsa-sha2-nistp256"}, CauseHostKeyChanged},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			cfg := configured(t, hostBlock(t, "mac", d, tt.options...))
-			sshAgrees(t, cfg, tt.cause == "")
+			if tt.name != "localhost, @revoked" { // which ssh lets pass
+				sshAgrees(t, cfg, tt.cause == "")
+			}
 			if tt.cause != "" {
 				mustFail(t, cfg, StepHostKey, tt.cause)
 				return

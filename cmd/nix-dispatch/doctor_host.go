@@ -4,7 +4,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"io/fs"
 	"net"
 	"os"
 	"os/user"
@@ -19,6 +18,7 @@ import (
 	"nixdispatch/cmd/internal/daemonsocket"
 	"nixdispatch/proto/nix"
 	"nixdispatch/proto/nix/worker"
+	"nixdispatch/sshpool/plainfile"
 )
 
 // A host is this computer as the doctor sees it. The fields are for tests.
@@ -79,19 +79,8 @@ func askSocket(socket string) (localNix, error) {
 	return localNix{}, err
 }
 
-// readConfFile reads a file of Nix's configuration, within bounds.
-func readConfFile(name string) ([]byte, error) {
-	info, err := os.Stat(name)
-	switch {
-	case err != nil:
-		return nil, err
-	case !info.Mode().IsRegular():
-		return nil, &fs.PathError{Op: "read", Path: name, Err: errors.New("it is not a regular file")}
-	case info.Size() > nix.MaxConfSize:
-		return nil, fmt.Errorf("%s: larger than %d bytes", name, nix.MaxConfSize)
-	}
-	return os.ReadFile(name)
-}
+// readConfFile reads a file of Nix's configuration.
+func readConfFile(name string) ([]byte, error) { return plainfile.Read(name, nix.MaxConfSize) }
 
 // look tells of all there is to see on this host. served is nil if nix-dispatchd
 // does not tell.
