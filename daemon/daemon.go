@@ -105,6 +105,8 @@ type Daemon struct {
 	// copyStall is copyStall, but in tests.
 	copyStall   time.Duration
 	connections *connLimit
+	// webConnections bounds those of the metrics listener.
+	webConnections *webLimit
 	// helloWait is helloWait, but in tests.
 	helloWait time.Duration
 	// pings has one taken for each ping under way.
@@ -139,15 +141,16 @@ func New(opts Options) (*Daemon, error) {
 		return nil, err
 	}
 	d := &Daemon{
-		opts:        opts,
-		log:         opts.Logger,
-		copyStall:   copyStall,
-		helloWait:   helloWait,
-		connections: newConnLimit(opts.Logger),
-		pings:       make(chan struct{}, maxPings),
-		stores:      local,
-		machines:    newMachines(opts.Logger),
-		dispatcher:  newDispatcher(opts.Logger),
+		opts:           opts,
+		log:            opts.Logger,
+		copyStall:      copyStall,
+		helloWait:      helloWait,
+		connections:    newConnLimit(opts.Logger),
+		webConnections: &webLimit{most: maxWebConnections},
+		pings:          make(chan struct{}, maxPings),
+		stores:         local,
+		machines:       newMachines(opts.Logger),
+		dispatcher:     newDispatcher(opts.Logger),
 		detached: &detachedBuilds{
 			dir: filepath.Join(opts.StateDir, "detached"), log: opts.Logger, all: make(map[uint64]*detachedBuild)},
 	}

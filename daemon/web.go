@@ -56,14 +56,17 @@ func (d *Daemon) serveWeb(l net.Listener, serving *sync.WaitGroup, failed chan<-
 	mux.Handle("GET /metrics", promhttp.HandlerFor(d.metrics.registry, promhttp.HandlerOpts{}))
 	webpage.Register(mux, d.pageSource())
 	server := &http.Server{
-		Handler:           mux,
-		ReadHeaderTimeout: 10 * time.Second,
-		WriteTimeout:      time.Minute,
-		IdleTimeout:       2 * time.Minute,
-		MaxHeaderBytes:    64 << 10,
+		Handler: mux,
+		// A request is a few lines, and an answer at most a few hundred KiB.
+		ReadTimeout:    10 * time.Second,
+		WriteTimeout:   30 * time.Second,
+		IdleTimeout:    30 * time.Second,
+		MaxHeaderBytes: 64 << 10,
+		ConnState:      d.webConnections.changed,
 		// What strangers do wrong is worth no more than that.
 		ErrorLog: slog.NewLogLogger(d.log.Handler(), slog.LevelDebug),
 	}
+	l = webListener{l, d.webConnections}
 	serving.Go(func() {
 		if err := d.serveOn(l, server); !errors.Is(err, http.ErrServerClosed) {
 			failed <- fmt.Errorf("metrics: %w", err)
