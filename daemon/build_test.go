@@ -61,7 +61,9 @@ func TestBuildFromInputsToOutputs(t *testing.T) {
 		r.log = []string{"one", "two", strings.Repeat("long ", 5000), "last"}
 
 		h := s.hook()
+		free := holdLock(t, s.store().Real(r.outputs["man"])+".lock")
 		h.onHandOver = func(paths []string) {
+			defer free()
 			if got := s.local.imported(); len(got) != 0 {
 				t.Errorf("%v imported before the locks were asked for", got)
 			}

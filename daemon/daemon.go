@@ -102,9 +102,9 @@ type Daemon struct {
 	drainMu    sync.Mutex // held while a machine is drained, or that ends
 	// drainFault is why the drained machines are not known, nil if they are.
 	drainFault atomic.Pointer[error]
-	// copyStall is copyStall, but in tests.
-	copyStall   time.Duration
-	connections *connLimit
+	// copyStall and handOverWait are the constants of these names, but in tests.
+	copyStall, handOverWait time.Duration
+	connections             *connLimit
 	// webConnections bounds those of the metrics listener.
 	webConnections *webLimit
 	// helloWait is helloWait, but in tests.
@@ -143,6 +143,7 @@ func New(opts Options) (*Daemon, error) {
 	d := &Daemon{
 		opts:           opts,
 		log:            opts.Logger,
+		handOverWait:   handOverWait,
 		copyStall:      copyStall,
 		helloWait:      helloWait,
 		connections:    newConnLimit(opts.Logger),

@@ -19,9 +19,9 @@ import (
 )
 
 const (
-	// handOverWait bounds how long followers are waited for to free their output
-	// locks. A hook that was stopped keeps its locks; the import then waits for
-	// the lock itself.
+	// handOverWait bounds how long hooks that follow the build may take to free output
+	// locks that are really held. A hook that was stopped keeps its locks; the import
+	// then waits for the lock itself.
 	handOverWait = 5 * time.Second
 	// lockPoll is how often a lock that somebody else holds is looked at.
 	lockPoll = 100 * time.Millisecond
@@ -104,22 +104,27 @@ func (a *attempt) outputInfos(paths []nix.StorePath) ([]nix.PathInfo, error) {
 }
 
 // takeOverLocks has the hooks that follow the build free the locks their Nix
-// holds on the outputs. Hooks that join later do so at once.
+// holds on the outputs. Hooks that join later do so at once. It waits for their answers
+// only while a lock is held: anyone who may call can follow a build as a hook, hold no
+// lock and never answer.
 func (a *attempt) takeOverLocks(ctx context.Context, paths []nix.StorePath) error {
 	names := make([]string, len(paths))
 	for n, p := range paths {
 		names[n] = string(p)
 	}
 	a.b.feed.requestHandOver(names)
-	timeout := time.NewTimer(handOverWait)
+	timeout := time.NewTimer(a.d.handOverWait)
 	defer timeout.Stop()
+	look := time.NewTicker(lockPoll)
+	defer look.Stop()
 	for {
 		pending, changed := a.d.dispatcher.pendingHandOver(a.b)
-		if !pending {
+		if !pending || !a.anyLockHeld(paths) {
 			return nil
 		}
 		select {
 		case <-changed:
+		case <-look.C: // another hook's may have been the lock that was held
 		case <-timeout.C:
 			a.m.log.Warn("a hook did not free its output locks in time", "build_id", a.b.id)
 			return nil
@@ -127,6 +132,15 @@ func (a *attempt) takeOverLocks(ctx context.Context, paths []nix.StorePath) erro
 			return context.Cause(ctx)
 		}
 	}
+}
+
+// anyLockHeld tells whether some process holds Nix's lock on one of the paths, as far as
+// the daemon can find out; if it cannot, one may be held.
+func (a *attempt) anyLockHeld(paths []nix.StorePath) bool {
+	return slices.ContainsFunc(paths, func(p nix.StorePath) bool {
+		held, err := lockHeld(a.b.store.Real(p) + ".lock")
+		return held || err != nil
+	})
 }
 
 // A fetch copies the outputs of one build.

@@ -23,7 +23,7 @@ import (
 // bareDaemon has a queue with one machine that is up, and nothing else.
 func bareDaemon() (*Daemon, scheduler.MachineID) {
 	log := slog.New(slog.DiscardHandler)
-	d := &Daemon{log: log, dispatcher: newDispatcher(log), stores: &stores{own: new(localStore)}}
+	d := &Daemon{log: log, handOverWait: handOverWait, dispatcher: newDispatcher(log), stores: &stores{own: new(localStore)}}
 	d.life, d.end = context.WithCancelCause(context.Background())
 	const id = "ssh://m1"
 	d.dispatcher.do(func(q *scheduler.Queue) []scheduler.Order {
@@ -150,7 +150,9 @@ func TestHooksThatKeepTheirLocksAreNotWaitedForLong(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		d, id := bareDaemon()
 		b := bareBuild(d, 1)
-		paths := []nix.StorePath{wiretest.Path(5, "out")}
+		b.store = &localStore{LocalStore: nix.LocalStore{RealDir: t.TempDir()}}
+		free, paths := []nix.StorePath{wiretest.Path(4, "out")}, []nix.StorePath{wiretest.Path(5, "out")}
+		holdLock(t, b.store.Real(paths[0])+".lock")
 		a := &attempt{d: d, b: b, m: &machine{log: d.log}, place: placement{machine: id}}
 		took := func() time.Duration {
 			start := time.Now()
@@ -170,6 +172,12 @@ func TestHooksThatKeepTheirLocksAreNotWaitedForLong(t *testing.T) {
 			return f
 		}
 		quick, stopped := join(), join()
+		locked := paths
+		paths = free
+		if got := took(); got != 0 {
+			t.Errorf("waited %v for hooks though no lock is held", got)
+		}
+		paths = append(free, locked...)
 		time.AfterFunc(time.Second, func() { d.dispatcher.noLocks(quick) })
 		if got := took(); got != handOverWait {
 			t.Errorf("waited %v for a hook that was stopped, want %v", got, handOverWait)
@@ -184,6 +192,44 @@ func TestHooksThatKeepTheirLocksAreNotWaitedForLong(t *testing.T) {
 		if err := a.takeOverLocks(ctx, paths); !errors.Is(err, errCancelled) {
 			t.Errorf("takeOverLocks of a cancelled build = %v, want %v", err, errCancelled)
 		}
+	})
+}
+
+// holdLock takes Nix's lock of the name, as another process would. free ends that.
+func holdLock(t *testing.T, name string) (free func()) {
+	t.Helper()
+	f, err := os.Create(name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { f.Close() })
+	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX); err != nil {
+		t.Fatal(err)
+	}
+	return func() { f.Close() }
+}
+
+// TestSecurityHookThatKeepsSilent has a caller follow somebody's build as a hook that
+// holds no lock, and never say that it has handed over its locks.
+func TestSecurityHookThatKeepsSilent(t *testing.T) {
+	t.Parallel()
+	eachScheme(t, func(t *testing.T, scheme string) {
+		m := oneMachine(scheme)
+		open := make(chan struct{})
+		m.build = m.gated(open)
+		s := newSiteWith(t, siteConfig{
+			machines: []*fakeMachine{m},
+			prepare:  func(s *site) { s.d.handOverWait = 10 * patience },
+		})
+		r := s.drv("watched", drvConfig{})
+		mallory, honest := s.hook(), s.hook()
+		mallory.keepLocks = true
+		mallory.accepted(r)
+		honest.accepted(r)
+		free := holdLock(t, s.store().Real(r.out())+".lock")
+		honest.onHandOver = func([]string) { free() }
+		close(open)
+		honest.finish().mustBe(t, dispatchv1.BuildStatus_BUILD_STATUS_BUILT)
 	})
 }
 
