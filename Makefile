@@ -60,7 +60,9 @@ help: ## Show the targets.
 build: ## Build the programs into bin/ (BIN=).
 	go build $(GOFLAGS_BUILD) -o $(BIN)/ ./cmd/...
 
-demo: build tools prepare ## See it work: real builds on three real machines, made here (KEEP=1: go on). Needs root.
+demo: ## See it work: real builds on three real machines, made here (KEEP=1: go on). Needs root.
+	@deploy/demo/start.sh
+	@$(MAKE) --no-print-directory build tools
 	@$(TOOLS)/demo -bin $(BIN) $(if $(KEEP),-keep)
 
 # ONLY=dispatch,accept measures these rows; RECORD=yes writes them into docs/performance.md.

@@ -169,7 +169,7 @@ func (b *bench) prepare(ctx context.Context) error {
 			}
 		}
 	}
-	return errors.Join(fleet.EnsureTools(ctx), fleet.Prepare(ctx, b.log))
+	return errors.Join(fleet.EnsureTools(ctx, b.log), fleet.Prepare(ctx, b.log))
 }
 
 // say tells of progress.

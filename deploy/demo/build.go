@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"context"
 	_ "embed"
+	"errors"
 	"fmt"
 	"io"
 	"net/http"
@@ -21,7 +22,15 @@ var graph string
 // graphSize is how many derivations graph.nix has.
 const graphSize = 12
 
-// build runs nix-build as an ordinary user, and shows status in the midst of it.
+// slots is how many builds the machines take at once.
+const slots = 6
+
+// goFile lets the parts in graph.nix end, on each machine.
+const goFile = "/run/demo-go"
+
+// build runs nix-build as an ordinary user, and shows status while every slot is
+// taken: the parts run until they have been seen to, so that this does not depend on
+// how fast the host is.
 func (s *scene) build(ctx context.Context) error {
 	s.say("alice, an ordinary user, builds %d derivations with nix-build", graphSize)
 	const file = "/home/alice/graph.nix"
@@ -29,53 +38,71 @@ func (s *scene) build(ctx context.Context) error {
 		return err
 	}
 	fmt.Fprintln(s.out, "alice@client$ nix-build graph.nix")
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
 	var stdout strings.Builder
-	stderr := &lockedWriter{w: s.out}
 	cmd := s.client.Command(ctx, "alice", "nix-build", "--no-out-link", file)
-	cmd.Stdout, cmd.Stderr = &stdout, stderr
+	cmd.Stdout, cmd.Stderr = &stdout, s.out
 	started := time.Now()
 	if err := cmd.Start(); err != nil {
 		return fmt.Errorf("start nix-build: %w", err)
 	}
 	done := make(chan struct{})
 	shown := make(chan error, 1)
-	go func() { shown <- s.showProgress(ctx, stderr, done) }()
+	go func() {
+		err := s.showAllBusy(ctx, done)
+		if err != nil {
+			cancel() // the parts would wait for ever
+		}
+		shown <- err
+	}()
 	err := cmd.Wait()
 	s.took = time.Since(started)
 	close(done)
-	showErr := <-shown
 	if err != nil {
-		return fmt.Errorf("nix-build: %w", err)
+		err = fmt.Errorf("nix-build: %w", err)
+	}
+	if err := errors.Join(<-shown, err); err != nil {
+		return err
 	}
 	s.result = strings.TrimSpace(stdout.String())
 	fmt.Fprintf(s.out, "%s\n", s.result)
-	return showErr
+	return nil
 }
 
-// showProgress prints the status once, when several builds run, among nix-build's
-// own lines.
-func (s *scene) showProgress(ctx context.Context, out *lockedWriter, done <-chan struct{}) error {
+// showAllBusy prints the status when every slot has a build, among nix-build's own
+// lines, and lets the builds go on.
+func (s *scene) showAllBusy(ctx context.Context, done <-chan struct{}) error {
+	deadline := time.After(patience)
 	for {
 		status, err := s.client.Run(ctx, programs+"/nix-dispatch", "status")
 		if err != nil {
 			return fmt.Errorf("nix-dispatch status: %w", err)
 		}
-		if strings.Count(status.Stdout, " building ") >= 3 {
-			fmt.Fprintf(out, "\nmeanwhile, root@client# nix-dispatch status\n%s\n", status.Stdout)
-			return nil
+		if strings.Count(status.Stdout, " building ") == slots {
+			fmt.Fprintf(s.out, "\nmeanwhile, root@client# nix-dispatch status\n%s\n", status.Stdout)
+			break
 		}
 		select {
 		case <-done:
-			return fmt.Errorf("no three builds ran at once; the last status was:\n%s", status.Stdout)
+			return fmt.Errorf("nix-build ended before %d builds ran at once", slots)
+		case <-deadline:
+			return fmt.Errorf("after %v not all of the machines' %d slots were taken:\n%s", patience, slots, status.Stdout)
 		case <-time.After(100 * time.Millisecond):
 		}
 	}
+	for _, m := range s.machines {
+		if err := m.host.WriteFile(goFile, nil, 0o644); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
-// tellWhere shows where each derivation was built, by the machine's own word:
-// every output holds the host name of where it was made.
-func (s *scene) tellWhere(ctx context.Context) error {
-	s.say("Where each was built, as its own output tells")
+// showWhere shows where each derivation was built, according to the machines:
+// every output holds the name of the host that made it.
+func (s *scene) showWhere(ctx context.Context) error {
+	s.say("Where each was built: every output holds the name of its host")
 	out, err := s.client.Run(ctx, "sh", "-c",
 		`nix-store -q --outputs $(nix-store -q --requisites "$(nix-store -q --deriver "$0")" | grep '\.drv$')`, s.result)
 	if err != nil {
@@ -197,15 +224,16 @@ func (s *scene) page(ctx context.Context) error {
 	}
 	defer r.Body.Close()
 	html, err := io.ReadAll(io.LimitReader(r.Body, 1<<20))
+	s.lastPage = html
 	if err != nil {
 		return fmt.Errorf("the page: %w", err)
 	}
 	for _, want := range append([]string{"program"}, s.uris()...) {
 		if !strings.Contains(string(html), want) {
-			return fmt.Errorf("the page (%s) does not tell of %s:\n%s", r.Status, want, html)
+			return fmt.Errorf("the page (%s) does not show %q", r.Status, want)
 		}
 	}
-	fmt.Fprintln(s.out, "It tells of the machines and of the builds that have ended. 'make demo KEEP=1' goes on building, to look at it.")
+	fmt.Fprintln(s.out, "It shows the machines and the builds that have ended. To look at it: 'make demo KEEP=1', which goes on building.")
 	return nil
 }
 
@@ -217,20 +245,23 @@ func (s *scene) uris() []string {
 	return uris
 }
 
-// keepBuilding builds the same anew, round after round, until ctx ends.
-func (s *scene) keepBuilding(ctx context.Context) {
-	s.say("alice builds on and on: look at %s, and end it with Ctrl-C", s.address)
+// keepBuilding builds the graph again, round after round, until ctx ends, which is
+// no error.
+func (s *scene) keepBuilding(ctx context.Context) error {
+	s.say("alice goes on building: look at %s, and stop it with Ctrl-C", s.address)
 	for round := 1; ctx.Err() == nil; round++ {
 		cmd := s.client.Command(ctx, "alice", "nix-build", "--no-out-link", "--argstr", "round", strconv.Itoa(round), "graph.nix")
 		started := time.Now()
-		if out, err := cmd.CombinedOutput(); err != nil && ctx.Err() == nil {
-			fmt.Fprintf(s.out, "round %d: %v\n%s\n", round, err, out)
-			return
-		}
-		if ctx.Err() == nil {
+		out, err := cmd.CombinedOutput()
+		switch {
+		case ctx.Err() != nil:
+		case err != nil:
+			return fmt.Errorf("round %d: nix-build: %w\n%s", round, err, out)
+		default:
 			fmt.Fprintf(s.out, "round %d: %d derivations in %.1f s\n", round, graphSize, time.Since(started).Seconds())
 		}
 	}
+	return nil
 }
 
 func (s *scene) summary() string {

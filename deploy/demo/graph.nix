@@ -1,6 +1,7 @@
 # A small program, made as packages are: twelve derivations, some in parallel,
 # with shared inputs; one asks for a machine with the feature "big". There is no
-# nixpkgs here: the builder is Debian's shell. Another round is built anew.
+# nixpkgs here: the builder is Debian's shell. Another round is built again. The
+# parts wait for a file, so that the demo can show them running at the same time.
 { round ? "" }:
 let
   step = stepFor [ ];
@@ -26,6 +27,7 @@ let
   source = step "source" [ ] "seq 1 1000 > $out/text";
   part = n: step "part-${toString n}" [ source ] ''
     echo "part ${toString n}: compiling"
+    until [ -e /run/demo-go ]; do sleep 0.1; done
     sed -n '${toString n}~7p' $inputs/text > $out/text
     echo "part ${toString n}: $(wc -l < $out/text) lines"
   '';

@@ -5,9 +5,10 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"os"
 	"os/exec"
+	"path/filepath"
 	"strings"
-	"sync"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -17,6 +18,9 @@ import (
 
 // programs is where the client sees the programs.
 const programs = "/opt/nix-dispatch"
+
+// patience is how long the demo waits for what takes a second on an idle host.
+const patience = 2 * time.Minute
 
 // A machine is one line of the client's machines file.
 type machine struct {
@@ -35,15 +39,19 @@ func machines() []*machine {
 
 // A scene is the demo in progress.
 type scene struct {
+	bin  string // the programs' directory, absolute
+	keep bool   // go on building after the last act
+	out  *lockedWriter
+
 	fleet    *fleet.Fleet
-	bin      string
-	out      io.Writer
 	client   *fleet.Host
 	machines []*machine
 
-	address   string // of the page, on this machine
-	daemon    *exec.Cmd
-	daemonLog syncBuffer
+	address   string    // of the page, on this machine
+	daemon    *exec.Cmd // nil until it is started
+	daemonLog logFile
+	lastPage  []byte // as it was last served, nil before
+	logs      string // where a failed demo's logs are, "" if none were kept
 
 	result  string            // output path of the last derivation
 	took    time.Duration     // of the build
@@ -72,7 +80,7 @@ func (s *scene) bringUp(ctx context.Context) error {
 	s.machines = machines()
 	g, hostCtx := errgroup.WithContext(ctx)
 	g.Go(func() (err error) {
-		s.client, err = s.fleet.Host(hostCtx, fleet.HostConfig{
+		s.client, err = s.host(hostCtx, fleet.HostConfig{
 			Name: "client", Suite: fleet.Trixie, NixConf: "max-jobs = 0\n",
 			NixDaemon: fleet.NixDaemon{Env: []string{"NIX_CONFIG=build-hook = " + programs + "/nix-dispatch hook"}},
 			Binds:     map[string]string{programs: s.bin},
@@ -81,7 +89,7 @@ func (s *scene) bringUp(ctx context.Context) error {
 	})
 	for _, m := range s.machines {
 		g.Go(func() (err error) {
-			m.host, err = s.fleet.Host(hostCtx, fleet.HostConfig{
+			m.host, err = s.host(hostCtx, fleet.HostConfig{
 				Name: m.name, Suite: m.suite, NixTrusted: true, SystemFeatures: []string{"big"},
 			})
 			return err
@@ -94,9 +102,6 @@ func (s *scene) bringUp(ctx context.Context) error {
 	for _, m := range s.machines {
 		fmt.Fprintf(&file, "%s %s\n", m.uri, m.columns)
 	}
-	for _, h := range s.fleet.Hosts() {
-		fmt.Fprintf(s.out, "%-9s %-13s Nix %s\n", h.Name(), h.Addr(), h.NixVersion())
-	}
 	fmt.Fprintln(s.out)
 	if err := s.client.WriteFile("/etc/nix/machines", []byte(file.String()), 0o644); err != nil {
 		return err
@@ -108,17 +113,32 @@ func (s *scene) bringUp(ctx context.Context) error {
 	return err
 }
 
+// host makes a host, and shows it when it is up.
+func (s *scene) host(ctx context.Context, config fleet.HostConfig) (*fleet.Host, error) {
+	h, err := s.fleet.Host(ctx, config)
+	if err == nil {
+		fmt.Fprintf(s.out, "%-9s %-13s Nix %-7s is up\n", h.Name(), h.Addr(), h.NixVersion())
+	}
+	return h, err
+}
+
 // startDaemon starts nix-dispatchd and waits until its machines are up.
 func (s *scene) startDaemon(ctx context.Context) error {
 	s.say("nix-dispatchd connects to them, once")
-	s.daemon = s.client.Command(context.WithoutCancel(ctx), "root", programs+"/nix-dispatchd", "--page-names")
-	s.daemon.Stdout, s.daemon.Stderr = &s.daemonLog, &s.daemonLog
-	if err := s.daemon.Start(); err != nil {
-		return fmt.Errorf("start nix-dispatchd: %w", err)
+	// It ends with its host, and its log with the fleet.
+	file, err := os.Create(filepath.Join(s.fleet.Dir(), "nix-dispatchd.log"))
+	if err != nil {
+		return err
 	}
+	daemon := s.client.Command(context.WithoutCancel(ctx), "root", programs+"/nix-dispatchd", "--page-names")
+	daemon.Stdout, daemon.Stderr = file, file
+	if err := daemon.Start(); err != nil {
+		return errors.Join(fmt.Errorf("start nix-dispatchd: %w", err), file.Close())
+	}
+	s.daemon, s.daemonLog = daemon, logFile{file}
 	gone := make(chan error, 1)
-	go func() { gone <- s.daemon.Wait() }()
-	deadline := time.After(time.Minute)
+	go func() { gone <- daemon.Wait() }()
+	deadline := time.After(patience)
 	for {
 		out, err := s.client.Run(ctx, programs+"/nix-dispatch", "status")
 		if err == nil && strings.Count(out.Stdout, " up ") == len(s.machines) {
@@ -128,7 +148,7 @@ func (s *scene) startDaemon(ctx context.Context) error {
 		case err := <-gone:
 			return fmt.Errorf("nix-dispatchd ended: %v", err)
 		case <-deadline:
-			return errors.Join(fmt.Errorf("after a minute not all machines are up:\n%s", out.Stdout), err)
+			return errors.Join(fmt.Errorf("after %v not all machines are up:\n%s", patience, out.Stdout), err)
 		case <-ctx.Done():
 			return ctx.Err()
 		case <-time.After(100 * time.Millisecond):
@@ -156,34 +176,4 @@ func (s *scene) forwardPage() error {
 	s.address = "http://" + p.Addr().String() + "/"
 	fmt.Fprintf(s.out, "\nA page to look at, while this runs: %s\n", s.address)
 	return nil
-}
-
-// A syncBuffer may be read while it is written.
-type syncBuffer struct {
-	mu sync.Mutex
-	b  strings.Builder
-}
-
-func (b *syncBuffer) Write(p []byte) (int, error) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return b.b.Write(p)
-}
-
-func (b *syncBuffer) String() string {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return b.b.String()
-}
-
-// A lockedWriter may be written by several goroutines.
-type lockedWriter struct {
-	mu sync.Mutex
-	w  io.Writer
-}
-
-func (l *lockedWriter) Write(p []byte) (int, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.w.Write(p)
 }

@@ -116,16 +116,10 @@ func cachedRoot(ctx context.Context, what, suite, dir string, make func() error)
 	return dir, nil
 }
 
-// toolsMu lets one apt-get run at a time in this process.
-var toolsMu sync.Mutex
-
 // buildRoot has a script make a directory of the cache: it gets the suite, an empty
 // directory, args and where downloaded packages are kept.
 func buildRoot(ctx context.Context, log *slog.Logger, suite, dir, script string, args ...string) error {
-	toolsMu.Lock()
-	err := ensureTools(ctx, slices.Concat(runTools, buildTools))
-	toolsMu.Unlock()
-	if err != nil {
+	if err := EnsureTools(ctx, log); err != nil {
 		return err
 	}
 	temp := filepath.Join(filepath.Dir(dir), "."+filepath.Base(dir))
@@ -138,8 +132,8 @@ func buildRoot(ctx context.Context, log *slog.Logger, suite, dir, script string,
 	started := time.Now()
 	logName := filepath.Join(CacheDir(), suite+".log")
 	if err := runScript(ctx, log, logName, script, suite, append(append([]string{temp}, args...), debs)...); err != nil {
-		os.RemoveAll(temp)
-		return err
+		log.Info("removing the unfinished root", "suite", suite)
+		return errors.Join(err, os.RemoveAll(temp))
 	}
 	if err := os.Rename(temp, dir); err != nil {
 		return err
@@ -202,7 +196,7 @@ func runScript(ctx context.Context, log *slog.Logger, logName, script, suite str
 		return nil
 	}
 	if ctx.Err() != nil {
-		err = ctx.Err()
+		return ctx.Err() // it was killed, so its output does not say why
 	}
 	text, readErr := os.ReadFile(logName)
 	if readErr != nil {

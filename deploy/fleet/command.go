@@ -63,7 +63,7 @@ func (h *Host) enter(ctx context.Context, argv ...string) (*exec.Cmd, error) {
 // Signal sends a signal to the program of a started Command. Signalling its
 // Process would reach the entrance to the host instead.
 func (h *Host) Signal(cmd *exec.Cmd, sig syscall.Signal) error {
-	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
 	err := poll(ctx, "the program to start", func() (bool, error) {
 		inside := children(cmd.Process.Pid)

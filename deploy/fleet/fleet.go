@@ -14,7 +14,6 @@ import (
 	"regexp"
 	"slices"
 	"sync"
-	"time"
 
 	"golang.org/x/crypto/ssh"
 )
@@ -81,9 +80,7 @@ func New(ctx context.Context, opts Options) (*Fleet, error) {
 	if log == nil {
 		log = discard()
 	}
-	toolsMu.Lock()
-	err := ensureTools(ctx, runTools)
-	toolsMu.Unlock()
+	err := ensureTools(ctx, log, runTools)
 	if err != nil {
 		return nil, fmt.Errorf("make a fleet: %w", err)
 	}
@@ -183,7 +180,7 @@ func (f *Fleet) Lookup(name string) *Host {
 // Close kills every process of the fleet and removes all it made: hosts, proxies,
 // namespaces, mounts, directories. Calling it again does nothing.
 func (f *Fleet) Close() error {
-	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
 	f.proxiesMu.Lock()
 	proxies := f.proxies

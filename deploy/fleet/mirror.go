@@ -57,7 +57,7 @@ func mirrorFromSources(dir string) (mirror, error) {
 			}
 		}
 	}
-	return mirror{}, fmt.Errorf("no Debian mirror in the apt sources below %s: set NIX_DISPATCH_FLEET_MIRROR to one", dir)
+	return mirror{}, fmt.Errorf("the apt sources below %s have no Debian mirror: name one, as in NIX_DISPATCH_FLEET_MIRROR=https://deb.debian.org/debian", dir)
 }
 
 func defaultKeyring() string {

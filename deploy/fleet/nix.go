@@ -7,7 +7,6 @@ import (
 	"net"
 	"strconv"
 	"strings"
-	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -112,7 +111,7 @@ func (h *Host) nixDaemonPID() (int, error) {
 }
 
 func (h *Host) waitNixDaemon(ctx context.Context, init process) error {
-	ctx, cancel := context.WithTimeout(ctx, 20*time.Second)
+	ctx, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
 	err := poll(ctx, "nix-daemon of "+h.name+" to answer", func() (bool, error) {
 		if !init.alive() {

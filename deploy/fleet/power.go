@@ -123,7 +123,7 @@ func (h *Host) Kill(ctx context.Context) error {
 }
 
 func (h *Host) kill(ctx context.Context) error {
-	ctx, cancel := context.WithTimeout(ctx, 20*time.Second)
+	ctx, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
 	init, mounts := h.snapshot().Init, ""
 	if init.alive() {

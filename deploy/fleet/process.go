@@ -70,6 +70,10 @@ func (p process) waitGone(ctx context.Context) error {
 	return poll(ctx, fmt.Sprintf("process %d to end", p.PID), func() (bool, error) { return !p.alive(), nil })
 }
 
+// patience bounds each wait for something that takes no time on an idle machine: it
+// only has to be longer than that takes on any busy one.
+const patience = 2 * time.Minute
+
 // poll calls done until it returns true or an error, or ctx ends: soon at first,
 // then less and less often, for many look through all of /proc. what says what is
 // waited for.

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"syscall"
 
 	"golang.org/x/sys/unix"
@@ -52,7 +53,24 @@ func tryNamespaces() error {
 	cmd := exec.Command("/bin/sh", "-c", "mount --make-rprivate / && mount -t tmpfs tmpfs /mnt && mount -t proc proc /proc")
 	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: hostNamespaces}
 	if out, err := cmd.CombinedOutput(); err != nil {
-		return fmt.Errorf("namespaces and mounts of our own are not allowed: %w: %s", err, tail(out, 300))
+		return fmt.Errorf("this process may not make namespaces and mounts (a container must be privileged: docker run --privileged): %w: %s", err, tail(out, 300))
+	}
+	return nil
+}
+
+// checkCache says why a host's root cannot be made in CacheDir.
+func checkCache() error {
+	dir := CacheDir()
+	var fs unix.Statfs_t
+	for err := unix.Statfs(dir, &fs); err != nil; err = unix.Statfs(dir, &fs) {
+		if err != unix.ENOENT || dir == filepath.Dir(dir) {
+			return fmt.Errorf("look at %s: %w", dir, err)
+		}
+		dir = filepath.Dir(dir) // it is made when it is needed
+	}
+	if fs.Type == unix.OVERLAYFS_SUPER_MAGIC {
+		return fmt.Errorf("%s is on an overlay file system, which cannot be the upper layer of another: "+
+			"set NIX_DISPATCH_FLEET_CACHE to a directory on ext4, xfs, btrfs or tmpfs", CacheDir())
 	}
 	return nil
 }

@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"os"
 	"strings"
-	"time"
 )
 
 const sshdLog = "/var/log/sshd.log"
@@ -55,7 +54,7 @@ func (h *Host) SSHLog() (string, error) {
 }
 
 func (h *Host) waitSSHD(ctx context.Context, init process) error {
-	ctx, cancel := context.WithTimeout(ctx, 20*time.Second)
+	ctx, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
 	return poll(ctx, "sshd of "+h.name+" to listen", func() (bool, error) {
 		if !init.alive() {

@@ -12,7 +12,6 @@ import (
 	"slices"
 	"strings"
 	"sync"
-	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -207,7 +206,7 @@ func reapOne(ctx context.Context, log *slog.Logger, dir string) error {
 		return nil
 	}
 	log.Info("removing a dead fleet", "dir", dir)
-	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
+	ctx, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
 	for _, h := range s.Hosts {
 		if err := killHost(ctx, h.Init); err != nil {
@@ -222,7 +221,7 @@ func reapOne(ctx context.Context, log *slog.Logger, dir string) error {
 
 // removeTree removes a directory whose last users may just be dying.
 func removeTree(ctx context.Context, dir string) error {
-	ctx, cancel := context.WithTimeout(ctx, 20*time.Second)
+	ctx, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
 	var last error
 	err := poll(ctx, "processes to let go of "+dir, func() (bool, error) {
@@ -237,7 +236,7 @@ func Available() error { return available() }
 
 var available = sync.OnceValue(func() error {
 	if os.Geteuid() != 0 {
-		return errors.New("it needs root")
+		return errors.New("this needs root, for namespaces and mounts")
 	}
 	for _, ns := range []string{"mnt", "pid", "uts", "ipc", "net"} {
 		if _, err := os.Stat("/proc/self/ns/" + ns); err != nil {
@@ -246,6 +245,9 @@ var available = sync.OnceValue(func() error {
 	}
 	if text, err := os.ReadFile("/proc/filesystems"); err != nil || !strings.Contains(string(text), "\toverlay\n") {
 		return errors.New("this kernel has no overlay file system")
+	}
+	if err := checkCache(); err != nil {
+		return err
 	}
 	return tryNamespaces()
 })

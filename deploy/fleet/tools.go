@@ -3,10 +3,13 @@ package fleet
 import (
 	"context"
 	"fmt"
+	"log/slog"
 	"os"
 	"os/exec"
 	"slices"
 	"strings"
+	"sync"
+	"time"
 )
 
 // A tool is a program the fleet runs on this machine and the Debian package
@@ -19,20 +22,28 @@ var (
 )
 
 // EnsureTools installs, with apt-get, the packages whose programs a fleet needs
-// on this machine and does not find. It changes nothing when all are there.
-func EnsureTools(ctx context.Context) error {
-	return ensureTools(ctx, slices.Concat(runTools, buildTools))
+// on this machine and does not find. It changes nothing when all are there. log gets
+// a line when it installs something.
+func EnsureTools(ctx context.Context, log *slog.Logger) error {
+	return ensureTools(ctx, log, slices.Concat(runTools, buildTools))
 }
 
-func ensureTools(ctx context.Context, tools []tool) error {
+// toolsMu lets one apt-get run at a time in this process.
+var toolsMu sync.Mutex
+
+func ensureTools(ctx context.Context, log *slog.Logger, tools []tool) error {
+	toolsMu.Lock()
+	defer toolsMu.Unlock()
 	packages := missing(tools)
 	if len(packages) == 0 {
 		return nil
 	}
+	names := strings.Join(packages, " ")
 	aptGet, err := exec.LookPath("apt-get")
 	if err != nil || os.Geteuid() != 0 {
-		return fmt.Errorf("a fleet needs the Debian packages %s: install them", strings.Join(packages, " "))
+		return fmt.Errorf("programs are missing: install what Debian has in the packages %s", names)
 	}
+	log.Info("installing " + names)
 	install := append([]string{"install", "-qq", "-y", "--no-install-recommends"}, packages...)
 	if aptRun(ctx, aptGet, install...) == nil && len(missing(tools)) == 0 {
 		return nil
@@ -51,9 +62,19 @@ func ensureTools(ctx context.Context, tools []tool) error {
 }
 
 func aptRun(ctx context.Context, aptGet string, args ...string) error {
+	if err := ctx.Err(); err != nil {
+		return err
+	}
 	cmd := exec.CommandContext(ctx, aptGet, args...)
 	cmd.Env = append(os.Environ(), "DEBIAN_FRONTEND=noninteractive", "LC_ALL=C")
+	// apt-get ends at once at SIGINT while it downloads, and lets dpkg finish, so that
+	// no package is left half installed.
+	cmd.Cancel = func() error { return cmd.Process.Signal(os.Interrupt) }
+	cmd.WaitDelay = 5 * time.Minute
 	if out, err := cmd.CombinedOutput(); err != nil {
+		if ctx.Err() != nil {
+			return ctx.Err()
+		}
 		return fmt.Errorf("apt-get %s: %w: %s", strings.Join(args, " "), err, tail(out, 2000))
 	}
 	return nil

@@ -19,7 +19,7 @@ func (in *invocation) prepare(ctx context.Context, args []string) error {
 	if err != nil {
 		return err
 	}
-	if err := fleet.EnsureTools(ctx); err != nil {
+	if err := fleet.EnsureTools(ctx, in.log); err != nil {
 		return err
 	}
 	if *systemd {

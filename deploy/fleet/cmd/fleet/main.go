@@ -50,8 +50,9 @@ Every command takes --fleet NAME (default "default") and --help.
 var errUsage = errors.New("usage")
 
 func main() {
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM, syscall.SIGHUP)
 	err := run(ctx, os.Args[1:], os.Stdout, os.Stderr)
+	interrupted := ctx.Err() != nil
 	stop()
 	// What run has started says for itself why it failed; an error that wraps the
 	// end of another program is one of ours, and is shown.
@@ -62,6 +63,9 @@ func main() {
 		os.Exit(2)
 	case ran && exit.ExitCode() > 0:
 		os.Exit(exit.ExitCode())
+	case interrupted && errors.Is(err, context.Canceled):
+		fmt.Fprintln(os.Stderr, "fleet: interrupted")
+		os.Exit(130)
 	default:
 		fmt.Fprintln(os.Stderr, "fleet:", err)
 		os.Exit(1)
