@@ -20,7 +20,8 @@ machine, as 'nix-dispatch ping' does, together with the systems and features tha
 list claims and the machine's own Nix does not have. It changes nothing. As root it sees
 more: the environment that nix-daemon runs with, and root's own configuration.
 
-Each finding is one line: ok, warning or problem, what it is about, and what to do.
+Each finding is one line: ok, next, warning or problem, what it is about, and what to
+do; "next" is a step of the installation that has not been taken yet.
 
 Examples:
   nix-dispatch doctor
@@ -31,6 +32,7 @@ Exit status: 0 no problem was found, 1 one was, 2 wrong usage.`
 // The levels of findings.
 const (
 	levelOK      = "ok"
+	levelNext    = "next" // nothing is wrong, but nix-dispatch is not switched on yet
 	levelWarning = "warning"
 	levelProblem = "problem"
 )
@@ -53,6 +55,10 @@ func (f finding) write(w io.Writer) {
 
 func fine(subject, format string, args ...any) finding {
 	return finding{Level: levelOK, Subject: subject, Text: fmt.Sprintf(format, args...)}
+}
+
+func next(subject, fix, format string, args ...any) finding {
+	return finding{Level: levelNext, Subject: subject, Text: fmt.Sprintf(format, args...), Fix: fix}
 }
 
 func warning(subject, fix, format string, args ...any) finding {
@@ -119,6 +125,11 @@ func endDoctor(std stdio, found []finding, asJSON bool) int {
 		}
 	} else {
 		fmt.Fprintf(std.out, "problems: %d, warnings: %d\n", problems, warnings)
+		for _, f := range found {
+			if f.Level == levelNext && problems == 0 {
+				fmt.Fprintf(std.out, "next: %s\n", pingtext.OneLine(f.Fix))
+			}
+		}
 	}
 	if problems > 0 {
 		return exitFailed

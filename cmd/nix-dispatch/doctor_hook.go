@@ -34,8 +34,11 @@ func (h *host) lookAtHook(d *nixDaemon, v rules, tell func(finding)) {
 		tell(problem(hookSubject, "correct that line: Nix rejects it, too", "%v", err))
 		return
 	}
-	tell(h.judge(set, v, d.env))
-	h.lookAtRoot(v, tell)
+	f := h.judge(set, v, d.env)
+	tell(f)
+	if f.Level != levelNext { // else root's builds wait for the same step
+		h.lookAtRoot(v, tell)
+	}
 }
 
 // rules are what a version of Nix makes of build-hook.
@@ -80,8 +83,8 @@ func (h *host) judge(set confSetting, v rules, env map[string]string) finding {
 	switch {
 	case !ours && v.ignoresFile && fileIsOurs:
 		return problem(hookSubject, howTo, "%s sets it, and Nix %s ignores it there", inFile.where, v.version)
-	case set.value == "":
-		return problem(hookSubject, howTo, "it is not set: Nix's own builds do not use nix-dispatch")
+	case !set.found:
+		return next(hookSubject, howTo, "Nix does not use nix-dispatch yet")
 	case !ours:
 		return problem(hookSubject, "take it out there, and "+howTo, "%s sets it to %q, which is not nix-dispatch", set.where, set.value)
 	case v.onePath && arguments:

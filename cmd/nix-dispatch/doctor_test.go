@@ -113,7 +113,9 @@ func TestDoctorOnBuildHook(t *testing.T) {
 			"ok: ", "ok: they run " + hook + " (set by /root/.config/nix/nix.conf)"},
 		{"on the command line", fakeHost{version: "2.26.3", args: []string{"nix-daemon", "--option", "build-hook", both + " hook"}, env: []string{"NIX_CONFIG=build-hook = /other"}},
 			"ok: nix-daemon runs " + both + " hook (set by nix-daemon's command line)", "warning: "},
-		{"nowhere", fakeHost{version: "2.34.8", args: daemon}, "problem: it is not set: ", "warning: "},
+		{"nowhere", fakeHost{version: "2.34.8", args: daemon}, "next: Nix does not use nix-dispatch yet; run 'nix-dispatch enable' as root", ""},
+		{"empty", fakeHost{version: "2.34.8", args: daemon, files: map[string]string{conf: "build-hook =\n"}},
+			`problem: /etc/nix/nix.conf sets it to "", which is not nix-dispatch; take it out there`, "warning: "},
 		{"another", fakeHost{version: "2.34.8", args: daemon, files: map[string]string{conf: "build-hook = /bin/hook\n"}},
 			`problem: /etc/nix/nix.conf sets it to "/bin/hook", which is not nix-dispatch`, "warning: "},
 		{"another in the environment", fakeHost{version: "2.34.8", args: daemon, env: []string{"NIX_CONFIG=build-hook = /bin/hook"}, files: map[string]string{conf: line}},
@@ -325,5 +327,26 @@ func TestDoctorOnDaemonAndMachines(t *testing.T) {
 	}
 	if code, _, _ := runCommand(t.Context(), d.socket, "doctor", "mac"); code != exitUsage {
 		t.Errorf("with an operand: status %d", code)
+	}
+}
+
+// Before 'nix-dispatch enable' nothing is wrong, and the last line says what is next.
+func TestDoctorEndsWithWhatIsNext(t *testing.T) {
+	ready := []finding{fine("nix-daemon", "it answers"), next(hookSubject, howTo, "Nix does not use nix-dispatch yet")}
+	for name, test := range map[string]struct {
+		found []finding
+		want  string // the last lines
+		code  int
+	}{
+		"ready":     {ready, "\nproblems: 0, warnings: 0\nnext: run 'nix-dispatch enable' as root\n", exitOK},
+		"a problem": {append(ready, problem("ssh://mac", "start sshd", "it is down")), "problems: 1, warnings: 0\n", exitFailed},
+	} {
+		t.Run(name, func(t *testing.T) {
+			var out strings.Builder
+			out.WriteString("\n")
+			if code := endDoctor(stdio{out: &out}, test.found, false); code != test.code || !strings.HasSuffix(out.String(), test.want) {
+				t.Errorf("status %d, printed %q, want %d and %q", code, out.String(), test.code, test.want)
+			}
+		})
 	}
 }

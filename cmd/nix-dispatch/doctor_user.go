@@ -73,6 +73,8 @@ func (h *host) lookAtOwn(tell func(finding)) {
 	switch {
 	case err != nil:
 		tell(problem(subject, "correct that line: Nix rejects it, too", "%v", err))
+	case !set.found:
+		tell(next(subject, "put build-hook = "+hookBeside()+" into "+file, "this user's builds do not use nix-dispatch yet"))
 	case !ours:
 		tell(problem(subject, "put build-hook = "+hookBeside()+" into "+file, "this user's builds do not use nix-dispatch"))
 	case v.onePath && arguments:

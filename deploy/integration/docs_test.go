@@ -22,13 +22,14 @@ var docsNotRun = map[string]string{
 	"go test ./deploy/integration -run TestEveryPairBuilds": "that test runs anyway",
 	"go test -run '^$' -bench .":                            "it measures, for half an hour",
 	"promtool check rules":                                  "deploy/prometheus has a test that runs it",
+	"README.md: make test":                                  "it runs this test",
 }
 
 // docsFail are commands that fail, as their pages show, by how they begin.
 var docsFail = map[string]string{
 	"echo \"ssh://mac x86_64-linux - four\" | nix-dispatch machines check -": "the line is broken",
 	"nix-dispatch ping 'ssh://old":                                           "sshd does not run there",
-	"nix-dispatch doctor":                                                    "it finds problems",
+	"docs/troubleshooting.md: nix-dispatch doctor":                           "it finds a problem",
 }
 
 // docsBefore is what pages take for granted before the commands that begin so; a page
@@ -39,10 +40,10 @@ var docsBefore = map[string]func(*docs){
 	"nix-dispatch history":                                      (*docs).reset,
 	"nix-dispatch explain --system x86_64-linux --features kvm": (*docs).allSorts,
 	"nix build --builders":                                      (*docs).reset,
-	"nix-dispatch doctor":                                       (*docs).switchedOff,
-	"apt install":                                               (*docs).bringPackage,
-	"docs/install.md: make install":                             (*docs).removePackage,
-	"systemctl --user":                                          (*docs).usersOwn,
+	"docs/troubleshooting.md: nix-dispatch doctor":              (*docs).switchedOff,
+	"apt install":                   (*docs).bringPackage,
+	"docs/install.md: make install": (*docs).removePackage,
+	"systemctl --user":              (*docs).usersOwn,
 }
 
 // begins tells whether a command begins so, on its page if it begins with one.
