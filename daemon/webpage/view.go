@@ -60,8 +60,14 @@ func newView(s Source, named bool, now time.Time) view {
 	on := v.addBuilds(status, now)
 	v.addMachines(status, on, now)
 	v.addNotices(status)
+	inProgress := make(map[uint64]bool)
+	for _, b := range status.GetBuilds() {
+		inProgress[b.GetId()] = true
+	}
 	for _, b := range s.Recent() {
-		v.Recent = append(v.Recent, v.ended(b, now))
+		if !inProgress[b.GetId()] { // else it has ended since, and is shown above
+			v.Recent = append(v.Recent, v.ended(b, now))
+		}
 	}
 	return v
 }

@@ -6,6 +6,7 @@ package webpage
 
 import (
 	"bytes"
+	"context"
 	"embed"
 	"html/template"
 	"net"
@@ -30,7 +31,8 @@ const (
 	maxWords    = 300 // bytes of a foreign text
 )
 
-// freshness is for how long a page serves all who look.
+// freshness is how long there is between two pages at least. Who looks sooner waits:
+// a page that was made before it was asked for may lack what the asker knows already.
 const freshness = 500 * time.Millisecond
 
 // A Source is where the page's contents come from. Its functions are called by one
@@ -60,7 +62,7 @@ var (
 // Register adds the page, at "/", to mux. Other methods than GET and HEAD are
 // refused.
 func Register(mux *http.ServeMux, source Source) {
-	p := &pages{source: source}
+	p := newPages(source)
 	mux.HandleFunc("GET /{$}", p.serve)
 	for name, kind := range map[string]string{"page.css": "text/css; charset=utf-8", "page.js": "text/javascript; charset=utf-8"} {
 		text, err := files.ReadFile(name)
@@ -74,14 +76,22 @@ func Register(mux *http.ServeMux, source Source) {
 // pages are the last pages made, with names and without.
 type pages struct {
 	source Source
+	making sync.Mutex // the source is read by one at a time
 
-	mu   sync.Mutex
-	last map[bool]made
+	named, nameless lastPage
 }
 
-type made struct {
-	at   time.Time
+// A lastPage is the last page made for those who may see as much.
+type lastPage struct {
+	turn chan struct{} // holds a value while somebody makes a page, or is about to
+	at   time.Time     // when it was begun
 	html []byte
+}
+
+func newPages(source Source) *pages {
+	p := &pages{source: source}
+	p.named.turn, p.nameless.turn = make(chan struct{}, 1), make(chan struct{}, 1)
+	return p
 }
 
 func (p *pages) serve(w http.ResponseWriter, r *http.Request) {
@@ -89,7 +99,7 @@ func (p *pages) serve(w http.ResponseWriter, r *http.Request) {
 		http.Error(w, "This page is for this host: open it as http://127.0.0.1 or localhost, with the port of nix-dispatchd.", http.StatusMisdirectedRequest)
 		return
 	}
-	html, err := p.current(p.source.Named(r))
+	html, err := p.current(r.Context(), p.source.Named(r))
 	if err != nil {
 		http.Error(w, "The page cannot be shown.", http.StatusInternalServerError)
 		return
@@ -97,24 +107,39 @@ func (p *pages) serve(w http.ResponseWriter, r *http.Request) {
 	send(w, r, "text/html; charset=utf-8", html)
 }
 
-// current makes a page, unless there is one that is fresh. However many look, it is
-// made twice a second at most.
-func (p *pages) current(named bool) ([]byte, error) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	now := time.Now()
-	if last := p.last[named]; last.html != nil && now.Sub(last.at) < freshness {
+// current returns a page that was made after the call. Those who ask while nobody may
+// make one yet share the next: however many look, it is made twice a second at most.
+func (p *pages) current(ctx context.Context, named bool) ([]byte, error) {
+	asked := time.Now()
+	last := &p.nameless
+	if named {
+		last = &p.named
+	}
+	select {
+	case last.turn <- struct{}{}:
+		defer func() { <-last.turn }()
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
+	if last.at.After(asked) {
 		return last.html, nil
 	}
+	due := time.NewTimer(time.Until(last.at.Add(freshness)))
+	defer due.Stop()
+	select {
+	case <-due.C:
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
+	p.making.Lock()
+	defer p.making.Unlock()
+	begun := time.Now()
 	var b bytes.Buffer
-	if err := page.Execute(&b, newView(p.source, named, now)); err != nil {
+	if err := page.Execute(&b, newView(p.source, named, begun)); err != nil {
 		return nil, err
 	}
-	if p.last == nil {
-		p.last = make(map[bool]made)
-	}
-	p.last[named] = made{time.Now(), b.Bytes()}
-	return b.Bytes(), nil
+	last.at, last.html = begun, b.Bytes()
+	return last.html, nil
 }
 
 // rebound tells of a request that came over the loopback interface under the name

@@ -3,12 +3,15 @@ package webpage
 import (
 	"context"
 	"fmt"
+	"math/rand/v2"
 	"net"
 	"net/http"
 	"net/http/httptest"
 	"regexp"
 	"strings"
+	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"google.golang.org/protobuf/types/known/durationpb"
@@ -257,22 +260,70 @@ func TestPageUnderAnotherHostsName(t *testing.T) {
 	}
 }
 
-// TestPageIsMadeRarely asks many times.
+// TestPageIsMadeRarely asks many times at once.
 func TestPageIsMadeRarely(t *testing.T) {
 	t.Parallel()
-	asked := 0
-	p := &pages{source: Source{
-		Status: func() *dispatchv1.StatusResponse { asked++; return sample() },
-		Recent: finished,
-		Listed: func(string) bool { return true },
-	}}
-	start := time.Now()
-	for range 1000 {
-		if _, err := p.current(true); err != nil {
-			t.Fatal(err)
+	synctest.Test(t, func(t *testing.T) {
+		made := 0
+		p := newPages(Source{
+			Status: func() *dispatchv1.StatusResponse { made++; return sample() },
+			Recent: finished,
+			Listed: func(string) bool { return true },
+		})
+		start := time.Now()
+		var looking sync.WaitGroup
+		for range 1000 {
+			looking.Go(func() {
+				time.Sleep(rand.N(freshness))
+				if _, err := p.current(t.Context(), true); err != nil {
+					t.Error(err)
+				}
+			})
 		}
-	}
-	if most := 2 + int(time.Since(start)/freshness); asked > most {
-		t.Errorf("made %d times, want %d at most", asked, most)
+		looking.Wait()
+		if most := 1 + int(time.Since(start)/freshness); made > most {
+			t.Errorf("made %d times in %v, want %d at most", made, time.Since(start), most)
+		}
+	})
+}
+
+// TestPageIsNotOlderThanTheLook looks again right after something has changed.
+func TestPageIsNotOlderThanTheLook(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		var ended []*dispatchv1.FinishedBuild
+		p := newPages(Source{
+			Status: sample,
+			Recent: func() []*dispatchv1.FinishedBuild { return ended },
+			Listed: func(string) bool { return true },
+		})
+		for id := range uint64(5) {
+			ended = append(ended, &dispatchv1.FinishedBuild{Id: 1000 + id, Status: "built"})
+			html, err := p.current(t.Context(), false)
+			if want := fmt.Sprintf("build %d", 1000+id); err != nil || !strings.Contains(string(html), want) {
+				t.Errorf("the page lacks %q, which ended before it was asked for; error %v", want, err)
+			}
+		}
+		ctx, cancel := context.WithCancel(t.Context())
+		cancel()
+		if _, err := p.current(ctx, false); err == nil {
+			t.Error("who has gone waits for a page")
+		}
+	})
+}
+
+// TestPageShowsABuildOnce has a build end after the page has read what is in progress.
+func TestPageShowsABuildOnce(t *testing.T) {
+	t.Parallel()
+	b := sample().GetBuilds()[0]
+	v := newView(Source{
+		Status: sample,
+		Recent: func() []*dispatchv1.FinishedBuild {
+			return []*dispatchv1.FinishedBuild{{Id: b.GetId(), DrvPath: b.GetDrvPath()}, {Id: 4711}}
+		},
+		Listed: func(string) bool { return true },
+	}, false, time.Now())
+	if len(v.Recent) != 1 || v.Recent[0].Name != "build 4711" {
+		t.Errorf("ended: %+v, want only build 4711, for build %d is in progress", v.Recent, b.GetId())
 	}
 }
