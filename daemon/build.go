@@ -205,12 +205,8 @@ func (d *Daemon) run(ctx context.Context, b *build) {
 			o.machine = cmp.Or(o.machine, d.dispatcher.place(b).machine.URI())
 		}
 	}
-	d.dispatcher.remove(b)
-	d.metrics.buildEnded(b, o)
 	log.Info("build ended", "status", o.status, "machine", o.machine, "err", o.err)
-	b.feed.finish(o)
-	d.record.add(b, o)
-	d.dispatcher.ended(b)
+	d.conclude(b, o)
 }
 
 // attempts tries the build until a machine gives a verdict, or it is nobody's

@@ -48,6 +48,7 @@ func (s *server) Reload(ctx context.Context, _ *dispatchv1.ReloadRequest) (*disp
 	if err != nil {
 		return nil, toStatus(err)
 	}
+	s.d.retire() // a machine that is listed no more is nowhere when the call returns
 	return &dispatchv1.ReloadResponse{
 		Errors:   result.list.badEntries(),
 		Machines: uint32(len(s.d.machines.current().all)), //nolint:gosec // the parser bounds it

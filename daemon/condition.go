@@ -58,6 +58,8 @@ type condition struct {
 	pause            sshpool.Backoff // after builds without space
 	// yieldTill is until when it takes builds though it is short of something.
 	yieldTill time.Time
+	// word is what it was last parked for; "" if it never was.
+	word string
 }
 
 // How long a machine is parked that may not be asked how it is, or whose answers did
@@ -190,6 +192,21 @@ func (c *condition) hoped(long bool, now time.Time) {
 func (c *condition) parked(now time.Time) (word, reason string) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	word, reason = c.parkedLocked(now)
+	c.word = cmp.Or(word, c.word)
+	return word, reason
+}
+
+// lastParked is what the machine is parked for, or was last: the scheduler may not
+// know yet that it is no more. "" if it never was.
+func (c *condition) lastParked(now time.Time) string {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	word, _ := c.parkedLocked(now)
+	return cmp.Or(word, c.word)
+}
+
+func (c *condition) parkedLocked(now time.Time) (word, reason string) {
 	if c.sick != nil {
 		return parkedNix, fmt.Sprintf("its Nix failed, and is tried again in the background: %v", c.sick)
 	}

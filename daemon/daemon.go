@@ -4,6 +4,17 @@
 // The dispatcher owns the scheduler's queue; a build is one goroutine that asks
 // it for a machine and a slot; the machines own their SSH connections; callers
 // follow builds at their own pace and never hold them up.
+//
+// A build is always in exactly one place. It ends at one moment, under the
+// dispatcher's mutex (see [Daemon.conclude]): there it leaves what is in progress
+// and enters the history and the metrics, both in memory. The outcome is made known
+// to callers after that, and the files are written later still. So from the moment
+// any caller knows that a build has ended, everything tells so: Status, History, Log,
+// the page and the metrics. Who shows both what is in progress and what has ended
+// reads the former first and leaves out of the latter what is in the former: what
+// ends between the two readings is then shown once.
+// The other things that are told follow the same rule: what a call has brought about
+// can be seen everywhere before the call returns.
 package daemon
 
 import (

@@ -208,6 +208,23 @@ func (j *detachedBuild) end(err error) {
 	j.signalLocked()
 }
 
+// awaitEnd waits until the build has ended, for endedWait at most.
+func (j *detachedBuild) awaitEnd(ctx context.Context) {
+	ctx, cancel := context.WithTimeout(ctx, endedWait)
+	defer cancel()
+	for {
+		r := j.read(new(attachCursor))
+		if r.ended {
+			return
+		}
+		select {
+		case <-r.changed:
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
 // forgetDetails frees what only serves to follow a build.
 func (j *detachedBuild) forgetDetails() {
 	j.mu.Lock()

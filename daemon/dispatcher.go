@@ -20,10 +20,15 @@ type dispatcher struct {
 	mu     sync.Mutex
 	queue  *scheduler.Queue
 	builds map[scheduler.BuildID]*build
+	// ending are the builds that have ended, but whose logs are not kept yet: they are
+	// in progress no more, and their logs are read as they were before.
+	ending map[scheduler.BuildID]*build
 	// shared finds the build that callers of the same derivation share.
 	shared map[buildKey]*build
 	lastID scheduler.BuildID
-	visits uint64
+	// idGiven is called with each id that is given; nil if nobody wants to know.
+	idGiven func(id uint64)
+	visits  uint64
 }
 
 func newDispatcher(log *slog.Logger) *dispatcher {
@@ -31,6 +36,7 @@ func newDispatcher(log *slog.Logger) *dispatcher {
 		log:    log,
 		queue:  scheduler.New(),
 		builds: make(map[scheduler.BuildID]*build),
+		ending: make(map[scheduler.BuildID]*build),
 		shared: make(map[buildKey]*build),
 	}
 }
@@ -68,8 +74,7 @@ func (d *dispatcher) do(event func(q *scheduler.Queue) []scheduler.Order) {
 // submitLocked takes a build in and makes it findable by its derivation. The
 // caller starts it.
 func (d *dispatcher) submitLocked(b *build) {
-	d.lastID++
-	b.id = d.lastID
+	b.id = d.nextIDLocked()
 	b.place.changed = make(chan struct{})
 	b.waiting = time.Now()
 	d.builds[b.id] = b
@@ -81,8 +86,15 @@ func (d *dispatcher) submitLocked(b *build) {
 func (d *dispatcher) nextID() uint64 {
 	d.mu.Lock()
 	defer d.mu.Unlock()
+	return uint64(d.nextIDLocked())
+}
+
+func (d *dispatcher) nextIDLocked() scheduler.BuildID {
 	d.lastID++
-	return uint64(d.lastID)
+	if d.idGiven != nil {
+		d.idGiven(uint64(d.lastID))
+	}
+	return d.lastID
 }
 
 // skipID keeps ids that are in use from being given again.
@@ -92,13 +104,16 @@ func (d *dispatcher) skipID(used uint64) {
 	d.lastID = max(d.lastID, scheduler.BuildID(used))
 }
 
-// remove takes a build out for good, whatever it held.
-func (d *dispatcher) remove(b *build) {
+// remove takes a build out for good, whatever it held. At the same moment it calls
+// enter, which adds the build to what has ended; it must not wait for anything.
+func (d *dispatcher) remove(b *build, enter func()) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
+	enter()
 	d.forgetLocked(b)
 	b.stopRestLocked()
 	delete(d.builds, b.id)
+	d.ending[b.id] = b
 	d.carryOutLocked(d.queue.Remove(b.id))
 }
 
@@ -309,10 +324,12 @@ type load struct {
 	waiting time.Time
 }
 
-// load makes nothing for each build: it must not hold up ten thousand of them.
-func (d *dispatcher) load() load {
+// load makes nothing for each build: it must not hold up ten thousand of them. At the
+// same moment it calls also, which must not wait for anything.
+func (d *dispatcher) load(also func()) load {
 	d.mu.Lock()
 	defer d.mu.Unlock()
+	also()
 	l := load{machines: d.queue.Machines(), systems: d.queue.QueuedBySystem(), builds: len(d.builds)}
 	for _, b := range d.builds {
 		if !b.waiting.IsZero() && (l.waiting.IsZero() || b.waiting.Before(l.waiting)) {

@@ -77,6 +77,30 @@ func (f *feed) awaitNews(ctx context.Context) {
 	}
 }
 
+// endedWait bounds how long a caller who has ended a build waits to see it ended: a
+// machine that does not answer any more may hold up the end.
+const endedWait = 8 * time.Second
+
+// awaitEnd waits until the outcome is known, for endedWait at most: the caller is about
+// to be told of the end, or has asked for it.
+func (f *feed) awaitEnd(ctx context.Context) {
+	ctx, cancel := context.WithTimeout(ctx, endedWait)
+	defer cancel()
+	for {
+		f.mu.Lock()
+		changed, ended := f.changed, f.outcome != nil
+		f.mu.Unlock()
+		if ended {
+			return
+		}
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
 // post appends an event. Progress of an earlier phase is dropped with it.
 func (f *feed) post(e *dispatchv1.BuildEvent) {
 	f.mu.Lock()

@@ -30,6 +30,9 @@ type follower struct {
 	// leave ends the interest; the build's last follower to leave cancels it, for
 	// the reason given. It may be called more than once.
 	leave func(why error)
+	// last is set when the interest that ended was the last one, so that the build was
+	// cancelled. It may be read after leave.
+	last bool
 
 	// Those below belong to follow.
 
@@ -46,6 +49,7 @@ const logChunk = 64 << 10
 // about to be imported; nil if the caller holds no locks. The error is errShutdown for
 // a build that only the daemon's end has ended.
 func (f *follower) follow(ctx context.Context, send func(*dispatchv1.BuildEvent) error, handOver func(paths []string) error) (outcome, error) {
+	calling := ctx
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	watching := make(chan struct{})
@@ -76,6 +80,9 @@ func (f *follower) follow(ctx context.Context, send func(*dispatchv1.BuildEvent)
 		case <-r.changed:
 		case <-ctx.Done():
 			if over, ok := context.Cause(ctx).(*limitError); ok { //nolint:errorlint // set by enforce, never wrapped
+				if f.last {
+					f.b.feed.awaitEnd(calling)
+				}
 				return outcome{status: over.status, err: over.text, machine: f.machine}, nil
 			}
 			return outcome{}, context.Cause(ctx)

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"strings"
 
 	"google.golang.org/grpc"
 	"google.golang.org/protobuf/types/known/durationpb"
@@ -97,43 +98,64 @@ func (s *server) Log(req *dispatchv1.LogRequest, stream grpc.ServerStreamingServ
 		}
 		return b.sendLog(stream, req.GetFollow())
 	}
-	id, err := s.d.record.find(req.GetBuildId(), drvPath)
+	id := req.GetBuildId()
+	if id == 0 {
+		row, err := s.d.record.last(history.Query{DrvPath: string(drvPath)})
+		if err != nil {
+			return toStatus(err)
+		}
+		id = row.ID
+	}
+	text, err := s.d.record.openLog(id, c)
 	if err != nil {
 		return toStatus(err)
 	}
-	if s.d.record.logs == nil {
-		return toStatus(errNoLog)
-	}
-	file, err := s.d.record.logs.open(id, c)
-	if errors.Is(err, fs.ErrNotExist) {
-		return toStatus(errNoLog)
-	}
-	if err != nil {
-		return toStatus(err)
-	}
-	defer file.Close()
-	return sendAll(stream, file)
+	defer text.Close()
+	return sendAll(stream, text)
 }
 
-// find finds the last build of a derivation; a build that is named is itself.
-func (r *record) find(id uint64, drvPath nix.StorePath) (uint64, error) {
-	if id != 0 {
-		return id, nil
-	}
+// last is the last build that ended of those wanted. The error is errNoLog if there
+// is none.
+func (r *record) last(q history.Query) (row history.Row, err error) {
 	if r.rows == nil {
-		return 0, errNoHistory
+		return row, errNoHistory
 	}
-	err := r.rows.Each(history.Query{DrvPath: string(drvPath)}, func(row history.Row) error {
-		id = row.ID
+	err = r.rows.Each(q, func(found history.Row) error {
+		row = found
 		return errEnough
 	})
-	if err == nil {
-		return 0, errNoLog
+	switch {
+	case err == nil:
+		return row, errNoLog
+	case errors.Is(err, errEnough):
+		return row, nil
+	default:
+		return row, err
 	}
-	if !errors.Is(err, errEnough) {
-		return 0, err
+}
+
+// openLog opens the log of a build that has ended, for a caller. The log of a build
+// that printed nothing is empty, and no file.
+func (r *record) openLog(id uint64, c caller) (io.ReadCloser, error) {
+	if r.logs != nil {
+		file, err := r.logs.open(id, c)
+		if !errors.Is(err, fs.ErrNotExist) {
+			return file, err
+		}
 	}
-	return id, nil
+	row, err := r.last(history.Query{ID: id})
+	switch {
+	case errors.Is(err, errNoHistory):
+		return nil, errNoLog
+	case err != nil:
+		return nil, err
+	case !c.mayRead(row.UID):
+		return nil, errNotYours
+	case !row.Silent:
+		return nil, errNoLog
+	default:
+		return io.NopCloser(strings.NewReader("")), nil
+	}
 }
 
 // sendLog sends what a build has printed, and with follow what it prints until it

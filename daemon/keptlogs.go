@@ -18,8 +18,12 @@ import (
 const (
 	// maxKeptLog bounds one log that is kept: of a longer one, its end.
 	maxKeptLog = 16 << 20
-	// maxKeptLogs bounds all of them, in bytes; the oldest go first.
-	maxKeptLogs = 512 << 20
+	// maxKeptLogs bounds the room that all of them take on the disk, in bytes, and
+	// maxKeptFiles their number; the oldest go first.
+	maxKeptLogs  = 512 << 20
+	maxKeptFiles = 10_000
+	// fileBlock is what a file takes on the disk at least, in bytes.
+	fileBlock = 4 << 10
 )
 
 // keptLogs are the logs of builds that have ended, each in a file named by the
@@ -29,8 +33,9 @@ type keptLogs struct {
 	log *slog.Logger
 
 	mu    sync.Mutex
-	files []keptLog // the oldest first
-	bytes int64
+	byID  map[uint64]keptLog
+	order []uint64 // the ids, the oldest first
+	room  int64    // that all of them take, in bytes
 }
 
 type keptLog struct {
@@ -40,6 +45,9 @@ type keptLog struct {
 }
 
 func (l keptLog) name() string { return fmt.Sprintf("%d-%d", l.id, l.uid) }
+
+// room is what the file takes on the disk, in bytes: whole blocks.
+func (l keptLog) room() int64 { return (l.size + fileBlock - 1) / fileBlock * fileBlock }
 
 // parseKeptLog reads a file's name.
 func parseKeptLog(name string) (l keptLog, ok bool) {
@@ -56,7 +64,8 @@ func openKeptLogs(dir string, log *slog.Logger) (*keptLogs, error) {
 	if err != nil {
 		return nil, err
 	}
-	k := &keptLogs{dir: dir, log: log}
+	k := &keptLogs{dir: dir, log: log, byID: make(map[uint64]keptLog)}
+	var found []keptLog
 	for _, e := range entries {
 		l, ok := parseKeptLog(e.Name())
 		info, err := e.Info()
@@ -65,10 +74,14 @@ func openKeptLogs(dir string, log *slog.Logger) (*keptLogs, error) {
 			continue
 		}
 		l.size = info.Size()
-		k.files = append(k.files, l)
-		k.bytes += l.size
+		found = append(found, l)
 	}
-	slices.SortFunc(k.files, func(a, b keptLog) int { return cmp.Compare(a.id, b.id) })
+	slices.SortFunc(found, func(a, b keptLog) int { return cmp.Compare(a.id, b.id) })
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	for _, l := range found {
+		k.addLocked(l)
+	}
 	return k, nil
 }
 
@@ -76,10 +89,10 @@ func openKeptLogs(dir string, log *slog.Logger) (*keptLogs, error) {
 func (k *keptLogs) lastID() uint64 {
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	if len(k.files) == 0 {
+	if len(k.order) == 0 {
 		return 0
 	}
-	return k.files[len(k.files)-1].id
+	return slices.Max(k.order)
 }
 
 func (k *keptLogs) path(l keptLog) string { return filepath.Join(k.dir, l.name()) }
@@ -98,12 +111,21 @@ func (k *keptLogs) keep(id scheduler.BuildID, uid uint32, s *spool) {
 	}
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	k.files = append(k.files, l)
-	k.bytes += l.size
-	for k.bytes > maxKeptLogs && len(k.files) > 1 {
-		_ = os.Remove(k.path(k.files[0])) // it counts no longer in any case
-		k.bytes -= k.files[0].size
-		k.files = k.files[1:]
+	k.addLocked(l)
+}
+
+// addLocked takes in a log whose file is there, and removes the oldest ones that are
+// beyond a bound.
+func (k *keptLogs) addLocked(l keptLog) {
+	k.byID[l.id] = l
+	k.order = append(k.order, l.id)
+	k.room += l.room()
+	for (k.room > maxKeptLogs || len(k.order) > maxKeptFiles) && len(k.order) > 1 {
+		oldest := k.byID[k.order[0]]
+		_ = os.Remove(k.path(oldest)) // it counts no longer in any case
+		k.room -= oldest.room()
+		delete(k.byID, oldest.id)
+		k.order = k.order[1:]
 	}
 }
 
@@ -138,14 +160,14 @@ func (k *keptLogs) write(l keptLog, s *spool) (size int64, err error) {
 func (k *keptLogs) open(id uint64, c caller) (*os.File, error) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	at := slices.IndexFunc(k.files, func(l keptLog) bool { return l.id == id })
+	l, ok := k.byID[id]
 	switch {
-	case at < 0:
+	case !ok:
 		return nil, fs.ErrNotExist
-	case !c.mayRead(k.files[at].uid):
+	case !c.mayRead(l.uid):
 		return nil, errNotYours
 	default:
-		return os.Open(k.path(k.files[at]))
+		return os.Open(k.path(l))
 	}
 }
 

@@ -92,7 +92,7 @@ func (d *Daemon) addConnections(byURI map[string]*machineStatus) {
 			st.load, st.loadUnknown = load, unknown
 		}
 		if st.state == scheduler.Parked && st.parked == "" {
-			st.parked, _ = e.m.condition.parked(time.Now())
+			st.parked = e.m.condition.lastParked(time.Now())
 		}
 		if st.since.IsZero() {
 			st.since = ssh.Since

@@ -1,6 +1,7 @@
 package daemon
 
 import (
+	"maps"
 	"runtime"
 	"sync"
 	"time"
@@ -31,8 +32,10 @@ type metrics struct {
 	// machines are the label values of "machine": those that are, or have been, in
 	// the daemon's own list, until they are gone.
 	machines map[string]bool
+	// ended counts the builds that have ended. The stateCollector reports it, for one
+	// scrape must not count a build both here and among those in progress.
+	ended map[endedLabels]int
 
-	builds        *prometheus.CounterVec
 	buildDuration *prometheus.HistogramVec
 	queueDuration *prometheus.HistogramVec
 	narBytes      *prometheus.CounterVec
@@ -41,15 +44,14 @@ type metrics struct {
 	builders      *prometheus.GaugeVec
 }
 
+// An endedLabels is what builds that have ended are counted by.
+type endedLabels struct{ machine, system, result string }
+
 // newMetrics makes the instruments, without any machine.
 func newMetrics(version string) *metrics {
 	r := prometheus.NewRegistry()
 	f := promauto.With(r)
-	m := &metrics{registry: r, systems: map[string]bool{"builtin": true}, machines: make(map[string]bool)}
-	m.builds = f.NewCounterVec(prometheus.CounterOpts{
-		Namespace: metricsPrefix, Name: "builds_total",
-		Help: "Builds that ended, by machine, system and result; machine is \"other\" if none was chosen, or one that only a request has named.",
-	}, []string{"machine", "system", "result"})
+	m := &metrics{registry: r, systems: map[string]bool{"builtin": true}, machines: make(map[string]bool), ended: make(map[endedLabels]int)}
 	m.buildDuration = f.NewHistogramVec(prometheus.HistogramOpts{
 		Namespace: metricsPrefix, Name: "build_duration_seconds",
 		Help:    "Time the remote build itself took, without copying.",
@@ -96,13 +98,17 @@ func (m *metrics) know(list *machineList) {
 		}
 		m.machines[line.StoreURI] = true
 	}
+	for _, line := range list.lines {
+		for _, s := range line.SystemTypes {
+			m.ended[endedLabels{line.StoreURI, s, "built"}] += 0
+			m.ended[endedLabels{line.StoreURI, s, resultFailed}] += 0
+		}
+	}
 	m.mu.Unlock()
 	// A counter that is born with its first event has no increase then.
 	for _, line := range list.lines {
 		for _, s := range line.SystemTypes {
 			m.unplaceable.WithLabelValues(s)
-			m.builds.WithLabelValues(line.StoreURI, s, "built")
-			m.builds.WithLabelValues(line.StoreURI, s, resultFailed)
 		}
 		m.sent(line.StoreURI)
 		m.received(line.StoreURI)
@@ -118,9 +124,9 @@ func (m *metrics) know(list *machineList) {
 func (m *metrics) forget(machine string) {
 	m.mu.Lock()
 	delete(m.machines, machine)
+	maps.DeleteFunc(m.ended, func(l endedLabels, _ int) bool { return l.machine == machine })
 	m.mu.Unlock()
 	label := prometheus.Labels{"machine": machine}
-	m.builds.DeletePartialMatch(label)
 	m.buildDuration.DeletePartialMatch(label)
 	m.narBytes.DeletePartialMatch(label)
 	m.failures.DeletePartialMatch(label)
@@ -151,18 +157,19 @@ func (m *metrics) attemptFailed(machine, reason string) {
 func (m *metrics) machine(uri string) string {
 	m.mu.RLock()
 	defer m.mu.RUnlock()
-	if m.machines[uri] {
-		return uri
-	}
-	return otherLabel
+	return knownLabel(m.machines, uri)
 }
 
 // system keeps the label bounded: callers choose derivations' systems freely.
 func (m *metrics) system(s string) string {
 	m.mu.RLock()
 	defer m.mu.RUnlock()
-	if m.systems[s] {
-		return s
+	return knownLabel(m.systems, s)
+}
+
+func knownLabel(known map[string]bool, value string) string {
+	if known[value] {
+		return value
 	}
 	return otherLabel
 }
@@ -182,17 +189,26 @@ var resultLabels = map[dispatchv1.BuildStatus]string{
 // resultFailed is what is not in resultLabels: the derivation's own failure.
 const resultFailed = "failed"
 
-// buildEnded counts a build.
+// buildEnded counts a build. It waits for nothing.
 func (m *metrics) buildEnded(b *build, o outcome) {
 	result, ok := resultLabels[o.status]
 	if !ok {
 		result = resultFailed
 	}
-	machine := m.machine(o.machine)
-	m.builds.WithLabelValues(machine, m.system(b.drv.Platform), result).Inc()
+	m.mu.Lock()
+	machine := knownLabel(m.machines, o.machine)
+	m.ended[endedLabels{machine, knownLabel(m.systems, b.drv.Platform), result}]++
+	m.mu.Unlock()
 	if o.duration > 0 {
 		m.buildDuration.WithLabelValues(machine).Observe(o.duration.Seconds())
 	}
+}
+
+// endedBuilds are the builds that have ended, in a map of the caller's own.
+func (m *metrics) endedBuilds() map[endedLabels]int {
+	m.mu.RLock()
+	defer m.mu.RUnlock()
+	return maps.Clone(m.ended)
 }
 
 // leftUnplaceable counts a derivation that no machine can ever build.

@@ -165,7 +165,7 @@ func TestLoadKnowsTheOldestWait(t *testing.T) {
 		}
 		check := func(when string, builds int, want time.Time) {
 			t.Helper()
-			if got := d.dispatcher.load(); got.builds != builds || !got.waiting.Equal(want) {
+			if got := d.dispatcher.load(func() {}); got.builds != builds || !got.waiting.Equal(want) {
 				t.Errorf("%s: %d builds, the oldest waits since %v, want %d since %v", when, got.builds, got.waiting, builds, want)
 			}
 		}
@@ -178,7 +178,7 @@ func TestLoadKnowsTheOldestWait(t *testing.T) {
 			time.Sleep(time.Second)
 		}
 		check("all wait", 3, start)
-		d.dispatcher.remove(builds[0])
+		d.dispatcher.remove(builds[0], func() {})
 		check("the first is gone", 2, start.Add(time.Second))
 		state(scheduler.Up)
 		check("both are placed", 2, time.Time{})

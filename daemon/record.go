@@ -28,18 +28,15 @@ type record struct {
 }
 
 // openRecord opens what is kept in the state directory. Ids of builds go on from
-// there.
+// there. No build may have begun.
 func (d *Daemon) openRecord() {
 	rows, err := history.Open(filepath.Join(d.opts.StateDir, "history.db"), history.Limits{}, d.log)
 	if err != nil {
 		d.log.Error("no history of builds is kept", "err", err)
 	} else {
 		d.record.rows = rows
-		last, err := rows.LastID()
-		if err != nil {
-			d.log.Error("builds are numbered from the beginning again", "err", err)
-		}
-		d.dispatcher.lastID = scheduler.BuildID(last)
+		d.dispatcher.lastID = scheduler.BuildID(rows.LastID())
+		d.dispatcher.idGiven = rows.Use
 	}
 	logs, err := openKeptLogs(filepath.Join(d.opts.StateDir, "logs"), d.log)
 	if err != nil {
@@ -58,18 +55,30 @@ func (r *record) close() error {
 	return r.rows.Close()
 }
 
-// add writes down how a build ended.
-func (r *record) add(b *build, o outcome) {
-	if r.logs != nil {
-		r.logs.keep(b.id, b.caller.uid, b.feed.log)
-	}
-	if r.rows == nil {
-		return
-	}
+// conclude ends a build, in the order that the package's comment states. The
+// build's goroutine calls it last.
+func (d *Daemon) conclude(b *build, o outcome) {
 	if !b.queued.IsZero() {
 		b.account.queued += time.Since(b.queued)
 	}
-	r.rows.Add(history.Row{
+	row := finishedRow(b, o)
+	d.dispatcher.remove(b, func() {
+		row.Ended = time.Now()
+		if d.record.rows != nil {
+			d.record.rows.Add(row)
+		}
+		d.metrics.buildEnded(b, o)
+	})
+	b.feed.finish(o)
+	if d.record.logs != nil {
+		d.record.logs.keep(b.id, b.caller.uid, b.feed.log)
+	}
+	d.dispatcher.ended(b) // the log is read from its file now
+}
+
+// finishedRow is what the history keeps of a build, but for the moment of its end.
+func finishedRow(b *build, o outcome) history.Row {
+	return history.Row{
 		ID:          uint64(b.id),
 		DrvPath:     string(b.drvPath),
 		System:      b.drv.Platform,
@@ -80,7 +89,6 @@ func (r *record) add(b *build, o outcome) {
 		Failed:      !o.status.Succeeded(),
 		Error:       o.err,
 		Attempts:    b.account.attempts,
-		Ended:       time.Now(),
 		Queued:      b.account.queued,
 		Uploading:   b.account.uploading,
 		Building:    b.account.building,
@@ -88,7 +96,8 @@ func (r *record) add(b *build, o outcome) {
 
 		BytesSent:     b.account.sent,
 		BytesReceived: b.account.received,
-	})
+		Silent:        b.feed.log.length() == 0,
+	}
 }
 
 // statusWords is a status in words, such as "permanent failure".

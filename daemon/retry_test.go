@@ -44,7 +44,7 @@ func TestRest(t *testing.T) {
 			t.Errorf("it is on %q after its rest", p.machine)
 		}
 		d.dispatcher.requeue(b, id, rest)
-		d.dispatcher.remove(b)
+		d.dispatcher.remove(b, func() {})
 		time.Sleep(2 * rest) // an order for a build that is gone would be a panic
 		synctest.Wait()
 	})

@@ -135,16 +135,23 @@ func (s *server) Machines(context.Context, *dispatchv1.MachinesRequest) (*dispat
 	return r, nil
 }
 
-// Cancel ends a build for all its followers.
+// Cancel ends a build for all its followers. It returns once the build has ended, or
+// after endedWait.
 func (s *server) Cancel(ctx context.Context, req *dispatchv1.CancelRequest) (*dispatchv1.CancelResponse, error) {
 	c, _ := callerFrom(ctx)
-	err := s.d.detached.end(req.GetBuildId(), c)
-	if errors.Is(err, errNoSuchBuild) {
-		err = s.d.cancel(scheduler.BuildID(req.GetBuildId()), c)
+	j := s.d.detached.find(req.GetBuildId())
+	if j != nil {
+		if err := s.d.detached.end(j.id, c); err != nil {
+			return nil, toStatus(err)
+		}
+		j.awaitEnd(ctx)
+		return &dispatchv1.CancelResponse{}, nil
 	}
+	b, err := s.d.cancel(scheduler.BuildID(req.GetBuildId()), c)
 	if err != nil {
 		return nil, toStatus(err)
 	}
+	b.feed.awaitEnd(ctx)
 	return &dispatchv1.CancelResponse{}, nil
 }
 

@@ -1,6 +1,7 @@
 package daemon
 
 import (
+	"cmp"
 	"context"
 	"sync"
 	"time"
@@ -124,30 +125,33 @@ func (q *dispatcher) leave(f *follower, why error) {
 	defer q.mu.Unlock()
 	f.b.followers--
 	if f.b.followers == 0 {
+		f.last = true
 		q.forgetLocked(f.b)
 		f.b.cancel(why)
 		f.b.freeLocked()
 	}
 }
 
-// ended notes that a build's goroutine writes to its feed no more.
+// ended notes that a build has ended and its log is kept, as far as it is to be.
 func (q *dispatcher) ended(b *build) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
+	delete(q.ending, b.id)
 	b.ended = true
 	b.freeLocked()
 }
 
-// read finds a build in flight whose log somebody wants to read without following
-// it: by its id, or if that is 0, by its derivation. nil if there is none. The
-// caller must call done after the last read.
+// read finds a build in progress whose log somebody wants to read without following
+// it, or one that has ended and whose log is not kept yet: by its id, or if that is
+// 0, the last one of a derivation. nil if there is none. The caller must call done
+// after the last read.
 func (q *dispatcher) read(id scheduler.BuildID, drvPath nix.StorePath) (b *build, done func()) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	for _, candidate := range q.builds {
-		if id == candidate.id || id == 0 && drvPath == candidate.drvPath {
-			b = candidate
-		}
+	if id != 0 {
+		b = cmp.Or(q.builds[id], q.ending[id])
+	} else {
+		b = lastOf(drvPath, q.builds, q.ending)
 	}
 	if b == nil {
 		return nil, nil
@@ -161,6 +165,18 @@ func (q *dispatcher) read(id scheduler.BuildID, drvPath nix.StorePath) (b *build
 	}
 }
 
+// lastOf is the last build of a derivation that is in one of the sets; nil if none is.
+func lastOf(drvPath nix.StorePath, sets ...map[scheduler.BuildID]*build) (last *build) {
+	for _, set := range sets {
+		for _, b := range set {
+			if b.drvPath == drvPath && (last == nil || b.id > last.id) {
+				last = b
+			}
+		}
+	}
+	return last
+}
+
 // freeLocked frees the log once nobody writes or reads it any more.
 func (b *build) freeLocked() {
 	if b.ended && b.followers == 0 && b.readers == 0 {
@@ -168,22 +184,22 @@ func (b *build) freeLocked() {
 	}
 }
 
-// cancel ends a build on purpose.
-func (d *Daemon) cancel(id scheduler.BuildID, by caller) error {
+// cancel ends a build on purpose. It is returned, for its end may take a while.
+func (d *Daemon) cancel(id scheduler.BuildID, by caller) (*build, error) {
 	q := d.dispatcher
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	b := q.builds[id]
 	if b == nil {
-		return errNoSuchBuild
+		return nil, errNoSuchBuild
 	}
 	owner := by.uid == b.caller.uid && b.followers <= 1
 	if !by.commands() && !owner {
-		return errNotYours
+		return nil, errNotYours
 	}
 	q.forgetLocked(b)
 	b.cancel(errCancelled)
-	return nil
+	return b, nil
 }
 
 // noLocks notes that a hook has freed its output locks, or has gone.

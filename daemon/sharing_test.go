@@ -132,7 +132,7 @@ func TestWhoMayCancel(t *testing.T) {
 			b := &build{id: 7, store: new(localStore), lease: new(lease), caller: caller{uid: owner}, cancel: func(err error) { cause = err }}
 			d := &Daemon{dispatcher: newDispatcher(nil)}
 			d.dispatcher.builds[b.id] = b
-			if err := d.cancel(b.id, tt.by); !errors.Is(err, tt.want) {
+			if _, err := d.cancel(b.id, tt.by); !errors.Is(err, tt.want) {
 				t.Errorf("cancel = %v, want %v", err, tt.want)
 			}
 			if cancelled := errors.Is(cause, errCancelled); cancelled != (tt.want == nil) {

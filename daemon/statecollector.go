@@ -17,6 +17,7 @@ type stateCollector struct {
 	up, down, drained, parked, connects     *prometheus.Desc
 	slots, inUse, held, staging             *prometheus.Desc
 	queued, unplaceable, builds, oldestWait *prometheus.Desc
+	ended                                   *prometheus.Desc
 	reloads, reloadOK, reloadTime           *prometheus.Desc
 	load                                    []loadGauge
 }
@@ -39,6 +40,7 @@ func newStateCollector(d *Daemon) *stateCollector {
 		queued:      desc("builds_queued", "Builds waiting for a machine that could take them; system is \"other\" if no machine has it.", "system"),
 		unplaceable: desc("builds_unplaceable", "Builds waiting though no machine can ever take them, as the machines are now.", "system"),
 		builds:      desc("builds_in_progress", "Builds that are queued, on a machine or being fetched from one."),
+		ended:       desc("builds_total", "Builds that ended, by machine, system and result; machine is \"other\" if none was chosen, or one that only a request has named.", "machine", "system", "result"),
 		oldestWait:  desc("builds_queued_oldest_age_seconds", "How long the build has waited for a machine that has waited longest; 0 if none waits."),
 		reloads:     desc("machines_reloads_total", "Attempts to read the list of machines anew that changed it (ok) or not (failed).", "result"),
 		reloadOK:    desc("machines_last_reload_successful", "Whether the list of machines had no bad entry when it was last read."),
@@ -52,7 +54,7 @@ func (c *stateCollector) Describe(ch chan<- *prometheus.Desc) {
 	for _, d := range []*prometheus.Desc{
 		c.up, c.down, c.drained, c.parked, c.connects,
 		c.slots, c.inUse, c.held, c.staging,
-		c.queued, c.unplaceable, c.builds, c.oldestWait,
+		c.queued, c.unplaceable, c.builds, c.oldestWait, c.ended,
 		c.reloads, c.reloadOK, c.reloadTime,
 	} {
 		ch <- d
@@ -70,7 +72,11 @@ func (c *stateCollector) Collect(ch chan<- prometheus.Metric) {
 	counter := func(d *prometheus.Desc, v float64, labels ...string) {
 		ch <- prometheus.MustNewConstMetric(d, prometheus.CounterValue, v, labels...)
 	}
-	load := c.d.dispatcher.load()
+	var ended map[endedLabels]int
+	load := c.d.dispatcher.load(func() { ended = c.d.metrics.endedBuilds() })
+	for l, n := range ended {
+		counter(c.ended, float64(n), l.machine, l.system, l.result)
+	}
 	for _, m := range c.labelled(c.d.machineStatuses(load.machines)) {
 		gauge(c.up, oneIf(m.state == scheduler.Up && !m.removed), m.uri)
 		gauge(c.drained, oneIf(m.drained), m.uri)

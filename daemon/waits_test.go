@@ -62,7 +62,7 @@ func TestSlotOfALostBuildIsHeldForAWhile(t *testing.T) {
 			_ = sleep(ctx, leftoverHold)
 			return ""
 		})
-		d.dispatcher.remove(b)
+		d.dispatcher.remove(b, func() {})
 		next := bareBuild(d, 2)
 		time.Sleep(leftoverHold - time.Second)
 		synctest.Wait()

@@ -1,19 +1,20 @@
 // Package history keeps what became of finished builds, in one file that outlives
 // the process: bounded by age and number, and never a reason for the daemon not to
 // start.
+//
+// A row is written to the file some time after [DB.Add], but readers see it at once:
+// they read what is in memory first and the file afterwards. A row leaves the memory
+// only after it is in the file, so no reader misses it.
 package history
 
 import (
-	"bytes"
 	"cmp"
-	"encoding/binary"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"log/slog"
 	"os"
 	"runtime/debug"
-	"strings"
 	"sync"
 	"time"
 
@@ -47,7 +48,11 @@ type Row struct {
 	// Bytes of NARs that went to machines and came back.
 	BytesSent     uint64 `json:"bytesSent"`
 	BytesReceived uint64 `json:"bytesReceived"`
+	// Silent tells that the build printed nothing, so that it has no log.
+	Silent bool `json:"silent,omitempty"`
 }
+
+func (r *Row) key() string { return string(key(r.Ended, r.ID)) }
 
 // Limits bound a [DB]. Zero fields mean the defaults.
 type Limits struct {
@@ -63,11 +68,14 @@ const (
 	// flushInterval is how long a row may be in memory only. Each flush waits for
 	// the disk.
 	flushInterval = time.Second
-	// maxPending is how many rows may wait for a disk that does not answer; more
-	// are dropped.
+	// maxPending is how many rows may wait for a disk that does not answer or is
+	// full; of more, the oldest are dropped.
 	maxPending = 10000
 	// lockWait bounds waiting for another process that has the file open.
 	lockWait = time.Second
+	// idsAhead is how many ids the file says are in use beyond those that are. After
+	// the process was killed the next one begins behind them, and gives no id again.
+	idsAhead = 4096
 )
 
 var rows = []byte("rows")
@@ -82,10 +90,18 @@ type DB struct {
 	mu   sync.RWMutex
 	bolt *bolt.DB
 
+	// pending are the rows that are not known to be in the file, in the order of
+	// their ends. It is only ever appended to or replaced: who has read the slice may
+	// go on with it without the mutex.
 	pendingMu sync.Mutex
 	pending   []Row
+	dropped   int // rows since the last flush
+	// used is the highest id of a build that is known, reserved the highest that the
+	// file says is in use.
+	used, reserved uint64
 
-	count int // of rows on disk; the writer's
+	last  uint64 // the highest id when the file was opened
+	count int    // of rows on disk; the writer's
 
 	wake    chan struct{} // of the writer
 	quit    chan struct{}
@@ -111,6 +127,7 @@ func Open(file string, limits Limits, log *slog.Logger) (*DB, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open the history of builds %q: %w", file, err)
 	}
+	db.last = db.used
 	go db.write()
 	return db, nil
 }
@@ -126,8 +143,12 @@ func (db *DB) open() error {
 			return err
 		}
 		return db.bolt.Update(func(tx *bolt.Tx) error {
-			_, err := tx.CreateBucketIfNotExists(rows)
-			return err
+			b, err := tx.CreateBucketIfNotExists(rows)
+			if err != nil {
+				return err
+			}
+			db.use(b.Sequence())
+			return db.reserve(b, idsAhead)
 		})
 	})
 }
@@ -230,187 +251,4 @@ func (db *DB) Close() error {
 	db.mu.Lock()
 	defer db.mu.Unlock()
 	return db.bolt.Close()
-}
-
-// Add adds a row, soon. It never waits for the disk.
-func (db *DB) Add(r Row) {
-	r.Error = clip(r.Error)
-	r.DrvPath, r.System, r.Machine, r.Caller = clip(r.DrvPath), clip(r.System), clip(r.Machine), clip(r.Caller)
-	db.pendingMu.Lock()
-	defer db.pendingMu.Unlock()
-	if len(db.pending) >= maxPending {
-		return
-	}
-	db.pending = append(db.pending, r)
-	select {
-	case db.wake <- struct{}{}:
-	default:
-	}
-}
-
-func clip(s string) string {
-	if len(s) <= maxText {
-		return s
-	}
-	return strings.ToValidUTF8(s[:maxText], "") + "..."
-}
-
-// write is the one goroutine that writes.
-func (db *DB) write() {
-	defer close(db.done)
-	db.check()
-	for {
-		select {
-		case <-db.wake:
-		case <-db.quit:
-			db.flush()
-			return
-		}
-		select {
-		case <-time.After(flushInterval):
-		case <-db.quit:
-		}
-		db.flush()
-	}
-}
-
-func (db *DB) flush() {
-	db.pendingMu.Lock()
-	pending := db.pending
-	db.pending = nil
-	db.pendingMu.Unlock()
-	if len(pending) == 0 {
-		return
-	}
-	err := db.put(pending)
-	if errors.Is(err, errDamaged) {
-		db.damaged(err)
-		err = db.put(pending)
-	}
-	if err != nil {
-		db.log.Error("finished builds are missing in the history", "builds", len(pending), "err", err)
-	}
-}
-
-func (db *DB) put(pending []Row) error {
-	count := db.count
-	err := db.update(func(b *bolt.Bucket) error {
-		last := b.Sequence()
-		for _, r := range pending {
-			last = max(last, r.ID)
-			value, err := json.Marshal(r)
-			if err != nil {
-				return err
-			}
-			if err := b.Put(key(r.Ended, r.ID), value); err != nil {
-				return err
-			}
-		}
-		count = db.count + len(pending)
-		return errors.Join(b.SetSequence(last), db.prune(b, &count))
-	})
-	if err == nil {
-		db.count = count
-	}
-	return err
-}
-
-// prune removes the oldest rows that are beyond a limit.
-func (db *DB) prune(bucket *bolt.Bucket, count *int) error {
-	oldest := key(time.Now().Add(-db.limits.MaxAge), 0)
-	c := bucket.Cursor()
-	for {
-		// A cursor may not go on from what it has deleted.
-		k, _ := c.First()
-		if k == nil || *count <= db.limits.MaxRows && bytes.Compare(k, oldest) >= 0 {
-			return nil
-		}
-		if err := c.Delete(); err != nil {
-			return err
-		}
-		*count--
-	}
-}
-
-// key sorts rows by when they ended.
-func key(ended time.Time, id uint64) []byte {
-	k := binary.BigEndian.AppendUint64(nil, uint64(ended.UnixNano())) //nolint:gosec // after 1970
-	return binary.BigEndian.AppendUint64(k, id)
-}
-
-// A Query says which rows are wanted. The zero value wants all.
-type Query struct {
-	Since   time.Time // that ended then or later
-	Failed  bool      // only those that failed
-	Machine string    // only those of this machine, by store URI
-	DrvPath string    // only those of this derivation
-	ID      uint64    // only this one
-}
-
-func (q *Query) wants(r *Row) bool {
-	return (!q.Failed || r.Failed) && (q.Machine == "" || q.Machine == r.Machine) &&
-		(q.DrvPath == "" || q.DrvPath == r.DrvPath) && (q.ID == 0 || q.ID == r.ID)
-}
-
-// batch is how many rows are read at a time: no transaction is open while the
-// reader of the rows takes its time.
-const batch = 256
-
-// Each calls fn with the rows wanted, the newest first, until it returns an
-// error, which Each returns. Rows of the last second may be missing.
-func (db *DB) Each(q Query, fn func(Row) error) error {
-	var oldest []byte
-	if !q.Since.IsZero() {
-		oldest = key(q.Since, 0)
-	}
-	var from []byte // the last key read; nil before the first
-	for {
-		var found []Row
-		more := false
-		err := db.view(func(b *bolt.Bucket) error {
-			c := b.Cursor()
-			k, value := c.Last()
-			if from != nil {
-				if k, _ = c.Seek(from); k == nil {
-					k, value = c.Last()
-				} else {
-					k, value = c.Prev()
-				}
-			}
-			for ; k != nil && bytes.Compare(k, oldest) >= 0; k, value = c.Prev() {
-				var r Row
-				if err := json.Unmarshal(value, &r); err != nil {
-					return err
-				}
-				from = append(from[:0], k...)
-				if q.wants(&r) {
-					found = append(found, r)
-				}
-				if more = len(found) == batch; more {
-					break
-				}
-			}
-			return nil
-		})
-		if err != nil {
-			return fmt.Errorf("read the history of builds: %w", err)
-		}
-		for _, r := range found {
-			if err := fn(r); err != nil {
-				return err
-			}
-		}
-		if !more {
-			return nil
-		}
-	}
-}
-
-// LastID is the highest id that a row has ever had, 0 without rows.
-func (db *DB) LastID() (last uint64, err error) {
-	err = db.view(func(b *bolt.Bucket) error {
-		last = b.Sequence()
-		return nil
-	})
-	return last, err
 }

@@ -101,7 +101,9 @@ type DispatchServiceClient interface {
 	// Machines lists the machines as the daemon understood its builders setting,
 	// and the entries it had to leave out.
 	Machines(ctx context.Context, in *MachinesRequest, opts ...grpc.CallOption) (*MachinesResponse, error)
-	// Cancel ends a build for all who wait for it, or a detached build.
+	// Cancel ends a build for all who wait for it, or a detached build. It returns once
+	// the build has ended, or after 8 seconds: a machine that does not answer may hold up
+	// the end.
 	//
 	// Errors:
 	//
@@ -148,7 +150,8 @@ type DispatchServiceClient interface {
 	//	INVALID_ARGUMENT: several machines have that name.
 	//	UNAVAILABLE: the daemon is shutting down.
 	Ping(ctx context.Context, in *PingRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[PingResponse], error)
-	// History tells of builds that have ended, the newest first. Of builds that the
+	// History tells of builds that have ended, the newest first. A build is there from
+	// the moment it is in progress no more. Of builds that the
 	// caller may not read the log of, errors have their first line only.
 	//
 	// Errors:
@@ -156,7 +159,8 @@ type DispatchServiceClient interface {
 	//	FAILED_PRECONDITION: no history is kept; the daemon's log says why.
 	History(ctx context.Context, in *HistoryRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[FinishedBuild], error)
 	// Log gives the log of a build: what there is so far of one in progress, and
-	// with follow the rest as it comes; or what is kept of one that has ended.
+	// with follow the rest as it comes; or what is kept of one that has ended. The log of
+	// a build that printed nothing is empty.
 	// Callers may read the logs of builds that they or root have asked for; root and
 	// the daemon's user may read all.
 	//
@@ -412,7 +416,9 @@ type DispatchServiceServer interface {
 	// Machines lists the machines as the daemon understood its builders setting,
 	// and the entries it had to leave out.
 	Machines(context.Context, *MachinesRequest) (*MachinesResponse, error)
-	// Cancel ends a build for all who wait for it, or a detached build.
+	// Cancel ends a build for all who wait for it, or a detached build. It returns once
+	// the build has ended, or after 8 seconds: a machine that does not answer may hold up
+	// the end.
 	//
 	// Errors:
 	//
@@ -459,7 +465,8 @@ type DispatchServiceServer interface {
 	//	INVALID_ARGUMENT: several machines have that name.
 	//	UNAVAILABLE: the daemon is shutting down.
 	Ping(*PingRequest, grpc.ServerStreamingServer[PingResponse]) error
-	// History tells of builds that have ended, the newest first. Of builds that the
+	// History tells of builds that have ended, the newest first. A build is there from
+	// the moment it is in progress no more. Of builds that the
 	// caller may not read the log of, errors have their first line only.
 	//
 	// Errors:
@@ -467,7 +474,8 @@ type DispatchServiceServer interface {
 	//	FAILED_PRECONDITION: no history is kept; the daemon's log says why.
 	History(*HistoryRequest, grpc.ServerStreamingServer[FinishedBuild]) error
 	// Log gives the log of a build: what there is so far of one in progress, and
-	// with follow the rest as it comes; or what is kept of one that has ended.
+	// with follow the rest as it comes; or what is kept of one that has ended. The log of
+	// a build that printed nothing is empty.
 	// Callers may read the logs of builds that they or root have asked for; root and
 	// the daemon's user may read all.
 	//
