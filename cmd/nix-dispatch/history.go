@@ -195,7 +195,7 @@ Examples:
 			return usageError(std, c.Name, "%q is neither the number of a build nor a derivation", operands[0])
 		}
 		return streamFromDaemon(ctx, *socket, std, func(ctx context.Context, conn *daemonConn) error {
-			return printLog(ctx, conn, req, std.out)
+			return printLog(ctx, conn, req, std)
 		})
 	}
 	return c
@@ -203,11 +203,12 @@ Examples:
 
 // printLog prints the bytes of a log as they are, or on a terminal, which they could
 // steer, its lines as plain text.
-func printLog(ctx context.Context, conn *daemonConn, req *dispatchv1.LogRequest, w io.Writer) error {
+func printLog(ctx context.Context, conn *daemonConn, req *dispatchv1.LogRequest, std stdio) error {
 	stream, err := conn.Log(ctx, req)
 	if err != nil {
 		return err
 	}
+	w, empty := std.out, true
 	if isTerminal(w) {
 		plain := &plainWriter{w: w}
 		defer plain.end()
@@ -216,11 +217,15 @@ func printLog(ctx context.Context, conn *daemonConn, req *dispatchv1.LogRequest,
 	for {
 		r, err := stream.Recv()
 		if err == io.EOF {
+			if empty {
+				fmt.Fprintln(std.err, "nix-dispatch: the build has printed nothing")
+			}
 			return nil
 		}
 		if err != nil {
 			return err
 		}
+		empty = false
 		if _, err := w.Write(r.GetData()); err != nil {
 			return err
 		}

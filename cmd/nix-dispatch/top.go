@@ -66,11 +66,15 @@ func lookAt(ctx context.Context, conn *daemonConn) (*overview, error) {
 		return nil, err
 	}
 	o := &overview{status: status, at: time.Now()}
+	inProgress := make(map[uint64]bool)
+	for _, b := range status.GetBuilds() {
+		inProgress[b.GetId()] = true
+	}
 	// Without a history there is none to show.
 	stream, err := conn.History(ctx, &dispatchv1.HistoryRequest{Limit: topEnded})
 	for err == nil {
 		var b *dispatchv1.FinishedBuild
-		if b, err = stream.Recv(); err == nil {
+		if b, err = stream.Recv(); err == nil && !inProgress[b.GetId()] { // else it has ended since
 			o.ended = append(o.ended, b)
 		}
 	}
