@@ -5,7 +5,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"log/slog"
 	"slices"
 	"sync"
 	"time"
@@ -15,7 +14,6 @@ import (
 	dispatchv1 "nixdispatch/proto/dispatch/v1"
 	"nixdispatch/proto/nix"
 	"nixdispatch/scheduler"
-	"nixdispatch/sshpool"
 )
 
 // A build is one derivation on its way through the daemon, shared by all who
@@ -46,7 +44,7 @@ type build struct {
 	// at is where the last attempt was made. Its goroutine's own.
 	at      scheduler.MachineID
 	account account
-	rests   sshpool.Backoff // from machines that failed it. Its goroutine's own
+	tally   tally // of its attempts. Its goroutine's own
 
 	// The dispatcher's mutex guards the rest.
 
@@ -179,11 +177,8 @@ func (e *noMachineError) Error() string {
 	return fmt.Sprintf("no machine that could build this has been up for %s: %s", e.waited, x.Text(maxExplained))
 }
 
-// maxAttempts bounds how many machines a build is tried on.
-const maxAttempts = 3
-
-// notUpPause is the time between finding a machine down that the scheduler took
-// for up and asking the scheduler again.
+// notUpPause is the time between finding that a build's machine is no longer listed
+// and asking the scheduler again.
 const notUpPause = 100 * time.Millisecond
 
 func sleep(ctx context.Context, d time.Duration) error {
@@ -209,54 +204,6 @@ func (d *Daemon) run(ctx context.Context, b *build) {
 	d.conclude(b, o)
 }
 
-// attempts tries the build until a machine gives a verdict, or it is nobody's
-// fault that another machine could make up for.
-func (d *Daemon) attempts(ctx context.Context, b *build, log *slog.Logger) (outcome, error) {
-	doubted := false
-	for failed := 0; ; {
-		o, err := d.attempt(ctx, b)
-		if u, ok := errors.AsType[*unclearError](err); ok {
-			if doubted || !d.dispatcher.othersFor(b, b.at) {
-				return u.outcome, nil
-			}
-			doubted = true
-			log.Warn("the failure may be the machine's, trying another one", "machine", u.outcome.machine, "killed", u.killed, "err", err)
-			d.metrics.attemptFailed(u.outcome.machine, u.reason())
-			d.retry(b, &machineError{u.outcome.machine, doingBuild, err})
-			continue
-		}
-		switch {
-		case err == nil && o.status.Succeeded():
-			return o, nil
-		case ctx.Err() != nil: // a machine may call the end that we made a failure
-			return o, context.Cause(ctx)
-		case err == nil:
-			return o, nil
-		case errors.Is(err, errMoved), errors.Is(err, errDistrusted), errors.Is(err, errStale):
-			log.Debug("attempt broken off", "reason", err)
-			continue
-		}
-		fault, ok := errors.AsType[*machineError](err)
-		if !ok {
-			return o, err
-		}
-		if errors.Is(err, sshpool.ErrNotUp) || errors.Is(err, errSessionGone) {
-			// The connection was found dead before anything was tried, so nothing
-			// has failed. The scheduler hears of it presently.
-			if err := sleep(ctx, notUpPause); err != nil {
-				return o, err
-			}
-		} else {
-			d.metrics.attemptFailed(fault.machine, failureReason(fault))
-			if failed++; failed == maxAttempts {
-				return o, err
-			}
-		}
-		log.Warn("machine failed the build, trying again", "failures", failed, "err", err)
-		d.retry(b, fault)
-	}
-}
-
 // attempt tries the build on the machine the scheduler chooses. It returns the
 // machine's verdict, or why there is none.
 func (d *Daemon) attempt(ctx context.Context, b *build) (outcome, error) {
@@ -280,6 +227,7 @@ func (d *Daemon) attempt(ctx context.Context, b *build) (outcome, error) {
 	}
 	defer d.machines.release(m)
 	b.at = place.machine
+	b.tally.begin(&m.absences)
 	ctx, stop := d.untilMoved(ctx, b, place)
 	defer stop()
 	// nix-store --serve substitutes nothing any more after its first build.

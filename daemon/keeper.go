@@ -294,6 +294,7 @@ func (k *keeper) hear(ctx context.Context, c sshpool.Connection, s *sshpool.Sess
 			})
 		}
 		c.SetTag(l.sshd)
+		k.m.absences.booted(l.sshd.boot)
 		k.m.condition.told(l.load)
 	case refused != nil:
 		k.m.condition.notTold(refused.Error())

@@ -30,6 +30,7 @@ type machine struct {
 	condition *condition
 	keeper    *keeper // nil if nobody looks after the machine
 	idle      *idlePool[*remote]
+	absences  absences
 	log       *slog.Logger
 
 	// untrusted is learned: from the worker protocol's handshake at each probe, or

@@ -190,6 +190,7 @@ func (d *Daemon) newMachine(line nix.Machine) *machine {
 func (d *Daemon) hostChanged(s sshpool.Status) {
 	d.syncStates(s.Name)
 	for _, e := range d.machines.at(withURI(s.Name)) {
+		e.m.absences.note(e.m.host.Status())
 		e.m.keeper.kick()
 	}
 }

@@ -8,22 +8,25 @@ import (
 	"nixdispatch/scheduler"
 )
 
-// How long a build rests from a machine that failed it: from the first to the last,
-// growing. Until then it goes there not even if no other machine can take it, so that
-// what ails the machine has time to pass.
+// How long a build keeps away from a machine on which it failed: from the first to the
+// last, growing. Until then it does not go there even if no other machine can take it,
+// so that the machine's trouble has time to pass.
 const (
 	restMin = 2 * time.Second
 	restMax = 30 * time.Second
+	// pauseMin and pauseMax are the same after an attempt that does not count. Besides,
+	// it waits until the machine is connected.
+	pauseMin = 100 * time.Millisecond
+	pauseMax = 5 * time.Second
 )
 
-// retry puts a build back into the queue after a machine failed it.
-func (d *Daemon) retry(b *build, fault *machineError) {
+// retry puts a build back into the queue after a machine failed it. It keeps away from
+// the machine for the duration of rest.
+func (d *Daemon) retry(b *build, fault *machineError, rest time.Duration) {
 	e := b.event()
 	e.Event = &dispatchv1.BuildEvent_Queued{Queued: &dispatchv1.Queued{Reason: fault.Error()}}
 	note := firstLine(nix.PlainText(fault.Error())) + "; the build is tried again"
-	var rest time.Duration
-	if !connectionFailed(fault) { // else the pause is the pool's, before it connects anew
-		rest = b.rests.Next()
+	if !connectionFailed(fault) { // else the time when the machine is back is not known
 		note += ", there not before " + restEnd(rest)
 	}
 	b.feed.note(note)

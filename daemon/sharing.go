@@ -8,7 +8,6 @@ import (
 
 	"nixdispatch/proto/nix"
 	"nixdispatch/scheduler"
-	"nixdispatch/sshpool"
 )
 
 // newBuild makes a build that is not in the queue yet, for the daemon's own machines.
@@ -26,7 +25,7 @@ func (d *Daemon) newBuild(store *localStore, drvPath nix.StorePath, drv *nix.Der
 		queued:          now,
 		feed:            newFeed(d.opts.StateDir),
 		inputs:          inputs{ready: make(chan struct{})},
-		rests:           sshpool.Backoff{Min: restMin, Max: restMax},
+		tally:           newTally(),
 		hooks:           make(map[*hookFollower]struct{}),
 		handOverChanged: make(chan struct{}),
 	}
