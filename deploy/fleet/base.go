@@ -80,7 +80,7 @@ func baseRoot(ctx context.Context, log *slog.Logger, suite string) (string, erro
 	sum := sha256.Sum256([]byte(baseScript + "\x00" + runtime.GOARCH))
 	roots := filepath.Join(CacheDir(), "roots")
 	dir := filepath.Join(roots, suite+"-"+hex.EncodeToString(sum[:6]))
-	return cachedRoot(ctx, "base root of "+suite, suite, dir, func() error {
+	return cachedRoot(ctx, log, "base root of "+suite, suite, dir, func() error {
 		mirror, err := hostMirror()
 		if err != nil {
 			return err
@@ -92,7 +92,7 @@ func baseRoot(ctx context.Context, log *slog.Logger, suite string) (string, erro
 
 // cachedRoot returns dir, which make makes if it is not there. The suite's lock is
 // held meanwhile.
-func cachedRoot(ctx context.Context, what, suite, dir string, make func() error) (string, error) {
+func cachedRoot(ctx context.Context, log *slog.Logger, what, suite, dir string, make func() error) (string, error) {
 	if _, err := os.Stat(dir); err == nil {
 		return dir, nil
 	}
@@ -102,7 +102,12 @@ func cachedRoot(ctx context.Context, what, suite, dir string, make func() error)
 	if err := os.MkdirAll(filepath.Dir(dir), 0o700); err != nil {
 		return "", fmt.Errorf("make %s: %w", what, err)
 	}
-	unlock, err := lockFile(ctx, filepath.Join(CacheDir(), suite+".lock"))
+	lock := filepath.Join(CacheDir(), suite+".lock")
+	unlock, err := tryLockFile(lock)
+	if err == nil && unlock == nil {
+		log.Info("waiting for another process, which makes the "+what, "lock", lock)
+		unlock, err = lockFile(ctx, lock)
+	}
 	if err != nil {
 		return "", fmt.Errorf("make %s: %w", what, err)
 	}

@@ -26,7 +26,7 @@ func systemdLayer(ctx context.Context, log *slog.Logger, suite, base string) (st
 	sum := sha256.Sum256([]byte(systemdScript))
 	prefix := base + ".systemd-"
 	dir := prefix + hex.EncodeToString(sum[:6])
-	return cachedRoot(ctx, "systemd for "+suite, suite, dir, func() error {
+	return cachedRoot(ctx, log, "systemd for "+suite, suite, dir, func() error {
 		removeOldRoots(log, prefix+"*", filepath.Join(filepath.Dir(base), "."+filepath.Base(prefix)+"*"))
 		return buildRoot(ctx, log, suite, dir, systemdScript, base)
 	})
