@@ -27,6 +27,40 @@ func TestRules(t *testing.T) {
 	}
 }
 
+// TestAlertsUseWhatTheirGroupHasRecorded looks for a recorded name that another
+// group uses, or a rule above the one that records it. Prometheus evaluates groups
+// in no order, so that such a rule would work with an older value, and TestRules
+// would find one number or another.
+func TestAlertsUseWhatTheirGroupHasRecorded(t *testing.T) {
+	rules, err := os.ReadFile("rules.yml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	names := regexp.MustCompile(`\b\w+(:\w+)+\b`)
+	var found int
+	for _, group := range strings.Split(string(rules), "\n  - name: ")[1:] {
+		recorded := make(map[string]bool)
+		for _, rule := range strings.Split(group, "\n      - ")[1:] {
+			name, isRecord := strings.CutPrefix(strings.SplitN(rule, "\n", 2)[0], "record: ")
+			for _, used := range names.FindAllString(rule, -1) {
+				if used == name {
+					continue
+				}
+				found++
+				if !recorded[used] {
+					t.Errorf("no rule above it in its group records %s, used by\n%s", used, rule)
+				}
+			}
+			if isRecord {
+				recorded[name] = true
+			}
+		}
+	}
+	if found < 7 {
+		t.Errorf("found %d uses of recorded names only", found)
+	}
+}
+
 // names are the first groups of matches, sorted.
 func names(matches [][]string) []string {
 	var all []string
