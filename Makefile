@@ -33,6 +33,11 @@ PROTOC_GEN_GO_GRPC = google.golang.org/grpc/cmd/protoc-gen-go-grpc@v1.6.2
 # race detector.
 INTEGRATION = ./deploy/integration
 UNIT        = $$(go list ./... | grep -v /deploy/integration)
+# Nothing in these is concurrent, which deploy/doctest checks: the race detector
+# could find nothing. All others are run with it.
+PLAIN       = ./cmd/internal/cli ./cmd/internal/daemonsocket ./deploy/doctest ./deploy/graph ./deploy/nixos \
+	./deploy/prometheus/... ./deploy/simulate ./proto/nix ./proto/nix/hook ./proto/nix/nar ./scheduler
+RACED       = $$(go list ./... | grep -v /deploy/integration | grep -vxF "$$(go list $(PLAIN))")
 
 # Programs the tests need, each with the Debian package that brings it.
 TEST_TOOLS = gcc=gcc /usr/include/stdlib.h=libc6-dev as=binutils git=git ssh=openssh-client \
@@ -45,7 +50,10 @@ OPT_IN = ^TestGolden|^TestChaos(|DeadMachineCostsNothing)$$
 
 TOOLS           = $(CURDIR)/bin/tools
 # Vetting is a step of its own.
-RACE_RUN        = CGO_ENABLED=1 go test -race -vet=off -count=1 -timeout 20m
+# Many tests wait, so that more of them than processors run at once. A program with
+# the race detector sleeps for a second when it ends, and tests start many.
+PLAIN_RUN       = go test -vet=off -count=1 -timeout 20m
+RACE_RUN        = CGO_ENABLED=1 GORACE=atexit_sleep_ms=10 go test -race -vet=off -count=1 -timeout 20m -parallel 4
 INTEGRATION_RUN = NIX_DISPATCH_REQUIRE_FLEET=1 go test -vet=off -count=1 -timeout 40m -parallel 4
 # Integration tests that measure, and want the machine for themselves.
 MEASURING       = ^TestFasterThanStockHook$$
@@ -77,14 +85,16 @@ test: prepare-tests ## Everything: checks, unit tests with the race detector, in
 		'gofmt: test -z "$$(gofmt -l . | tee /dev/stderr)"' \
 		'vet: go vet ./...' \
 		'measuring: $(INTEGRATION_RUN) -json -run "$(MEASURING)" $(INTEGRATION)' \
-		'unit, race: $(RACE_RUN) -json $(UNIT)' \
+		'unit: $(PLAIN_RUN) -json $(PLAIN)' \
+		+'unit, race: $(RACE_RUN) -json $(RACED)' \
 		+'integration: $(INTEGRATION_RUN) -json -skip "$(MEASURING)" $(INTEGRATION)'
 
 unit: ## The tests that need neither root nor other programs, in seconds.
 	go test $(UNIT)
 
-race: ## The same with the race detector.
-	$(RACE_RUN) $(UNIT)
+race: ## The same, with the race detector where something is concurrent.
+	$(PLAIN_RUN) $(PLAIN)
+	$(RACE_RUN) $(RACED)
 
 integration: prepare-tests ## The tests on real Nix machines made here. Needs root.
 	$(INTEGRATION_RUN) $(INTEGRATION)
