@@ -11,13 +11,6 @@ import (
 	"nixdispatch/proto/nix/hook"
 )
 
-const (
-	// askAgain and askAgainTimeout bound what a daemon that did not answer once
-	// costs a Nix that asks for many builds.
-	askAgain        = 3 * time.Second
-	askAgainTimeout = 250 * time.Millisecond
-)
-
 // helloOf picks the settings that the daemon may know.
 func helloOf(s *hook.Settings) *hookcall.Hello {
 	return &hookcall.Hello{
@@ -102,11 +95,11 @@ func codeOf(err error) hookcall.Code {
 // consult turns the daemon's answer, or the lack of one, into a decision.
 func (h *hookProcess) consult(try *hook.Try) decision {
 	timeout := h.opts.answerTimeout
-	if h.outage.notAsked(h.settings.CouldBuildLocally(try)) {
+	if h.outage.notAsked(h.settings.CouldBuildLocally(try), h.opts.askAgain) {
 		return h.withoutDaemon(try)
 	}
 	if !h.outage.began.IsZero() {
-		timeout = min(timeout, askAgainTimeout)
+		timeout = min(timeout, h.opts.askAgainTimeout)
 	}
 	reply, err := h.link.ask(tryOf(try), timeout)
 	if err != nil {

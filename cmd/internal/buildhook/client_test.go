@@ -71,7 +71,7 @@ func TestClientByName(t *testing.T) {
 		if err := cmd.Start(); err != nil {
 			t.Fatal(err)
 		}
-		for deadline := time.Now().Add(10 * time.Second); len(arguments(cmd.Process.Pid)) != 4; time.Sleep(time.Millisecond) {
+		for deadline := time.Now().Add(patience); len(arguments(cmd.Process.Pid)) != 4; time.Sleep(time.Millisecond) {
 			if time.Now().After(deadline) {
 				t.Fatalf("%q has not started", tt.argv)
 			}

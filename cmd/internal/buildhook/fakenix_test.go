@@ -77,14 +77,16 @@ type nixMessage struct {
 }
 
 // newFakeNix writes a derivation and starts a hook; env is added to its
-// environment.
+// environment. It waits for the daemon as long as it may take on a busy host,
+// unless env has it wait less.
 func newFakeNix(t testing.TB, settings map[string]string, env ...string) *fakeNix {
 	t.Helper()
 	self, err := os.Executable()
 	if err != nil {
 		t.Fatal(err)
 	}
-	return startFakeNix(t, exec.Command(self, "3"), settings, append(env, asHookEnv+"=1")...)
+	env = append([]string{asHookEnv + "=1", hookAnswerEnv + "=" + patience.String()}, env...)
+	return startFakeNix(t, exec.Command(self, "3"), settings, env...)
 }
 
 // startFakeNix is newFakeNix with a program of the caller's.
@@ -214,7 +216,7 @@ func (n *fakeNix) try(system string, amWilling bool, features ...string) (reply,
 // reply reads up to a reply and keeps the messages before it.
 func (n *fakeNix) reply() string {
 	n.t.Helper()
-	timeout := time.After(20 * time.Second)
+	timeout := time.After(patience)
 	for {
 		select {
 		case line, ok := <-n.lines:
@@ -258,7 +260,7 @@ func (n *fakeNix) begin(inputs ...string) {
 // wait reads to the end and returns the hook's exit status, -1 for a signal.
 func (n *fakeNix) wait() int {
 	n.t.Helper()
-	timer := time.AfterFunc(30*time.Second, n.kill)
+	timer := time.AfterFunc(patience, n.kill)
 	defer timer.Stop()
 	for line := range n.lines {
 		if strings.HasPrefix(line, "# ") {

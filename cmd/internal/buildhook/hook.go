@@ -52,6 +52,17 @@ type hookOptions struct {
 	// patience is how long builds that only machines can do are postponed while
 	// the daemon is out of reach, before the stock hook gets them.
 	patience time.Duration
+	// askAgain and askAgainTimeout bound what a daemon that did not answer once
+	// costs a Nix that asks for many builds.
+	askAgain        time.Duration
+	askAgainTimeout time.Duration
+}
+
+func newHookOptions() hookOptions {
+	return hookOptions{
+		socket: daemonsocket.Path(), answerTimeout: time.Second, patience: 30 * time.Second,
+		askAgain: 3 * time.Second, askAgainTimeout: 250 * time.Millisecond,
+	}
 }
 
 // What a hook exits with when it is not Nix that started it.
@@ -63,7 +74,7 @@ const (
 // Main runs a hook process with the arguments after the program's name, the last
 // of which is Nix's verbosity, and returns its exit status.
 func Main(args []string) int {
-	opts := hookOptions{socket: daemonsocket.Path(), answerTimeout: time.Second, patience: 30 * time.Second}
+	opts := newHookOptions()
 	for i, arg := range args {
 		switch {
 		case arg == "--help" || arg == "-h":

@@ -231,7 +231,7 @@ func TestHookEndsTheCallWhenNixKillsIt(t *testing.T) {
 	n.kill()
 	select {
 	case <-ended:
-	case <-time.After(10 * time.Second):
+	case <-time.After(patience):
 		t.Error("the daemon still thinks somebody waits")
 	}
 }

@@ -7,10 +7,12 @@ import (
 
 	"google.golang.org/grpc"
 
-	"nixdispatch/cmd/internal/daemonsocket"
 	"nixdispatch/proto/dispatch/dispatchtest"
 	dispatchv1 "nixdispatch/proto/dispatch/v1"
 )
+
+// patience bounds every wait of a test: the host may be busy.
+const patience = 2 * time.Minute
 
 // With these in its environment the test binary is a hook process, as Nix would
 // start one.
@@ -18,6 +20,7 @@ const (
 	asHookEnv       = "NIX_DISPATCH_TEST_AS_HOOK"
 	hookPatienceEnv = "NIX_DISPATCH_TEST_PATIENCE"
 	hookAnswerEnv   = "NIX_DISPATCH_TEST_ANSWER_TIMEOUT"
+	hookAskAgainEnv = "NIX_DISPATCH_TEST_ASK_AGAIN"
 )
 
 func TestMain(m *testing.M) {
@@ -28,16 +31,20 @@ func TestMain(m *testing.M) {
 }
 
 func hookMain() int {
-	patience, err := time.ParseDuration(os.Getenv(hookPatienceEnv))
-	if err != nil {
+	if os.Getenv(hookPatienceEnv) == "" && os.Getenv(hookAnswerEnv) == "" {
 		return Main(os.Args[1:])
 	}
-	answer, err := time.ParseDuration(os.Getenv(hookAnswerEnv))
-	if err != nil {
-		answer = time.Second
+	opts := newHookOptions()
+	for name, set := range map[string]func(time.Duration){
+		hookPatienceEnv: func(d time.Duration) { opts.patience = d },
+		hookAnswerEnv:   func(d time.Duration) { opts.answerTimeout = d },
+		hookAskAgainEnv: func(d time.Duration) { opts.askAgain, opts.askAgainTimeout = d, patience },
+	} {
+		if d, err := time.ParseDuration(os.Getenv(name)); err == nil {
+			set(d)
+		}
 	}
-	return run(os.Args[len(os.Args)-1],
-		hookOptions{socket: daemonsocket.Path(), answerTimeout: answer, patience: patience})
+	return run(os.Args[len(os.Args)-1], opts)
 }
 
 // A fakeDaemon answers hooks as a test says.

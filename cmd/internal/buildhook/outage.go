@@ -141,7 +141,7 @@ func (m *outageMemory) forget() {
 }
 
 // notAsked decides about a build without asking the daemon again so soon.
-func (o *outage) notAsked(local bool) bool {
+func (o *outage) notAsked(local bool, askAgain time.Duration) bool {
 	return !o.began.IsZero() && (local && !o.heard || time.Since(o.asked) < askAgain)
 }
 

@@ -20,7 +20,7 @@ func TestHookWithoutADaemonLeavesLocalBuildsToNix(t *testing.T) {
 	hung, connections := dispatchtest.Silent(t)
 	for name, socket := range map[string]string{"missing": "/nonexistent/socket", "hung": hung} {
 		t.Run(name, func(t *testing.T) {
-			n := newFakeNix(t, testSettings(), daemonsocket.Env+"="+socket, hookPatienceEnv+"=1h", hookAnswerEnv+"=300ms")
+			n := newFakeNix(t, testSettings(), daemonsocket.Env+"="+socket, hookPatienceEnv+"=1h", hookAnswerEnv+"=300ms", hookAskAgainEnv+"=1h")
 			for _, system := range []string{testSystem, "i686-linux", "builtin", testSystem} {
 				if got, _ := n.try(system, false, "kvm"); got != "decline" {
 					t.Errorf("%s: reply = %q, want decline", system, got)
@@ -50,13 +50,13 @@ func TestHookWithoutADaemonLeavesLocalBuildsToNix(t *testing.T) {
 
 func TestHookAnswersWithinASecondWithoutADaemon(t *testing.T) {
 	hung, _ := dispatchtest.Silent(t)
-	n := newFakeNix(t, testSettings(), daemonsocket.Env+"="+hung)
+	n := newFakeNix(t, testSettings(), daemonsocket.Env+"="+hung, hookAnswerEnv+"=")
 	start := time.Now()
 	if got, _ := n.try(testSystem, false); got != "decline" {
 		t.Errorf("reply = %q, want decline", got)
 	}
 	// Far from the bound: the machine may be busy.
-	if took := time.Since(start); took < 900*time.Millisecond || took > 10*time.Second {
+	if took := time.Since(start); took < 900*time.Millisecond || took > time.Minute {
 		t.Errorf("the answer took %v, want about 1s", took)
 	}
 }
@@ -107,9 +107,9 @@ func TestHooksOfOneNixTellEachOtherOfAnOutage(t *testing.T) {
 	if err := os.WriteFile(ended, nil, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	start := func(socket, patience string) *fakeNix {
+	start := func(socket, patience, askAgain string) *fakeNix {
 		return newFakeNix(t, testSettings(), hookStateEnv+"="+state, stockHookEnv+"="+stock,
-			daemonsocket.Env+"="+socket, hookPatienceEnv+"="+patience, hookAnswerEnv+"=300ms")
+			daemonsocket.Env+"="+socket, hookPatienceEnv+"="+patience, hookAskAgainEnv+"="+askAgain)
 	}
 	steps := []struct {
 		patience, reply, said string
@@ -119,7 +119,7 @@ func TestHooksOfOneNixTellEachOtherOfAnOutage(t *testing.T) {
 		{"1ns", "accept", ""},
 	}
 	for i, step := range steps {
-		n := start("/nonexistent/socket", step.patience)
+		n := start("/nonexistent/socket", step.patience, "1h")
 		if got, _ := n.try("riscv64-linux", false); got != step.reply {
 			t.Errorf("hook %d: reply = %q, want %q", i, got, step.reply)
 		}
@@ -134,9 +134,8 @@ func TestHooksOfOneNixTellEachOtherOfAnOutage(t *testing.T) {
 		t.Errorf("what a process that has ended left is still there: %v", err)
 	}
 	d := answering(t, replyWith(dispatchv1.Reply_ACTION_DECLINE, "", false))
-	time.Sleep(askAgain) // the daemon is not asked sooner
 	for i, socket := range []string{d.socket, "/nonexistent/socket"} {
-		n := start(socket, "1ns")
+		n := start(socket, "1ns", "1ns")
 		n.try(testSystem, false)
 		n.stdin.Close()
 		n.wait()

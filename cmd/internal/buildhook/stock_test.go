@@ -114,7 +114,7 @@ func TestStockHookIsNotToldOfEarlierQuestions(t *testing.T) {
 
 func TestStockHookDiesWithNixsKill(t *testing.T) {
 	dir := t.TempDir()
-	script := stockScript(t, fmt.Sprintf("echo $$ >%s/pid\necho '# decline' >&2\nexec sleep 60", dir))
+	script := stockScript(t, fmt.Sprintf("echo $$ >%s/pid\necho '# decline' >&2\nexec sleep 600", dir))
 	d := answering(t, replyWith(dispatchv1.Reply_ACTION_STOCK, "", false))
 	n := newFakeNix(t, testSettings(), daemonsocket.Env+"="+d.socket, stockHookEnv+"="+script)
 	n.try(testSystem, true)
@@ -126,7 +126,7 @@ func TestStockHookDiesWithNixsKill(t *testing.T) {
 	fmt.Sscan(string(text), &pid)
 	n.kill()
 	n.wait()
-	for end := time.Now().Add(10 * time.Second); syscall.Kill(pid, 0) == nil && !zombie(pid); time.Sleep(time.Millisecond) {
+	for end := time.Now().Add(patience); syscall.Kill(pid, 0) == nil && !zombie(pid); time.Sleep(time.Millisecond) {
 		if time.Now().After(end) {
 			t.Fatal("the stock hook lives on")
 		}
