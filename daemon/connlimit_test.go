@@ -93,11 +93,10 @@ func TestConnectionsAreCountedUntilTheyEnd(t *testing.T) {
 // sent away.
 func TestSilentHooks(t *testing.T) {
 	t.Parallel()
-	s := newSiteWith(t, siteConfig{
-		machines: []*fakeMachine{oneMachine("ssh")},
-		prepare:  func(s *site) { s.d.helloWait = 50 * time.Millisecond },
-	})
-	waits := s.hook() // said Hello
+	s := newSite(t, oneMachine("ssh"))
+	waits := s.hook()
+	waits.try(s.drv("asked", drvConfig{system: "nowhere"}), false) // its Hello has come
+	s.d.helloWait = 50 * time.Millisecond
 	silent, err := s.client.Hook(t.Context())
 	if err != nil {
 		t.Fatal(err)

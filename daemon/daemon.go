@@ -112,14 +112,12 @@ type Daemon struct {
 	reload     reloader
 	drainMu    sync.Mutex // held while a machine is drained, or that ends
 	// drainFault is why the drained machines are not known, nil if they are.
-	drainFault atomic.Pointer[error]
-	// copyStall and handOverWait are the constants of these names, but in tests.
-	copyStall, handOverWait time.Duration
-	connections             *connLimit
+	drainFault  atomic.Pointer[error]
+	connections *connLimit
 	// webConnections bounds those of the metrics listener.
 	webConnections *webLimit
-	// helloWait is helloWait, but in tests.
-	helloWait time.Duration
+	// These are the constants of the same names, but in tests.
+	helloWait, handOverWait, stopGrace, lastResort, hopeRetry time.Duration
 	// pings has one taken for each ping under way.
 	pings chan struct{}
 	// ssh says how connections to machines are made and kept.
@@ -155,8 +153,10 @@ func New(opts Options) (*Daemon, error) {
 		opts:           opts,
 		log:            opts.Logger,
 		handOverWait:   handOverWait,
-		copyStall:      copyStall,
 		helloWait:      helloWait,
+		stopGrace:      stopGrace,
+		lastResort:     lastResort,
+		hopeRetry:      hopeRetry,
 		connections:    newConnLimit(opts.Logger),
 		webConnections: &webLimit{most: maxWebConnections},
 		pings:          make(chan struct{}, maxPings),

@@ -222,7 +222,7 @@ func (d *dispatcher) watchStranded(ctx context.Context, patience time.Duration) 
 // those that are down are tried again soon, and those that are parked give way.
 func (d *Daemon) watchHopes(ctx context.Context) {
 	since := make(map[scheduler.MachineID]time.Time)
-	patience := min(lastResort, d.opts.MachineWait/2)
+	patience := min(d.lastResort, d.opts.MachineWait/2)
 	ticker := time.NewTicker(min(strandedPoll, patience))
 	defer ticker.Stop()
 	for {
@@ -247,7 +247,7 @@ func (d *Daemon) seeToHopes(now time.Time, before map[scheduler.MachineID]time.T
 			first = now
 		}
 		since[id] = first
-		m.host.Hasten(hopeRetry)
+		m.host.Hasten(d.hopeRetry)
 		m.condition.hoped(now.Sub(first) >= patience, now)
 		m.keeper.tell()
 		m.keeper.kick()

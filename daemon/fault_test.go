@@ -71,7 +71,7 @@ func TestMachineFaultsMoveTheBuild(t *testing.T) {
 			m.onUpload(func(nix.PathInfo) error { return errors.New("disk full") })
 		}},
 		{name: "stops during the upload", error: "copy inputs: it stopped taking and giving data for 200ms", after: func(s *site, m *fakeMachine) {
-			s.d.copyStall = 200 * time.Millisecond
+			s.inUse(m).copyStall = 200 * time.Millisecond
 			m.onUpload(func(nix.PathInfo) error { <-s.t.Context().Done(); return nil })
 		}},
 		{name: "vanishes during the upload", moved: true, after: func(_ *site, m *fakeMachine) {

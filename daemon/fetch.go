@@ -43,7 +43,7 @@ func (a *attempt) fetchOutputs(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	defer a.r.stall.watch(a.d.copyStall)()
+	defer a.r.stall.watch(a.m.copyStall)()
 	f := &fetch{attempt: a, conn: conn}
 	defer func() { f.conn.Close() }() // a stalled import replaces it
 	lacking, err := conn.invalid(slices.Sorted(maps.Values(a.b.drv.OutputPaths())))

@@ -45,6 +45,8 @@ type localStore struct {
 	idle *idlePool[*localConn]
 	// marks tell this store from others.
 	marks *storeMarks
+	// awayMost is localAwayMost, but in tests.
+	awayMost time.Duration
 }
 
 func newLocalStore(where nix.LocalStore) *localStore {
@@ -54,6 +56,7 @@ func newLocalStore(where nix.LocalStore) *localStore {
 		env:        os.Environ(),
 		idle:       &idlePool[*localConn]{ttl: maxLocalIdle, end: (*localConn).abort},
 		marks:      new(storeMarks),
+		awayMost:   localAwayMost,
 	}
 }
 
@@ -98,7 +101,7 @@ func (s *localStore) open(ctx context.Context) (*localConn, error) {
 // meanwhile. It is used like one of open. It waits for a nix-daemon that is being
 // restarted.
 func (s *localStore) connect(ctx context.Context, events worker.Events) (*localConn, error) {
-	giveUp := time.Now().Add(localAwayMost)
+	giveUp := time.Now().Add(s.awayMost)
 	for pause := localPause; ; pause = min(2*pause, localPauseMost) {
 		conn, away, err := s.connectOnce(ctx, events)
 		if err == nil {

@@ -6,6 +6,7 @@ import (
 	"log/slog"
 	"strings"
 	"sync/atomic"
+	"time"
 
 	"nixdispatch/proto/nix"
 	"nixdispatch/proto/nix/worker"
@@ -32,6 +33,7 @@ type machine struct {
 	idle      *idlePool[*remote]
 	absences  absences
 	log       *slog.Logger
+	copyStall time.Duration // copyStall, but in tests
 
 	// untrusted is learned: from the worker protocol's handshake at each probe, or
 	// from the words of a refusal where the protocol cannot tell.
@@ -69,6 +71,7 @@ func newMachine(line nix.Machine, own *localStore, log *slog.Logger) *machine {
 		condition: newCondition(Gates{}),
 		idle:      &idlePool[*remote]{ttl: maxRemoteIdle, end: func(r *remote) { r.hangUp() }},
 		log:       log.With("machine", line.StoreURI),
+		copyStall: copyStall,
 	}
 	m.config = m.sshConfig()
 	return m

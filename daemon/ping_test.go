@@ -109,18 +109,19 @@ func TestPingNamesWhatFails(t *testing.T) {
 	tests := []struct {
 		name                string
 		harm                func(m *fakeMachine)
+		timeout             time.Duration
 		before              int // steps of ssh that go well
 		step, cause, detail string
 	}{
 		{"host unknown", func(m *fakeMachine) {
 			m.ssh.FailDials(&net.DNSError{Err: "no such host", Name: "m1", IsNotFound: true})
 		},
-			1, "resolve", "host unknown", "no such host"},
-		{"refused", func(m *fakeMachine) { m.ssh.FailDials(errors.New("no route to host")) }, 1, "connect", "unreachable", "no route"},
-		{"timeout", func(m *fakeMachine) { m.ssh.HangDials(true) }, 1, "connect", "timeout", "no answer within 1s"},
-		{"silent sshd", func(m *fakeMachine) { m.ssh.MuteDials(true) }, 2, "handshake", "timeout", "no answer within 1s"},
-		{"noise", func(m *fakeMachine) { m.noise = "Hi\x1b[2J\n" }, 6, "find nix", "shell noise", `the remote side printed "Hi\x1b[2J\n" before`},
-		{"no sessions", func(m *fakeMachine) { m.ssh.RefuseExec(true) }, 5, "open session", "session refused", "refuses to run"},
+			patience, 1, "resolve", "host unknown", "no such host"},
+		{"refused", func(m *fakeMachine) { m.ssh.FailDials(errors.New("no route to host")) }, patience, 1, "connect", "unreachable", "no route"},
+		{"timeout", func(m *fakeMachine) { m.ssh.HangDials(true) }, time.Second, 1, "connect", "timeout", "no answer within 1s"},
+		{"silent sshd", func(m *fakeMachine) { m.ssh.MuteDials(true) }, time.Second, 2, "handshake", "timeout", "no answer within 1s"},
+		{"noise", func(m *fakeMachine) { m.noise = "Hi\x1b[2J\n" }, patience, 6, "find nix", "shell noise", `the remote side printed "Hi\x1b[2J\n" before`},
+		{"no sessions", func(m *fakeMachine) { m.ssh.RefuseExec(true) }, patience, 5, "open session", "session refused", "refuses to run"},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
@@ -128,7 +129,7 @@ func TestPingNamesWhatFails(t *testing.T) {
 			m := oneMachine("ssh-ng")
 			m.late = true
 			s := newSiteWith(t, siteConfig{machines: []*fakeMachine{m}, prepare: func(*site) { tt.harm(m) }})
-			steps, err := s.ping(&dispatchv1.PingRequest{Machine: "m1", Timeout: durationpb.New(time.Second)})
+			steps, err := s.ping(&dispatchv1.PingRequest{Machine: "m1", Timeout: durationpb.New(tt.timeout)})
 			if err != nil || len(steps) == 0 {
 				t.Fatalf("Ping = %v, %v", steps, err)
 			}

@@ -6,6 +6,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 	"google.golang.org/grpc/codes"
@@ -333,7 +334,9 @@ func TestRealiseErrors(t *testing.T) {
 
 func TestRealiseWithoutALocalStore(t *testing.T) {
 	t.Parallel()
-	s := newSiteWith(t, siteConfig{prepare: func(s *site) { s.d.stores.own.Socket = s.dir + "/../store" }})
+	s := newSiteWith(t, siteConfig{prepare: func(s *site) {
+		s.d.stores.own.Socket, s.d.stores.own.awayMost = s.dir+"/../store", 100*time.Millisecond
+	}})
 	got := s.realise(asked(s.drv("thing", drvConfig{})))
 	if status.Code(got.err) != codes.FailedPrecondition || !strings.Contains(got.err.Error(), "nix-daemon") {
 		t.Errorf("Build = %v, want FailedPrecondition that tells of nix-daemon", got.err)

@@ -36,7 +36,7 @@ func TestMain(m *testing.M) {
 // have had time to end.
 func goroutinesOf(names ...string) string {
 	buf := make([]byte, 4<<20)
-	for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(10 * time.Millisecond) {
+	for deadline := time.Now().Add(patience); ; time.Sleep(10 * time.Millisecond) {
 		var left []string
 		for stack := range strings.SplitSeq(string(buf[:runtime.Stack(buf, true)]), "\n\n") {
 			for _, name := range names {
@@ -57,7 +57,8 @@ func TestShutdownEndsBuildsAndTellsTheirCallers(t *testing.T) {
 	eachScheme(t, func(t *testing.T, scheme string) {
 		m := oneMachine(scheme)
 		m.build = untilGone
-		s := newSite(t, m)
+		// It does not wait out what callers are given to hear the end.
+		s := newSiteWith(t, siteConfig{machines: []*fakeMachine{m}, prepare: func(s *site) { s.d.stopGrace = time.Hour }})
 		building, staged := s.hook(), s.hook()
 		r := s.drv("building", drvConfig{})
 		building.accepted(r)
@@ -78,7 +79,6 @@ func TestShutdownEndsBuildsAndTellsTheirCallers(t *testing.T) {
 			builds := s.status().GetBuilds()
 			return len(builds) == 3 && slices.ContainsFunc(builds, func(b *dispatchv1.BuildInfo) bool { return b.GetCallers() == 2 })
 		})
-		begin := time.Now()
 		stopped := make(chan struct{})
 		go func() { defer close(stopped); s.stop() }()
 		for name, h := range map[string]*hookClient{"building": building, "staged": staged, "unstarted": unstarted} {
@@ -102,9 +102,6 @@ func TestShutdownEndsBuildsAndTellsTheirCallers(t *testing.T) {
 		if !closed(stopped) {
 			t.Fatal("the daemon does not stop")
 		}
-		if took := time.Since(begin); took > stopGrace {
-			t.Errorf("the daemon took %v to stop", took)
-		}
 		if _, running := m.processes(); running != 0 || m.building() != 0 {
 			t.Errorf("%d remote processes and %d builds are left", running, m.building())
 		}
@@ -118,11 +115,8 @@ func TestShutdownEndsBuildsAndTellsTheirCallers(t *testing.T) {
 
 func TestShutdownDoesNotWaitForAClientThatDoesNotRead(t *testing.T) {
 	t.Parallel()
-	if testing.Short() {
-		t.Skip("takes as long as callers are given to hear the end")
-	}
 	m := oneMachine("ssh-ng")
-	s := newSite(t, m)
+	s := newSiteWith(t, siteConfig{machines: []*fakeMachine{m}, prepare: func(s *site) { s.d.stopGrace = 50 * time.Millisecond }})
 	r := s.drv("chatty", drvConfig{})
 	for range 750 {
 		r.log = append(r.log, strings.Repeat("log ", 1024))
@@ -132,11 +126,7 @@ func TestShutdownDoesNotWaitForAClientThatDoesNotRead(t *testing.T) {
 	h.accepted(r)
 	h.say(&dispatchv1.HookRequest{Message: &dispatchv1.HookRequest_HandedOver{HandedOver: &dispatchv1.HandedOver{}}})
 	s.idle()
-	begin := time.Now()
 	s.stop()
-	if took := time.Since(begin); took > 2*stopGrace {
-		t.Errorf("the daemon took %v to stop, want about %v", took, stopGrace)
-	}
 }
 
 func TestNoGoroutineOutlivesRun(t *testing.T) {

@@ -212,15 +212,24 @@ func TestLimitsDoNotCountWaiting(t *testing.T) {
 	first.accepted(s.drv("first", drvConfig{}))
 	s.eventually("the slot is taken", func() bool { return m.building() == 1 })
 	strict := s.hook(func(h *dispatchv1.Hello) {
-		h.Limits = &dispatchv1.Limits{Timeout: durationpb.New(200 * time.Millisecond), MaxSilentTime: durationpb.New(200 * time.Millisecond)}
+		h.Limits = &dispatchv1.Limits{Timeout: durationpb.New(patience), MaxSilentTime: durationpb.New(patience)}
 	})
 	strict.accepted(s.drv("second", drvConfig{}))
-	time.Sleep(300 * time.Millisecond) // in the queue
-	if got := len(s.status().GetBuilds()); got != 2 {
-		t.Fatalf("%d builds in progress, want 2", got)
+	s.eventually("the second is in the queue", func() bool { return len(s.status().GetBuilds()) == 2 })
+	second := s.findBuild("second")
+	if since, _ := second.feed.buildingSince(); !since.IsZero() {
+		t.Errorf("its limits count from %v, but it waits", since)
 	}
+	goOn := make(chan struct{})
+	m.buildWith(m.gated(goOn))
+	opened := time.Now()
 	close(open)
 	first.finish().mustBe(t, dispatchv1.BuildStatus_BUILD_STATUS_BUILT)
+	s.eventually("the second is being built", func() bool { return m.building() == 1 })
+	if since, _ := second.feed.buildingSince(); since.Before(opened) {
+		t.Errorf("its limits count from %v, before there was a slot at %v", since, opened)
+	}
+	close(goOn)
 	strict.finish().mustBe(t, dispatchv1.BuildStatus_BUILD_STATUS_BUILT)
 }
 

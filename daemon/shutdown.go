@@ -78,7 +78,7 @@ func (d *Daemon) shutDown(server *grpc.Server, h *health.Server, web *http.Serve
 	}()
 	select {
 	case <-told:
-	case <-time.After(stopGrace):
+	case <-time.After(d.stopGrace):
 		server.Stop()
 		<-told
 	}

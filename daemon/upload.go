@@ -213,7 +213,7 @@ func (u *upload) inTurn(ctx context.Context, infos []nix.PathInfo) error {
 // send uploads paths in one go.
 func (u *upload) send(infos []nix.PathInfo) error {
 	var local error
-	defer u.r.stall.watch(u.d.copyStall)()
+	defer u.r.stall.watch(u.m.copyStall)()
 	err := u.r.store.upload(infos, func(i nix.PathInfo, w io.Writer) error {
 		out := u.progress.begin(i, w)
 		_, err := u.conn.NarFromPath(i.Path, i.NarSize, out)

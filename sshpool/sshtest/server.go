@@ -44,7 +44,7 @@ type Server struct {
 	mu         sync.Mutex // protects following fields
 	hostKeys   []ssh.Signer
 	dialErr    error
-	hangDials  bool
+	hangDials  chan struct{} // nil, or closed when they need not hang any more
 	muteDials  bool
 	muteOpens  bool
 	refuseExec bool
@@ -115,12 +115,18 @@ func (s *Server) HostKey() []byte { return ssh.MarshalAuthorizedKey(s.opts.HostK
 func (s *Server) Dial(ctx context.Context, _, _ string) (net.Conn, error) {
 	s.mu.Lock()
 	s.dials = append(s.dials, time.Now())
-	err, hang, mute := s.dialErr, s.hangDials, s.muteDials
+	hang := s.hangDials
 	s.mu.Unlock()
-	if hang {
-		<-ctx.Done()
-		return nil, ctx.Err()
+	if hang != nil {
+		select {
+		case <-hang:
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		}
 	}
+	s.mu.Lock()
+	err, mute := s.dialErr, s.muteDials
+	s.mu.Unlock()
 	if err != nil {
 		return nil, err
 	}
@@ -169,8 +175,19 @@ func (s *Server) set(f func()) {
 // FailDials makes Dial fail with err until it is called with nil.
 func (s *Server) FailDials(err error) { s.set(func() { s.dialErr = err }) }
 
-// HangDials makes Dial wait for its context's end.
-func (s *Server) HangDials(on bool) { s.set(func() { s.hangDials = on }) }
+// HangDials makes Dial wait for its context's end, or until this is called with
+// false.
+func (s *Server) HangDials(on bool) {
+	s.set(func() {
+		switch {
+		case on && s.hangDials == nil:
+			s.hangDials = make(chan struct{})
+		case !on && s.hangDials != nil:
+			close(s.hangDials)
+			s.hangDials = nil
+		}
+	})
+}
 
 // MuteDials makes new connections succeed but never say anything.
 func (s *Server) MuteDials(on bool) { s.set(func() { s.muteDials = on }) }
