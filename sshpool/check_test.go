@@ -229,7 +229,7 @@ func TestVersionLine(t *testing.T) {
 }
 
 func TestBeginningIsBounded(t *testing.T) {
-	l := &liveConn{Conn: readConn{bytes.NewReader(bytes.Repeat([]byte("x"), 3*maxHead))}, onError: func(error) {}}
+	l := &liveConn{made: time.Now(), Conn: readConn{bytes.NewReader(bytes.Repeat([]byte("x"), 3*maxHead))}, onError: func(error) {}}
 	if _, err := io.CopyBuffer(io.Discard, struct{ io.Reader }{l}, make([]byte, 300)); err != nil && !errors.Is(err, io.EOF) {
 		t.Fatal(err)
 	}

@@ -5,10 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"net"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	"golang.org/x/crypto/ssh"
@@ -27,6 +25,9 @@ type conn struct {
 	env []string // to send with each session
 	tag tag      // its user's
 
+	question question
+	nudge    chan struct{} // attend looks again
+
 	dying    chan struct{} // closed by kill, or when the transport fails
 	killOnce sync.Once
 	cause    error // why; may be read once dying is closed
@@ -36,53 +37,13 @@ type conn struct {
 	lingering int       // sessions closed here whose end the peer has not confirmed
 	accepted  int       // of places and lingering, those the peer accepted
 	peak      int       // the most accepted at any time
+	suspect   time.Time // since when; zero if it is not
 	coolUntil time.Time // no new sessions before
 	idleSince time.Time // when places became 0
 	retired   bool      // no new sessions, ever
 	ended     bool
 	endErr    error
 	afterEnd  []func(error)
-}
-
-// A liveConn counts what it receives, so that silence can be told from slowness.
-type liveConn struct {
-	net.Conn
-	received atomic.Int64
-	onError  func(error) // for read errors, before the reader sees them
-
-	mu     sync.Mutex // protects following fields
-	head   []byte     // the first bytes received
-	headAt time.Time  // when the first of them was
-}
-
-// maxHead is how much is kept of what a host says first.
-const maxHead = 512
-
-func (l *liveConn) Read(p []byte) (int, error) {
-	n, err := l.Conn.Read(p)
-	if before := l.received.Add(int64(n)) - int64(n); before < maxHead {
-		l.keep(p[:n])
-	}
-	if err != nil {
-		l.onError(err)
-	}
-	return n, err
-}
-
-func (l *liveConn) keep(p []byte) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if len(p) > 0 && l.headAt.IsZero() {
-		l.headAt = time.Now()
-	}
-	l.head = append(l.head, p[:min(len(p), maxHead-len(l.head))]...)
-}
-
-// beginning is what was received first, and when that began.
-func (l *liveConn) beginning() ([]byte, time.Time) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.head, l.headAt
 }
 
 // versionLine is an SSH server's version in what it says first, "" if there is
@@ -129,7 +90,7 @@ func (h *Host) connect(ctx context.Context, first bool) (*conn, error) {
 // connectOnce makes a connection without the keys known to be bad, and adds to
 // them one that turns out to be.
 func (h *Host) connectOnce(ctx context.Context, t *Target, bad badKeys) (*conn, error) {
-	c := &conn{host: h, dying: make(chan struct{}), env: t.Env}
+	c := &conn{host: h, dying: make(chan struct{}), nudge: make(chan struct{}, 1), env: t.Env}
 	c.keepInterval, c.keepCount = h.opts.KeepaliveInterval, h.opts.KeepaliveCount
 	if t.ServerAliveInterval > 0 {
 		c.keepInterval = t.ServerAliveInterval
@@ -141,7 +102,7 @@ func (h *Host) connectOnce(ctx context.Context, t *Target, bad badKeys) (*conn, 
 	if err != nil {
 		return nil, err
 	}
-	c.net = &liveConn{Conn: nc, onError: c.markLost}
+	c.net = newLiveConn(nc, c)
 	chans, reqs, err := h.handshake(ctx, c, t, bad)
 	if err != nil {
 		nc.Close()
@@ -158,7 +119,7 @@ func (h *Host) connectOnce(ctx context.Context, t *Target, bad badKeys) (*conn, 
 		c.kill(fmt.Errorf("peer ended the connection: %w", err))
 		h.remove(c, c.cause)
 	})
-	h.wg.Go(c.keepAlive)
+	h.wg.Go(c.attend)
 	return c, nil
 }
 
@@ -198,52 +159,6 @@ func (c *conn) retire() {
 	defer c.host.mu.Unlock()
 	c.retired = true
 	signal(c.host.look)
-}
-
-// keepAlive ends the connection when the peer has been silent for too long. Any
-// byte counts as life: the answer to a request of ours may have to wait behind
-// megabytes of data on a slow link.
-//
-// All connections with the same interval are looked at at the same moments: what
-// many idle ones cost is mostly the waking of threads, which they share then.
-func (c *conn) keepAlive() {
-	first := time.NewTimer(c.keepInterval - time.Duration(time.Now().UnixNano())%c.keepInterval)
-	defer first.Stop()
-	select {
-	case <-c.dying:
-		return
-	case <-first.C:
-	}
-	ticker := time.NewTicker(c.keepInterval)
-	defer ticker.Stop()
-	asking := make(chan struct{}, 1) // one request at a time waits for its answer
-	before, silent := c.net.received.Load(), 0
-	for {
-		select {
-		case <-c.dying:
-			return
-		case <-ticker.C:
-		}
-		received := c.net.received.Load()
-		if received != before {
-			before, silent = received, 0
-			continue
-		}
-		if silent++; silent >= c.keepCount {
-			c.kill(fmt.Errorf("not a byte received for %v", time.Duration(silent)*c.keepInterval))
-			return
-		}
-		select {
-		case asking <- struct{}{}:
-			c.host.wg.Go(func() {
-				// Sending can block as long as the peer takes nothing, and so
-				// can waiting; the end of the connection ends both.
-				c.ssh.SendRequest("keepalive@openssh.com", true, nil)
-				<-asking
-			})
-		default:
-		}
-	}
 }
 
 const (

@@ -154,7 +154,7 @@ func (c *conn) mustAnswer(patience time.Duration) {
 	answered := make(chan struct{})
 	c.host.wg.Go(func() { // ends with the connection
 		defer close(answered)
-		c.ssh.SendRequest("keepalive@openssh.com", true, nil)
+		c.askAnew()
 	})
 	half := time.NewTicker(patience / 2)
 	defer half.Stop()

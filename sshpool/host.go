@@ -150,9 +150,13 @@ func (o *owner) act(ctx context.Context) {
 	o.mu.Lock()
 	up, conns, lost := o.status.State == Up, len(o.Host.conns), o.lost
 	o.lost = nil
+	suspect := o.doubtLocked()
 	more := conns > 0 && o.waiting > 0 && conns < o.opts.MaxConnections && !o.hasRoomLocked()
 	o.mu.Unlock()
 
+	if suspect != nil {
+		suspect()
+	}
 	if conns != o.conns {
 		o.conns, o.news = conns, true
 	}
@@ -177,6 +181,27 @@ func (o *owner) act(ctx context.Context) {
 			o.opts.OnChange(o.Status())
 		}
 	}
+}
+
+// doubtLocked notes whether the host is suspect. It returns what logs a change.
+func (o *owner) doubtLocked() (log func()) {
+	since := o.suspectLocked()
+	if o.status.State != Up {
+		since = time.Time{}
+	}
+	before := o.status.SuspectSince
+	o.status.SuspectSince = since
+	switch {
+	case before.IsZero() && !since.IsZero():
+		o.news = true
+		return func() { o.log.Warn("the machine does not answer") }
+	case !before.IsZero() && since.IsZero():
+		o.news = true
+		if o.status.State == Up && len(o.Host.conns) > 0 {
+			return func() { o.log.Info("the machine answers again", "after", time.Since(before).Round(time.Millisecond)) }
+		}
+	}
+	return nil
 }
 
 // untilNext returns how long nothing will be due unless something happens.
@@ -292,6 +317,9 @@ func (o *owner) onLost(err error) {
 
 func (o *owner) setStateLocked(s State) {
 	o.news = true
+	if s != Up {
+		o.status.SuspectSince = time.Time{}
+	}
 	if o.status.State != s {
 		o.status.State = s
 		o.status.Since = time.Now()

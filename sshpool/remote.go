@@ -94,7 +94,11 @@ func (r *remote) start(command string) (<-chan *ssh.Request, error) {
 		}
 	}
 	if err != nil {
-		return nil, r.broken(err)
+		err = r.broken(err)
+		if _, lost := errors.AsType[*LostError](err); lost {
+			err = fmt.Errorf("%w: %w", ErrNotUp, err) // nothing was started
+		}
+		return nil, err
 	}
 	r.channel = ch
 	c.host.accepted(c)

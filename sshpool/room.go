@@ -2,6 +2,7 @@ package sshpool
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"time"
 )
@@ -31,8 +32,9 @@ const (
 // When the host is not up, Session fails at once with an error that matches
 // [ErrNotUp]; on a closed host it matches [ErrClosed]. When all connections are
 // full it waits for a place until ctx ends, while the host's owner opens further
-// connections. If the connection is lost meanwhile the error is a [*LostError];
-// if the host refuses to run the command, a [*ConnectError].
+// connections. If the connection is lost meanwhile the error is a [*LostError],
+// which matches [ErrNotUp] too unless the command may have been started; if the
+// host refuses to run the command, a [*ConnectError].
 func (h *Host) Session(ctx context.Context, command string) (*Session, error) {
 	for refusals := 0; ; refusals++ {
 		c, err := h.reserve(ctx)
@@ -89,7 +91,7 @@ func (h *Host) notUpLocked() error {
 	case h.closed:
 		return fmt.Errorf("%s: %w", h.cfg.Name, ErrClosed)
 	case h.status.State == Up:
-		return nil
+		return h.allDyingLocked()
 	case h.status.LastError != nil:
 		return fmt.Errorf("%s: %w: %w", h.cfg.Name, ErrNotUp, h.status.LastError)
 	default:
@@ -97,13 +99,32 @@ func (h *Host) notUpLocked() error {
 	}
 }
 
+// allDyingLocked returns nil if a connection lives. Between the death of the last
+// one and the owner's notice of it, which changes the state, the host is not up.
+func (h *Host) allDyingLocked() error {
+	lost := h.lost
+	for _, c := range h.conns {
+		if !isClosed(c.dying) {
+			return nil
+		}
+		lost = c.lost()
+	}
+	if lost == nil {
+		lost = errors.New("the connection has just ended")
+	}
+	return fmt.Errorf("%s: %w: %w", h.cfg.Name, ErrNotUp, lost)
+}
+
 // findRoomLocked returns the oldest connection with a free place, so that later
 // ones become idle. If there is none it returns when to look again at the latest.
+// A dying connection never gets a session, and a suspect one only if all are.
 func (h *Host) findRoomLocked(now time.Time) (*conn, time.Duration) {
 	wait := time.Minute
+	allSuspect := !h.suspectLocked().IsZero()
 	for _, c := range h.conns {
 		switch {
-		case c.ended || c.retired || c.fullLocked():
+		case c.ended || c.retired || c.fullLocked() || isClosed(c.dying):
+		case !c.suspect.IsZero() && !allSuspect:
 		case c.coolUntil.After(now):
 			wait = min(wait, c.coolUntil.Sub(now))
 		default:
@@ -224,6 +245,12 @@ func (h *Host) wakeLocked() {
 
 // takeLocked takes a place on c and announces the goroutine that will use it.
 func (c *conn) takeLocked() {
+	if c.places == 0 && !c.host.worksLocked() {
+		signal(c.nudge)
+		for _, other := range c.host.conns {
+			signal(other.nudge)
+		}
+	}
 	c.places++
 	c.host.wg.Add(1)
 }

@@ -36,6 +36,11 @@ type Status struct {
 	State State
 	Since time.Time // when State became what it is
 
+	// SuspectSince is since when the host has been suspect: nothing was received from
+	// it for a while though an answer is due. It is zero if the host is not suspect,
+	// and always unless it is Up. Its sessions go on, and new ones may be opened.
+	SuspectSince time.Time
+
 	// LastError is why the host is Down: a [*ConnectError], a [*LostError], or
 	// [ErrClosed]. While the host is Up it is nil, or why one more connection
 	// could not be made.
