@@ -167,10 +167,13 @@ func (r *remote) reusable() bool {
 
 const stderrSettle = 10 * time.Millisecond
 
-// alive tells whether the process has not ended as far as is known.
+// alive tells whether neither the process nor its connection has ended as far as is
+// known: the connection's end is known first.
 func (r *remote) alive() bool {
 	select {
 	case <-r.session.Done():
+		return false
+	case <-r.session.Connection().Ended():
 		return false
 	default:
 		return true
