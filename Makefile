@@ -45,8 +45,9 @@ TEST_TOOLS = gcc=gcc /usr/include/stdlib.h=libc6-dev as=binutils git=git ssh=ope
 	systemctl=systemd mandoc=mandoc zsh=zsh fish=fish \
 	prometheus=prometheus promtool=prometheus chromium=chromium
 
-# Tests for who asks for them with an environment variable: see docs/hacking.md.
-OPT_IN = ^TestGolden|^TestChaos(|DeadMachineCostsNothing)$$
+# Tests that run only on request, by their name or by the reason that they are
+# skipped for: see docs/hacking.md.
+OPT_IN = ^TestGolden|NIX_DISPATCH_NIGHTLY is not set
 
 TOOLS           = $(CURDIR)/bin/tools
 # Vetting is a step of its own.
@@ -54,11 +55,13 @@ TOOLS           = $(CURDIR)/bin/tools
 # the race detector sleeps for a second when it ends, and tests start many.
 PLAIN_RUN       = go test -vet=off -count=1 -timeout 20m
 RACE_RUN        = CGO_ENABLED=1 GORACE=atexit_sleep_ms=10 go test -race -vet=off -count=1 -timeout 20m -parallel 4
-INTEGRATION_RUN = NIX_DISPATCH_REQUIRE_FLEET=1 go test -vet=off -count=1 -timeout 40m -parallel 4
-# Integration tests that measure, and want the machine for themselves.
+INTEGRATION_RUN = NIX_DISPATCH_REQUIRE_FLEET=1 go test -vet=off -count=1 -timeout 90m -parallel 6
+# All that is tested, and nothing of it is left when it ends, however it does.
+REPORT          = NIX_DISPATCH_REQUIRE_FLEET=1 $(TOOLS)/testreport -opt-in '$(OPT_IN)' -finally '$(TOOLS)/fleet reap'
+# Integration tests that measure, and in make nightly want the machine for themselves.
 MEASURING       = ^TestFasterThanStockHook$$
 
-.PHONY: help build demo bench test unit race integration chaos docs fuzz lint staticcheck vulncheck reproducible generate check-generated dashboard install uninstall deb clean
+.PHONY: help build demo bench test nightly unit race integration chaos docs fuzz lint staticcheck vulncheck reproducible generate check-generated dashboard install uninstall deb clean
 .PHONY: tools prepare prepare-tests
 .DEFAULT_GOAL := help
 
@@ -81,13 +84,18 @@ bench: build tools prepare ## Measure us, the stock hook and the limits: ONLY=ro
 	@$(TOOLS)/bench -bin $(BIN) -only '$(ONLY)' $(BENCH_RECORD)
 
 test: prepare-tests ## Everything: checks, unit tests with the race detector, integration. Needs root.
-	@NIX_DISPATCH_REQUIRE_FLEET=1 $(TOOLS)/testreport -opt-in '$(OPT_IN)' \
+	@$(REPORT) \
 		'gofmt: test -z "$$(gofmt -l . | tee /dev/stderr)"' \
 		'vet: go vet ./...' \
-		'measuring: $(INTEGRATION_RUN) -json -run "$(MEASURING)" $(INTEGRATION)' \
 		'unit: $(PLAIN_RUN) -json $(PLAIN)' \
 		+'unit, race: $(RACE_RUN) -json $(RACED)' \
-		+'integration: $(INTEGRATION_RUN) -json -skip "$(MEASURING)" $(INTEGRATION)'
+		+'integration: $(INTEGRATION_RUN) -json $(INTEGRATION)'
+
+nightly: prepare-tests ## The long forms of make test: every Nix version, every mishap, what measures. An hour. Needs root.
+	@NIX_DISPATCH_NIGHTLY=1 $(REPORT) \
+		'measuring: $(INTEGRATION_RUN) -json -run "$(MEASURING)" $(INTEGRATION)' \
+		'unit, race: $(RACE_RUN) -json $(UNIT)' \
+		'integration, whole: $(INTEGRATION_RUN) -json -skip "$(MEASURING)" $(INTEGRATION)'
 
 unit: ## The tests that need neither root nor other programs, in seconds.
 	go test $(UNIT)
@@ -101,7 +109,7 @@ integration: prepare-tests ## The tests on real Nix machines made here. Needs ro
 
 # ONLY=Soak runs the tests that are called TestChaosSoak..., SEED=N does what it did before.
 chaos: prepare-tests ## Everything that can go wrong with machines, callers and the daemon: ONLY=name SEED=N. Needs root.
-	NIX_DISPATCH_CHAOS=1 NIX_DISPATCH_CHAOS_SEED=$(SEED) $(INTEGRATION_RUN) -v -run '^TestChaos$(ONLY)' $(INTEGRATION)
+	NIX_DISPATCH_NIGHTLY=1 NIX_DISPATCH_CHAOS_SEED=$(SEED) $(INTEGRATION_RUN) -v -run '^TestChaos$(ONLY)' $(INTEGRATION)
 
 docs: prepare-tests ## Type every command in the documentation, on hosts made here, as test does. Needs root.
 	$(INTEGRATION_RUN) -v -run '^TestDocs$$' $(INTEGRATION)

@@ -11,27 +11,37 @@ import (
 	"nixdispatch/deploy/fleet"
 )
 
-// plainSite has a machine of each protocol that nothing happens to.
-func plainSite(t *testing.T, slots int) *site {
-	t.Helper()
-	columns := fmt.Sprintf("x86_64-linux - %d", slots)
-	return newSite(t, siteConfig{machines: []machineConfig{
-		{name: "mac", suite: fleet.Sid, columns: columns},
-		{name: "mini", suite: fleet.Bookworm, scheme: "ssh-ng", columns: columns},
+// TestChaosCallers has several things happen on the client, one after the other, while
+// nothing happens to its machines, one of each protocol. What each is says the function.
+func TestChaosCallers(t *testing.T) {
+	t.Parallel()
+	s := newSite(t, siteConfig{machines: []machineConfig{
+		{name: "mac", suite: fleet.Sid, columns: "x86_64-linux - 4"},
+		{name: "mini", suite: fleet.Bookworm, scheme: "ssh-ng", columns: "x86_64-linux - 4"},
 	}})
+	s.admit("bob")
+	random := seeded(t)
+	for _, step := range []struct {
+		name string
+		run  func()
+	}{
+		{"callers are killed", func() { s.callersAreKilled(random) }},
+		{"thousands of hook calls are open", s.hookCallsAreOpen},
+		{"garbage is collected", s.garbageIsCollected},
+		{"the daemon is killed", func() { s.daemonIsKilled(random) }},
+	} {
+		t.Log(step.name)
+		l := s.openLedger()
+		step.run()
+		l.settle(ledgerWait)
+	}
 }
 
-// TestChaosCallersKilled ends half of the callers at random moments, in several
-// ways: the others get what they want, and nothing is left of those that went.
-func TestChaosCallersKilled(t *testing.T) {
-	t.Parallel()
-	callers := 6
-	if wholeChaos {
-		callers = 24
-	}
-	random := seeded(t)
-	s := plainSite(t, 4)
-	l := s.openLedger()
+// callersAreKilled ends half of the callers at random moments, in several ways: the
+// others get what they want, and nothing is left of those that went.
+func (s *site) callersAreKilled(random *rand.Rand) {
+	s.t.Helper()
+	callers := shortOr(6, 24)
 	signals := []syscall.Signal{syscall.SIGKILL, syscall.SIGINT, syscall.SIGTERM}
 	var stay []*commission
 	var doomed sync.WaitGroup
@@ -43,7 +53,7 @@ func TestChaosCallersKilled(t *testing.T) {
 			continue
 		}
 		after, sig := time.Duration(random.IntN(4000))*time.Millisecond, signals[random.IntN(len(signals))]
-		t.Logf("%s: gets %v after %v", c.what, sig, after)
+		s.t.Logf("%s: gets %v after %v", c.what, sig, after)
 		doomed.Go(func() {
 			select {
 			case <-time.After(after):
@@ -55,7 +65,6 @@ func TestChaosCallersKilled(t *testing.T) {
 	}
 	s.allDone(stay)
 	doomed.Wait()
-	l.settle(ledgerWait)
 }
 
 // ask has one of three ways in ask for pieces.
@@ -71,17 +80,11 @@ func (s *site) ask(way int, pieces []piece) *commission {
 	}
 }
 
-// TestChaosDaemonKilled kills nix-dispatchd again and again while plain Nix builds:
-// the user notices nothing but the time.
-func TestChaosDaemonKilled(t *testing.T) {
-	t.Parallel()
-	kills, builds := 3, 20
-	if wholeChaos {
-		kills, builds = 10, 100
-	}
-	random := seeded(t)
-	s := plainSite(t, 4)
-	l := s.openLedger()
+// daemonIsKilled kills nix-dispatchd again and again while plain Nix builds: the user
+// notices nothing but the time.
+func (s *site) daemonIsKilled(random *rand.Rand) {
+	s.t.Helper()
+	kills, builds := shortOr(3, 10), shortOr(16, 100)
 	var asked []*commission
 	for n, user := range []string{"alice", "root"} {
 		asked = append(asked, s.askNix(user, s.make(work{name: fmt.Sprintf("survivor-%d", n), good: builds, size: 20_000, script: "sleep 1"})))
@@ -92,7 +95,6 @@ func TestChaosDaemonKilled(t *testing.T) {
 		s.startUnready()
 	}
 	s.allDone(asked)
-	l.settle(ledgerWait)
 }
 
 // seeded is a source of random numbers whose seed is told.

@@ -6,39 +6,27 @@ import (
 	"strconv"
 	"strings"
 	"sync"
-	"testing"
 	"time"
-
-	"nixdispatch/deploy/fleet"
 )
 
-// TestChaosGarbage has garbage collected on all hosts without a pause while builds
+// garbageIsCollected has garbage collected on all hosts without a pause while builds
 // pass, each of which needs the output of one before: nothing that is needed goes.
-func TestChaosGarbage(t *testing.T) {
-	t.Parallel()
-	builds := 16
-	if wholeChaos {
-		builds = 100
-	}
-	s := newSite(t, siteConfig{machines: []machineConfig{
-		{name: "mac", suite: fleet.Sid, columns: "x86_64-linux - 3"},
-		{name: "mini", suite: fleet.Bookworm, scheme: "ssh-ng", columns: "x86_64-linux - 3"},
-	}})
-	l := s.openLedger()
+func (s *site) garbageIsCollected() {
+	s.t.Helper()
+	builds := shortOr(12, 100)
 	collected := s.collectForever()
 	s.allDone(s.askBoth(work{name: "collected", good: builds, size: 20_000, chain: 4, script: "sleep 0.3"}))
 	for host, n := range collected() {
-		t.Logf("%s: %d paths collected meanwhile", host, n)
+		s.t.Logf("%s: %d paths collected meanwhile", host, n)
 		if n == 0 {
-			t.Errorf("%s has collected nothing", host)
+			s.t.Errorf("%s has collected nothing", host)
 		}
 	}
-	l.settle(ledgerWait)
-	if wholeChaos {
+	if nightly {
 		collected = s.collectForever()
 		got := s.askStock(work{name: "collected-stock", good: builds, size: 20_000, chain: 4, script: "sleep 0.3"})[0].result(stockWaits)
 		collected()
-		t.Logf("the stock hook: %s", got)
+		s.t.Logf("the stock hook: %s", got)
 	}
 }
 

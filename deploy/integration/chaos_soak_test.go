@@ -18,9 +18,9 @@ var soakedMachines = []string{"air", "mac", "mini"}
 // go through whatever a seed has in store for them.
 func TestChaosSoak(t *testing.T) {
 	t.Parallel()
-	seed, total, longest, callers := uint64(1), 30*time.Second, 5*time.Second, 3
+	seed, total, longest, callers := uint64(1), 20*time.Second, 4*time.Second, 3
 	files := map[string]string{"/root/.ssh/config": impatient}
-	if wholeChaos {
+	if nightly {
 		seed, total, longest, callers, files = chaosSeed(), 10*time.Minute, time.Minute, 4, nil
 	} else if os.Getenv(seedVariable) != "" {
 		seed = chaosSeed()

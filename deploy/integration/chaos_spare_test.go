@@ -10,9 +10,7 @@ import (
 // TestChaosDeadMachineCostsNothing has one of four machines cut off. A run of
 // builds may take a second longer than where that machine is not in the list.
 func TestChaosDeadMachineCostsNothing(t *testing.T) {
-	if !wholeChaos {
-		t.Skip("NIX_DISPATCH_CHAOS is not set")
-	}
+	onlyNightly(t, "TestMachinesOutOfReach, which builds beside dead machines")
 	var cfg siteConfig
 	three := ""
 	for n := range 4 {

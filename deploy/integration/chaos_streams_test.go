@@ -4,26 +4,19 @@ import (
 	"fmt"
 	"strings"
 	"syscall"
-	"testing"
 	"time"
 )
 
-// TestChaosHookStreams has a thousand hook calls held open, half of them on
-// connections of their own, as hooks have, half on few connections of another user:
+// hookCallsAreOpen has a thousand hook calls held open, half of them on connections
+// of their own, as hooks have, half on few connections of another user, who is admitted:
 // all are answered, real clients get what they ask for, and nothing stays of it.
-func TestChaosHookStreams(t *testing.T) {
-	t.Parallel()
-	streams, clients := 200, 6
-	if wholeChaos {
-		streams, clients = 1000, 20
-	}
-	s := plainSite(t, 4)
-	s.admit("bob")
+func (s *site) hookCallsAreOpen() {
+	s.t.Helper()
+	streams, clients := shortOr(200, 1000), shortOr(3, 20)
 	asks := make([][]piece, clients)
 	for n := range asks {
 		asks[n] = s.make(work{name: fmt.Sprintf("among-%d", n), good: 4, size: 50_000, script: "sleep 0.5"})
 	}
-	l := s.openLedger()
 	// Nobody can build it, so a hook may ask for something else later.
 	drv := s.drvOf(`derivation { name = "nobodys"; system = "m68k-linux"; builder = "/bin/sh"; }`)
 	held := []*launched{
@@ -34,7 +27,7 @@ func TestChaosHookStreams(t *testing.T) {
 		s.eventually(time.Minute, "all hook calls have their reply", func() bool { return strings.Contains(h.out().Stdout, "held:") })
 	}
 	if files := s.fds(); files < streams/2 {
-		t.Errorf("nix-dispatchd has %d files open, with %d connections", files, streams/2+streams/100)
+		s.t.Errorf("nix-dispatchd has %d files open, with %d connections", files, streams/2+streams/100)
 	}
 	var asked []*commission
 	for n, pieces := range asks {
@@ -43,12 +36,11 @@ func TestChaosHookStreams(t *testing.T) {
 	s.allDone(asked)
 	for _, h := range held {
 		if said := h.out().Stdout; strings.Contains(said, "lost:") {
-			t.Errorf("hook calls were ended:\n%s", clip(said))
+			s.t.Errorf("hook calls were ended:\n%s", clip(said))
 		}
 		h.signal(syscall.SIGKILL)
 		h.wait(patience)
 	}
-	l.settle(ledgerWait)
 }
 
 // holdStreams makes hook calls as user and keeps them.

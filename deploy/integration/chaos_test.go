@@ -3,7 +3,6 @@ package integration
 import (
 	"cmp"
 	"fmt"
-	"os"
 	"slices"
 	"strings"
 	"sync"
@@ -12,10 +11,6 @@ import (
 
 	"nixdispatch/deploy/fleet"
 )
-
-// wholeChaos says that every case is to be run, with the pace of a real site,
-// and beside it what the stock hook makes of it: "make chaos".
-var wholeChaos = os.Getenv("NIX_DISPATCH_CHAOS") != ""
 
 const (
 	// callersWait is how long callers may take; stockWaits how long the stock hook
@@ -27,12 +22,11 @@ const (
 )
 
 // TestChaos has mishaps happen to one of two machines while builds are under way
-// that prefer it: every build that can be built is, the others fail by their own
-// fault, and then nothing is left of it.
+// that prefer it, at the pace of a real site, and beside it what the stock hook makes
+// of that: every build that can be built is, the others fail by their own fault, and
+// then nothing is left of it.
 func TestChaos(t *testing.T) {
-	if !wholeChaos {
-		t.Skip("NIX_DISPATCH_CHAOS is not set: see TestChaosShort")
-	}
+	onlyNightly(t, "TestChaosShort")
 	t.Cleanup(func() { t.Log("\n" + chaosTable.String()) })
 	for _, m := range mishaps {
 		t.Run(m.name, func(t *testing.T) {
@@ -62,7 +56,7 @@ func TestChaosShort(t *testing.T) {
 			for _, name := range names {
 				n := slices.IndexFunc(mishaps, func(m mishap) bool { return m.name == name })
 				s.suffer(mishaps[n], "ours", callersWait, s.askBoth)
-				s.eventually(time.Minute, "the machine is back", func() bool { return s.status().Machines[0].State == "up" })
+				s.eventually(ledgerWait, "the machine is back", func() bool { return s.status().Machines[0].State == "up" })
 			}
 			l.settle(ledgerWait)
 		})

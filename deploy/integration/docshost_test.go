@@ -7,6 +7,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -105,18 +106,49 @@ func (s *site) newClient(name string) *fleet.Host {
 	return h
 }
 
-// ownCache is a place for the fleets of a page, whose names others may use, too.
+// ownCache is a place for the fleets of a page, whose names others may use, too. It
+// removes those that killed tests have left: their lock, docs-ID.lock, is held by nobody.
 func ownCache(t *testing.T) string {
 	t.Helper()
-	dir, err := os.MkdirTemp(fleet.CacheDir(), "docs-")
+	lock, err := os.CreateTemp(fleet.CacheDir(), "docs-*.lock")
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { os.RemoveAll(dir) })
+	if err := syscall.Flock(int(lock.Fd()), syscall.LOCK_EX); err != nil {
+		t.Fatal(err)
+	}
+	dir := strings.TrimSuffix(lock.Name(), ".lock")
+	if err := os.Mkdir(dir, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		os.RemoveAll(dir)
+		os.Remove(lock.Name())
+		lock.Close()
+	})
+	old, _ := filepath.Glob(filepath.Join(fleet.CacheDir(), "docs-*.lock"))
+	for _, name := range old {
+		removeOldCache(name)
+	}
 	if err := os.Symlink(filepath.Join(fleet.CacheDir(), "roots"), filepath.Join(dir, "roots")); err != nil {
 		t.Fatal(err)
 	}
 	return dir
+}
+
+func removeOldCache(lockName string) {
+	lock, err := os.Open(lockName)
+	if err != nil {
+		return // removed meanwhile
+	}
+	defer lock.Close()
+	if info, err := lock.Stat(); err != nil || time.Since(info.ModTime()) < time.Minute {
+		return // its owner may not have locked it yet
+	}
+	if syscall.Flock(int(lock.Fd()), syscall.LOCK_EX|syscall.LOCK_NB) == nil {
+		os.RemoveAll(strings.TrimSuffix(lockName, ".lock"))
+		os.Remove(lockName)
+	}
 }
 
 // checkoutOf copies this repository's files.

@@ -16,8 +16,9 @@ import (
 // real Nix and with nix-dispatch build. The daemon serves them.
 func TestListsGivenPerRequest(t *testing.T) {
 	t.Parallel()
-	for _, client := range suites {
+	for _, client := range clients(t) {
 		t.Run("client="+client, func(t *testing.T) {
+			t.Parallel()
 			s := newSite(t, siteConfig{client: client, jobs: 2, machines: []machineConfig{
 				{name: "mac", columns: "x86_64-linux - 4"},
 				{name: "kitty", scheme: "ssh-ng", columns: "x86_64-linux - 2"},

@@ -134,9 +134,10 @@ func (s *site) gets(output, builtOn string) {
 // of the output.
 func TestLocks(t *testing.T) {
 	t.Parallel()
-	for n, suite := range suites {
+	for _, suite := range clients(t) {
 		t.Run("client="+suite, func(t *testing.T) {
 			t.Parallel()
+			n := slices.Index(suites, suite)
 			s := lockSite(t, suite, protocols[n%2])
 			s.killedAtHandOver("client-of-daemon", "alice", func(run *launched) { run.signal(syscall.SIGKILL) })
 			s.killedAtHandOver("direct-client", "root", func(run *launched) { run.signal(syscall.SIGKILL) })

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -102,9 +103,10 @@ func (s *site) timeLocally(name string) (said string, more time.Duration) {
 // hardly a delay; what it cannot waits, and goes the stock way in the end.
 func TestOutage(t *testing.T) {
 	t.Parallel()
-	for n, suite := range suites {
+	for _, suite := range clients(t) {
 		t.Run("client="+suite, func(t *testing.T) {
 			t.Parallel()
+			n := slices.Index(suites, suite)
 			s := newSite(t, siteConfig{client: suite, jobs: 1, machines: protocolMachines(1, 2)})
 			for i := range outages {
 				o := outages[(n+i)%len(outages)] // every client has another one last

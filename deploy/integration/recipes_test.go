@@ -17,10 +17,10 @@ import (
 // protocols are the ways to a machine.
 var protocols = []string{"ssh", "ssh-ng"}
 
-// eachClient runs a test for clients of every Nix version.
+// eachClient runs a test for clients of every Nix version, or in "make test" of one.
 func eachClient(t *testing.T, test func(t *testing.T, suite string)) {
 	t.Parallel()
-	for _, suite := range suites {
+	for _, suite := range clients(t) {
 		t.Run("client="+suite, func(t *testing.T) {
 			t.Parallel()
 			test(t, suite)

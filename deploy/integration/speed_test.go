@@ -13,9 +13,14 @@ import (
 const stockHook = "/usr/libexec/nix/build-remote"
 
 // TestFasterThanStockHook times trivial builds through the hook and through Nix's
-// own, with the same machines file, in the same run. make bench measures more.
+// own, with the same machines file, in the same run. In "make nightly", with the
+// computer to itself, it wants what the README promises; beside other tests only that
+// ours are no slower. make bench measures more.
 func TestFasterThanStockHook(t *testing.T) {
-	for _, client := range []string{fleet.Trixie, fleet.Sid} {
+	if !nightly {
+		t.Parallel()
+	}
+	for _, client := range shortOr([]string{fleet.Trixie}, []string{fleet.Trixie, fleet.Sid}) {
 		t.Run("client="+client, func(t *testing.T) {
 			var cfg siteConfig
 			cfg.client = client
@@ -34,7 +39,8 @@ func TestFasterThanStockHook(t *testing.T) {
 			s.timeBuilds("warm-stock", 2, stock)
 			// Most of both times is the starting of processes on two cores, so whatever
 			// else runs on them narrows the gap: a run that fell short is repeated.
-			const want, attempts = 4.0, 3
+			const attempts = 3
+			want := shortOr(1.0, 4.0)
 			for n := 1; ; n++ {
 				ratio := s.compareHooks(fmt.Sprint(n), ours, stock)
 				if ratio > want {
@@ -51,10 +57,7 @@ func TestFasterThanStockHook(t *testing.T) {
 
 // The stock hook takes each build after the other, so that few of them show how
 // long one takes; it even gains by it, for it need not wait for slots.
-const (
-	ourBuilds   = 100
-	stockBuilds = 20
-)
+var ourBuilds, stockBuilds = shortOr(24, 100), shortOr(6, 20)
 
 // compareHooks returns how many times as long a build takes with the stock
 // arguments as with ours.
@@ -68,7 +71,7 @@ func (s *site) compareHooks(name string, ours, stock []string) float64 {
 			s.t.Log(line)
 		}
 	}
-	ratio := float64(theirs) / stockBuilds / (float64(before+after) / (2 * ourBuilds))
+	ratio := float64(theirs) / float64(stockBuilds) / (float64(before+after) / float64(2*ourBuilds))
 	s.t.Logf("Nix %s: %d builds in %s and %s through nix-dispatch, %d in %s through the stock hook: 1/%.1f",
 		s.client.NixVersion(), ourBuilds, before.Round(time.Millisecond), after.Round(time.Millisecond),
 		stockBuilds, theirs.Round(time.Millisecond), ratio)

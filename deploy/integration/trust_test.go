@@ -67,15 +67,21 @@ func (s *site) references(path string, wanted ...string) {
 }
 
 // nixUsers are machines of each version and protocol that are reached as the user
-// nix. Each takes only what asks for a feature of its own name.
+// nix, in "make test" of each version with one of the protocols. Each takes only what
+// asks for a feature of its own name.
 func nixUsers(trusted bool) []machineConfig {
 	kind := "untrusted"
 	if trusted {
 		kind = "trusted"
 	}
 	var machines []machineConfig
-	for _, suite := range suites {
-		for _, scheme := range []string{"ssh", "ssh-ng"} {
+	for n, suite := range suites {
+		// What is trusted by one protocol in "make test" is not by the other.
+		which := n
+		if trusted {
+			which++
+		}
+		for _, scheme := range shortOr(protocols[which%2:][:1], protocols) {
 			name := kind + "-" + suite + "-" + scheme
 			machines = append(machines, machineConfig{
 				name: name, suite: suite, scheme: scheme, user: "nix",

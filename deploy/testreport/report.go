@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -42,6 +43,7 @@ func (id testID) String() string {
 // steps that run beside each other share nothing but out.
 type step struct {
 	name, command string
+	temp          string    // TMPDIR for the command; "" for the system's
 	out           io.Writer // safe for concurrent use
 	mayskip       *regexp.Regexp
 
@@ -64,6 +66,32 @@ func newStep(name, command string, out io.Writer, mayskip *regexp.Regexp) *step 
 		output: make(map[testID]string), running: make(map[testID]bool),
 		failedIn: make(map[string]int), passedIn: make(map[string]int),
 		builds: make(map[string]string),
+	}
+}
+
+// A lineWriter passes on what is written to it line by line.
+type lineWriter struct {
+	each func(line []byte)
+	rest []byte // of a line whose end has not come
+}
+
+func (w *lineWriter) Write(p []byte) (int, error) {
+	w.rest = append(w.rest, p...)
+	for {
+		n := bytes.IndexByte(w.rest, '\n') + 1
+		if n == 0 {
+			return len(p), nil
+		}
+		w.each(w.rest[:n])
+		w.rest = w.rest[n:]
+	}
+}
+
+// flush passes on a last line that has no end.
+func (w *lineWriter) flush() {
+	if len(w.rest) > 0 {
+		w.each(w.rest)
+		w.rest = nil
 	}
 }
 
@@ -135,7 +163,7 @@ func (s *step) endTest(id testID, e event) {
 		s.fail(id.String(), s.output[id])
 	case "skip":
 		reason := skipReason(s.output[id])
-		if s.mayskip.MatchString(id.test) {
+		if s.mayskip.MatchString(id.test) || s.mayskip.MatchString(reason) {
 			fmt.Fprintf(s.out, "   left out  %s: %s\n", id.test, reason)
 			return
 		}

@@ -4,9 +4,12 @@ import (
 	"bytes"
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
+	"time"
 )
 
 // emit is a command that prints lines.
@@ -53,6 +56,7 @@ func TestVerdict(t *testing.T) {
 		"a check fails":           {[]string{"vet: echo bad; false"}, 1, "0 passed, 1 failed", []string{"bad", "failed: vet"}},
 		"a skip is no pass":       {[]string{emit(t, 0, runA, saysA, skipA, pass)}, 1, "0 passed, 0 failed, 1 skipped", []string{"p TestA: a_test.go:7: want 1"}},
 		"a skip by name":          {[]string{"-opt-in=^TestA$", emit(t, 0, runA, saysA, skipA, runB, passB, pass)}, 0, "1 passed, 0 failed", []string{"left out  TestA"}},
+		"a skip by reason":        {[]string{"-opt-in=want 1$", emit(t, 0, runA, saysA, skipA, runB, passB, pass)}, 0, "1 passed, 0 failed", []string{"left out  TestA"}},
 		"steps beside each other": {[]string{emit(t, 0, runA, passA, pass), "+" + emit(t, 1, runA, saysA, failA, runB, passB, fail), "+vet: true"}, 1, "3 passed, 1 failed", []string{"a_test.go:7: want 1", "failed: p TestA"}},
 		"goes on after a failure": {[]string{"a: false", "b: true"}, 1, "1 passed, 1 failed", nil},
 	} {
@@ -93,5 +97,68 @@ func TestStepsBesideEachOther(t *testing.T) {
 	var out, errs bytes.Buffer
 	if status := run(t.Context(), []string{"a: " + meet(a, b), "+b: " + meet(b, a)}, &out, &lockedWriter{w: &errs}); status != 0 {
 		t.Errorf("status = %d\n%s%s", status, out.String(), errs.String())
+	}
+}
+
+// This test's process is testreport when it is asked to be.
+func TestMain(m *testing.M) {
+	if os.Getenv("TESTREPORT_TEST_MAIN") != "" {
+		main()
+	}
+	os.Exit(m.Run())
+}
+
+// An interrupted testreport leaves no process, whatever its group, and no temporary
+// file, and runs what is to be run finally.
+func TestInterruptLeavesNothing(t *testing.T) {
+	for _, sig := range []os.Signal{os.Interrupt, syscall.SIGTERM} {
+		dir := t.TempDir()
+		note := func(name string) string { return filepath.Join(dir, name) }
+		command := fmt.Sprintf("step: echo $TMPDIR >%s; touch $TMPDIR/file; sleep 4711 & echo $! >%s; "+
+			"setsid sh -c 'trap \"\" INT; echo $$ >%s; echo >%s; while :; do sleep 0.1; done'",
+			note("temp"), note("pid-1"), note("pid-2"), note("ready"))
+		cmd := exec.Command(os.Args[0], "-finally", "echo >"+note("finally"), command)
+		cmd.Env = append(os.Environ(), "TESTREPORT_TEST_MAIN=1")
+		var out bytes.Buffer
+		cmd.Stdout, cmd.Stderr = &out, t.Output()
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		for end := time.Now().Add(time.Minute); ; time.Sleep(20 * time.Millisecond) {
+			if _, err := os.Stat(note("ready")); err == nil {
+				break
+			}
+			if time.Now().After(end) {
+				t.Fatal("the step has not begun after a minute")
+			}
+		}
+		if err := cmd.Process.Signal(sig); err != nil {
+			t.Fatal(err)
+		}
+		if err := cmd.Wait(); err == nil {
+			t.Errorf("%v: testreport succeeds:\n%s", sig, &out)
+		}
+		for _, name := range []string{"pid-1", "pid-2"} {
+			text, err := os.ReadFile(note(name))
+			if err != nil {
+				t.Fatal(err)
+			}
+			if _, err := os.Stat("/proc/" + strings.TrimSpace(string(text))); err == nil {
+				t.Errorf("%v: %s is left running:\n%s", sig, name, &out)
+			}
+		}
+		temp, err := os.ReadFile(note("temp"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := os.Stat(strings.TrimSpace(string(temp))); err == nil {
+			t.Errorf("%v: %s is left", sig, temp)
+		}
+		if _, err := os.Stat(note("finally")); err != nil {
+			t.Errorf("%v: the last command was not run: %v", sig, err)
+		}
+		if lines := strings.Split(strings.TrimSpace(out.String()), "\n"); lines[len(lines)-1] != "0 passed, 1 failed" {
+			t.Errorf("%v: the last line is %q", sig, lines[len(lines)-1])
+		}
 	}
 }
