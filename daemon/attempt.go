@@ -85,7 +85,7 @@ func (a *attempt) timed(spent *time.Duration, fn func() error) error {
 // failed says what a failure that the machine reports comes to.
 func (a *attempt) failed(r nix.BuildResult, took time.Duration) (outcome, error) {
 	o := a.outcome(r, took)
-	switch judge(r, a.b.drv) {
+	switch judge(r, a.b.drvPath, a.b.drv, a.given) {
 	case byMachine:
 		return outcome{}, a.m.fault(doingBuild, &complaint{words: o.err})
 	case byDisk:

@@ -50,24 +50,15 @@ type condition struct {
 	sick    error
 	probeAt time.Time
 	again   sshpool.Backoff // after failures of its Nix
-	// full is what a build said of the disk that had no space left, at fullAt: builds
-	// keep away until fullTill and, with unread set, until the machine was asked.
-	full             string
-	fullAt, fullTill time.Time
-	unread           bool
-	pause            sshpool.Backoff // after builds without space
 	// yieldTill is until when it takes builds though it is short of something.
 	yieldTill time.Time
 	// word is what it was last parked for; "" if it never was.
 	word string
 }
 
-// How long a machine is parked that may not be asked how it is, or whose answers did
-// not tell that there was no space: from the first to the last, growing.
+// How long a machine is parked whose Nix failed, before it is tried: from the first to the
+// last, growing.
 const (
-	fullMin = 15 * time.Second
-	fullMax = 5 * time.Minute
-	// sickMin and sickMax are the same for one whose Nix failed, before it is tried.
 	sickMin = time.Second
 	sickMax = time.Minute
 	// yieldFor is how long a machine takes builds though it is short of something,
@@ -79,7 +70,6 @@ func newCondition(gates Gates) *condition {
 	return &condition{
 		gates: gates,
 		again: sshpool.Backoff{Min: sickMin, Max: sickMax},
-		pause: sshpool.Backoff{Min: fullMin, Max: fullMax},
 	}
 }
 
@@ -98,9 +88,6 @@ func (c *condition) told(load *dispatchv1.MachineLoad) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.load, c.unknown = load, ""
-	if load.GetTime().AsTime().After(c.fullAt) {
-		c.unread = false
-	}
 }
 
 // notTold notes that it told nothing.
@@ -108,25 +95,6 @@ func (c *condition) notTold(why string) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.load, c.unknown = nil, why
-	c.unread = false
-}
-
-// foundFull notes that a build found no space left. asked tells that the machine can
-// be asked how much there is; then that decides, until it happens again.
-func (c *condition) foundFull(words string, asked bool, now time.Time) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	c.yieldTill = time.Time{}
-	if c.unread || now.Before(c.fullTill) { // other builds that it had meet it, too
-		c.fullAt, c.unread = now, asked
-		return
-	}
-	again := !c.fullAt.IsZero()
-	pause := c.pause.Next()
-	if asked && !again {
-		pause = 0
-	}
-	c.full, c.fullAt, c.fullTill, c.unread = words, now, now.Add(pause), asked
 }
 
 // failed notes that the machine's Nix failed in a way that no build is to blame for.
@@ -156,10 +124,6 @@ func (c *condition) worked() {
 	defer c.mu.Unlock()
 	if c.sick == nil {
 		c.again.Reset()
-	}
-	if c.full != "" && c.fullTill.Before(time.Now()) && !c.unread {
-		c.full, c.fullAt = "", time.Time{}
-		c.pause.Reset()
 	}
 }
 
@@ -210,20 +174,18 @@ func (c *condition) parkedLocked(now time.Time) (word, reason string) {
 	if c.sick != nil {
 		return parkedNix, fmt.Sprintf("its Nix failed, and is tried again in the background: %v", c.sick)
 	}
-	if word, reason = c.shortLocked(now); word != "" && now.Before(c.yieldTill) {
+	if word, reason = c.shortLocked(); word != "" && now.Before(c.yieldTill) {
 		return "", reason + "; it is used all the same, for nothing else can do what waits"
 	}
 	return word, reason
 }
 
 // shortLocked tells what the machine is short of.
-func (c *condition) shortLocked(now time.Time) (word, reason string) {
+func (c *condition) shortLocked() (word, reason string) {
 	low := c.diskLow()
 	switch {
 	case low != "":
 		return parkedDisk, "disk low: " + low
-	case c.unread || now.Before(c.fullTill):
-		return parkedDisk, "disk low: " + c.full
 	case c.load == nil:
 		return "", ""
 	}
@@ -282,10 +244,8 @@ func (c *condition) due() (probe, change time.Time) {
 	if c.sick != nil {
 		probe = c.probeAt
 	}
-	for _, t := range []time.Time{c.fullTill, c.yieldTill} {
-		if t.After(time.Now()) && (change.IsZero() || t.Before(change)) {
-			change = t
-		}
+	if c.yieldTill.After(time.Now()) {
+		change = c.yieldTill
 	}
 	return probe, change
 }

@@ -10,7 +10,6 @@ import (
 	"time"
 
 	"google.golang.org/protobuf/proto"
-	"google.golang.org/protobuf/types/known/timestamppb"
 
 	dispatchv1 "nixdispatch/proto/dispatch/v1"
 	"nixdispatch/proto/nix"
@@ -56,79 +55,6 @@ func TestWhatAMachineIsParkedFor(t *testing.T) {
 		if word, _ := c.parked(time.Now()); word != "" {
 			t.Errorf("%s: parked though nothing else can do what waits", tt.name)
 		}
-	}
-}
-
-// parkedFor is how long after a moment a condition is parked.
-func parkedFor(c *condition, since time.Time) time.Duration {
-	for d := time.Duration(0); d < time.Hour; d += time.Second {
-		if word, _ := c.parked(since.Add(d)); word == "" {
-			return d
-		}
-	}
-	return time.Hour
-}
-
-// Where a machine may not be asked, each build that finds no space parks it for
-// longer; and one that succeeds ends that.
-func TestFullDiskWithoutAskingGrows(t *testing.T) {
-	t.Parallel()
-	c := newCondition(Gates{MinFree: 1 << 30})
-	now := time.Now().Add(-24 * time.Hour)
-	var last time.Duration
-	for n := range 8 {
-		now = now.Add(time.Hour)
-		for range 5 { // as many builds find out at once
-			c.foundFull("no space", false, now)
-		}
-		d := parkedFor(c, now)
-		mean := min(fullMin<<n, fullMax)
-		if d < mean/2 || d > mean*3/2+time.Second {
-			t.Errorf("parked for %v after %d builds, want about %v", d, n+1, mean)
-		}
-		last = d
-	}
-	c.worked()
-	now = time.Now()
-	c.foundFull("no space", false, now)
-	if d := parkedFor(c, now); d > fullMin*2 || last < fullMin*2 {
-		t.Errorf("parked for %v after a build that had space, %v before", d, last)
-	}
-	if word, reason := c.parked(now); word != "disk" || reason != "disk low: no space" {
-		t.Errorf("parked for %q: %q", word, reason)
-	}
-}
-
-// Where a machine may be asked, its answer decides, unless that does not help.
-func TestFullDiskIsAskedFor(t *testing.T) {
-	t.Parallel()
-	c := newCondition(Gates{MinFree: 1 << 30})
-	now := time.Now()
-	answer := func(free uint64, after time.Duration) {
-		c.told(&dispatchv1.MachineLoad{Time: timestamppb.New(now.Add(after)), StoreFreeBytes: proto.Uint64(free), StoreSizeBytes: proto.Uint64(1 << 40)})
-	}
-	c.foundFull("no space", true, now)
-	answer(1<<33, -time.Second) // an answer from before says nothing
-	if d := parkedFor(c, now); d != time.Hour {
-		t.Errorf("parked for %v before it was asked", d)
-	}
-	answer(5, time.Second)
-	if d := parkedFor(c, now); d != time.Hour {
-		t.Errorf("parked for %v with a full disk", d)
-	}
-	answer(1<<33, 2*time.Second)
-	if d := parkedFor(c, now); d != 0 {
-		t.Errorf("parked for %v with room", d)
-	}
-	c.foundFull("no space", true, now.Add(3*time.Second))
-	answer(1<<33, 4*time.Second) // a quota, or no inodes
-	if d := parkedFor(c, now.Add(3*time.Second)); d < fullMin/2 || d > time.Minute {
-		t.Errorf("parked for %v when it happened again", d)
-	}
-	c.foundFull("no space", true, now.Add(time.Hour))
-	c.notTold("it does not answer")
-	if d := parkedFor(c, now.Add(time.Hour)); d == time.Hour {
-		t.Error("parked for ever by a machine that does not answer any more")
 	}
 }
 
@@ -223,23 +149,66 @@ func TestLastMachineIsNotParkedForLong(t *testing.T) {
 func TestOnlyMachineWithoutSpaceIsTriedAgain(t *testing.T) {
 	t.Parallel()
 	m := oneMachine("ssh")
-	var full atomic.Bool
-	full.Store(true)
-	seen := make(chan struct{})
+	var full, met atomic.Bool
+	m.shell = func(string) string {
+		free := 2048
+		if full.Load() {
+			free = 0
+		}
+		return fmt.Sprintf("%s\nstore dev 4096 0 %d 50%% /\nend\n", lookGreeting, free)
+	}
 	m.build = func(_ context.Context, req wiretest.BuildRequest) nix.BuildResult {
-		if full.CompareAndSwap(true, false) {
+		if met.CompareAndSwap(false, true) {
+			full.Store(true)
 			return nix.BuildResult{Status: nix.MiscFailure, ErrorMsg: "writing to file: No space left on device"}
 		}
-		<-seen
 		return m.site.recipe(req.DrvPath).build(m.store, req)
 	}
-	s := newSiteWith(t, siteConfig{machines: []*fakeMachine{m}, prepare: hopeSoon})
+	s := newSiteWith(t, siteConfig{machines: []*fakeMachine{m}, options: func(o *Options) {
+		o.LoadInterval, o.Gates = time.Second, Gates{MinFree: 1 << 30}
+	}})
+	s.eventually("the machine has told of itself", func() bool { return s.machineStatus(m).GetLoad() != nil })
 	h := s.hook()
 	h.accepted(s.drv("big", drvConfig{}))
-	// The machine is parked only until the build is sent there anyway.
-	s.eventually("the machine is short of disk", func() bool { return strings.HasPrefix(s.machineStatus(m).GetReason(), "disk low: ") })
-	close(seen)
+	s.eventually("the machine is parked", func() bool {
+		got := s.machineStatus(m)
+		return got.GetState() == dispatchv1.MachineState_MACHINE_STATE_PARKED && strings.HasPrefix(got.GetReason(), "disk low: ")
+	})
+	full.Store(false)
 	h.finish().mustBe(t, dispatchv1.BuildStatus_BUILD_STATUS_BUILT)
+}
+
+// TestWordsParkNoMachine has builds fail that say the disk is full, on machines that can be
+// asked and on one that cannot: none is parked.
+func TestWordsParkNoMachine(t *testing.T) {
+	t.Parallel()
+	told, silent := namedMachine("ssh", "told"), namedMachine("ssh-ng", "silent")
+	var asked atomic.Int32
+	told.shell = func(string) string {
+		asked.Add(1)
+		return lookGreeting + "\nstore dev 4096000000 0 2048000000 50% /\nend\n"
+	}
+	for _, m := range []*fakeMachine{told, silent} {
+		m.build = func(_ context.Context, req wiretest.BuildRequest) nix.BuildResult {
+			if strings.Contains(string(req.DrvPath), "-full") {
+				return nix.BuildResult{Status: nix.MiscFailure, ErrorMsg: "writing to file: No space left on device"}
+			}
+			return m.site.recipe(req.DrvPath).build(m.store, req)
+		}
+	}
+	s := newSiteWith(t, siteConfig{machines: []*fakeMachine{told, silent}, options: func(o *Options) {
+		o.LoadInterval, o.Gates = time.Hour, Gates{MinFree: 1 << 30}
+	}})
+	s.eventually("the machine has told of itself", func() bool { return s.machineStatus(told).GetLoad() != nil })
+	before := asked.Load()
+	s.build(s.drv("full", drvConfig{})).mustBe(t, dispatchv1.BuildStatus_BUILD_STATUS_MISC_FAILURE)
+	for _, m := range []*fakeMachine{told, silent} {
+		if got := s.machineStatus(m); got.GetState() != dispatchv1.MachineState_MACHINE_STATE_UP {
+			t.Errorf("%s is %v: %s", m.uri(), got.GetState(), got.GetReason())
+		}
+	}
+	s.eventually("the machine that can tell was asked", func() bool { return asked.Load() > before })
+	s.mustBuild(s.drv("other", drvConfig{}))
 }
 
 // shellOf answers the scripts of look.go and leftover.go: the sshd process is a new

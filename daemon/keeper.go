@@ -19,6 +19,8 @@ import (
 const (
 	// lookLimit is how long a machine may take to tell how it is.
 	lookLimit = 20 * time.Second
+	// lookSoon is the shortest pause between two such questions.
+	lookSoon = 2 * time.Second
 	// lookBusy is how long after its last build a machine is asked as often as one in
 	// use; lookIdle is the longest pause for one that is not.
 	lookBusy = 2 * time.Minute
@@ -113,10 +115,11 @@ func latest(a, b time.Time) time.Time {
 	return b
 }
 
-// askNow has the machine asked as soon as may be.
+// askNow has the machine asked soon, but not more often than every lookSoon: any
+// derivation can be the reason.
 func (k *keeper) askNow() {
 	k.mu.Lock()
-	k.next = time.Time{}
+	k.next = latest(time.Now(), k.asked.Add(lookSoon))
 	k.mu.Unlock()
 	k.kick()
 }

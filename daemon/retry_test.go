@@ -54,23 +54,26 @@ func TestRest(t *testing.T) {
 // are the machine's, once.
 func TestPassingTroubleOfTheOnlyMachine(t *testing.T) {
 	t.Parallel()
-	for _, words := range []string{"Reason: missing system features", "path '/nix/store/in' is not valid"} {
+	for _, words := range []string{"Cannot build 'DRV'.\nReason: missing system features\nRequired", "path 'INPUT' is not valid"} {
 		eachScheme(t, func(t *testing.T, scheme string) {
 			m := oneMachine(scheme)
 			var mu sync.Mutex
 			var at []time.Time
+			var input nix.StorePath
 			m.build = func(_ context.Context, req wiretest.BuildRequest) nix.BuildResult {
 				mu.Lock()
 				at = append(at, time.Now())
 				first := len(at) == 1
 				mu.Unlock()
 				if first {
-					return nix.BuildResult{Status: nix.MiscFailure, ErrorMsg: words}
+					words := strings.ReplaceAll(words, "INPUT", string(input))
+					return about(nix.BuildResult{Status: nix.MiscFailure, ErrorMsg: words}, req)
 				}
 				return m.site.recipe(req.DrvPath).build(m.store, req)
 			}
 			s := newSite(t, m)
-			st := s.mustBuild(s.drv("thing", drvConfig{}))
+			input = s.source("input")
+			st := s.mustBuild(s.drv("thing", drvConfig{srcs: []nix.StorePath{input}}))
 			if len(at) != 2 || at[1].Sub(at[0]) < restMin/2 {
 				t.Errorf("tried at %v, want a pause of %v at least", at, restMin/2)
 			}

@@ -2,8 +2,10 @@ package daemon
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
-	"fmt"
+	"io"
+	"regexp"
 	"slices"
 	"strings"
 	"time"
@@ -21,7 +23,7 @@ const (
 	byDerivation blame = iota
 	// byMachine: the build may succeed on another machine.
 	byMachine
-	// byDisk: so it may, for this one's disk is full.
+	// byDisk: so it may, for this one says that its disk is full.
 	byDisk
 	// byKilling: something on the machine ended a process of the build, out of
 	// memory for example. Another machine may have more; once.
@@ -32,31 +34,127 @@ const (
 	unclear
 )
 
-// verdicts tell what a failure that a machine reports means, by words that its
-// message holds outside of the builder's log. The first that fits decides; what
-// fits none is the derivation's fault, so that nothing is repeated in vain, but for
-// what Nix throws before the builder runs, an InputRejected in one version and a
-// MiscFailure in another.
+// verdicts tell what a failure that a machine reports means, by the sentences of Nix in
+// its message. The first that fits decides. What fits none is the derivation's fault, so
+// that nothing is repeated for nothing, except what Nix throws before the builder runs, an
+// InputRejected in one version and a MiscFailure in another.
 //
-// The words are Nix's own, the same in 2.8.0, 2.26.3 and 2.34.8 unless said:
-// build/derivation-goal.cc, build/derivation-building-goal.cc and
+// A derivation puts words into many messages: the values of exportReferencesGraph,
+// __impureHostDeps and most other attributes, with quotes and line breaks in them. So each
+// sentence is recognised by its place: Nix's words at the beginning, which no derivation
+// can precede, or at the very end, where Nix closes a quotation that a derivation ends.
+// The last lines of the builder's log are in between, each after "> ".
+// And no verdict does more than to have the build tried elsewhere: only what a machine
+// itself tells of its disk keeps other builds away from it.
+//
+// The sentences are the same in 2.8.0, 2.26.3 and 2.34.8 unless said:
+// build/derivation-goal.cc, build/derivation-building-goal.cc, sqlite.cc and
 // unix/build/derivation-builder.cc of src/libstore.
 var verdicts = []struct {
-	words string
+	name  string
+	fits  func(f *failure) bool
 	blame blame
 }{
-	{"lack of free disk space", byDisk},
-	{"No space left on device", byDisk},
-	{"database or disk is full", byDisk}, // SQLite
+	{"the disk is full after the builder failed", func(f *failure) bool {
+		return f.builderFailed() && f.last() == "note: build failure may have been caused by lack of free disk space"
+	}, byDisk},
+	{"Nix found no space", func(f *failure) bool {
+		return !f.builderFailed() && f.ends(noSpace) && !f.quotes(noSpace)
+	}, byDisk},
+	{"Nix found no space for its database", func(f *failure) bool {
+		return !f.builderFailed() && databaseFull.MatchString(f.text) && !f.quotes("disk is full")
+	}, byDisk},
 	// The machine's line claims a system or a feature that its Nix does not have.
-	{"is required to build", byMachine}, // up to 2.28
-	{"platform mismatch", byMachine},
-	{"missing system features", byMachine},
-	// An input that had arrived is gone.
-	{"is not valid", byMachine},
-	{"does not exist in the store", byMachine},
+	{"not of the right kind, up to 2.28", func(f *failure) bool {
+		return strings.HasPrefix(f.text, "a '"+f.drv.Platform+"' with features {") &&
+			strings.Contains(f.text, "} is required to build '"+string(f.drvPath)+"', but I am a '")
+	}, byMachine},
+	{"not of the right kind", func(f *failure) bool {
+		return f.cannotBuild() && (f.reason() == "Reason: platform mismatch" || f.reason() == "Reason: missing system features")
+	}, byMachine},
+	{"an input that had arrived is gone", func(f *failure) bool {
+		return f.namesInput("path '", "' is not valid") ||
+			f.namesInput("dependency '", "' of '"+string(f.drvPath)+"' does not exist, and substitution is disabled")
+	}, byMachine},
+	{"the builder was killed", func(f *failure) bool {
+		return strings.HasPrefix(f.text, "builder for '"+string(f.drvPath)+"' failed due to signal 9 ") ||
+			f.cannotBuild() && strings.HasPrefix(f.reason(), "Reason: builder failed due to signal 9 ")
+	}, byKilling},
+}
 
-	{"failed due to signal 9", byKilling},
+// noSpace is the system's word for a full disk.
+const noSpace = "No space left on device"
+
+// databaseFull is SQLite's, with the file's name after it.
+var databaseFull = regexp.MustCompile(`: database or disk is full(, database or disk is full)? \(in '[^']*'\)$`)
+
+// A failure is one that a machine reports of a derivation.
+type failure struct {
+	text    string // what Nix says
+	drvPath nix.StorePath
+	drv     *nix.Derivation
+	inputs  []nix.StorePath
+}
+
+// line is a line of the message, "" if it has fewer.
+func (f *failure) line(n int) string {
+	if lines := strings.Split(f.text, "\n"); n < len(lines) {
+		return lines[n]
+	}
+	return ""
+}
+
+func (f *failure) last() string { return f.text[strings.LastIndexByte(f.text, '\n')+1:] }
+
+// cannotBuild tells whether the message begins as those of 2.34 do that give a reason.
+func (f *failure) cannotBuild() bool { return f.line(0) == "Cannot build '"+string(f.drvPath)+"'." }
+
+// reason is the line with the reason, of such a message.
+func (f *failure) reason() string { return f.line(1) }
+
+// builderFailed tells whether the message says how the builder ended.
+func (f *failure) builderFailed() bool {
+	return strings.HasPrefix(f.text, "builder for '"+string(f.drvPath)+"' failed ") ||
+		f.cannotBuild() && strings.HasPrefix(f.reason(), "Reason: builder failed ")
+}
+
+// ends tells whether the message ends in words that the system adds after a colon.
+func (f *failure) ends(words string) bool { return strings.HasSuffix(f.text, ": "+words) }
+
+// namesInput tells whether the message is one sentence about an input of the derivation.
+func (f *failure) namesInput(before, after string) bool {
+	rest, isSentence := strings.CutPrefix(f.text, before)
+	name, ends := strings.CutSuffix(rest, after)
+	return isSentence && ends && slices.Contains(f.inputs, nix.StorePath(name))
+}
+
+// quotes tells whether a derivation has words in it that Nix may have quoted.
+func (f *failure) quotes(words string) bool {
+	has := func(s string) bool { return strings.Contains(s, words) }
+	if slices.ContainsFunc(f.drv.Args, has) || has(f.drv.Builder) || has(f.drv.Platform) {
+		return true
+	}
+	for name, value := range f.drv.Env {
+		if has(name) || has(value) || name == "__json" && jsonHas(value, has) {
+			return true
+		}
+	}
+	return false
+}
+
+// jsonHas tells whether a string in a JSON text is such as has looks for. In what is no
+// JSON there may be anything.
+func jsonHas(text string, has func(string) bool) bool {
+	tokens := json.NewDecoder(strings.NewReader(text))
+	for {
+		token, err := tokens.Token()
+		if err != nil {
+			return !errors.Is(err, io.EOF)
+		}
+		if s, ok := token.(string); ok && has(s) {
+			return true
+		}
+	}
 }
 
 // final are the statuses that no words change. Limits are the callers', and
@@ -65,17 +163,17 @@ var final = []nix.BuildStatus{
 	nix.OutputRejected, nix.TimedOut, nix.LogLimitExceeded, nix.NotDeterministic, nix.CachedFailure,
 }
 
-// judge says whose fault a failure is. Builds that run outside of a sandbox,
-// those of fixed outputs, fail as TransientFailure whatever the reason; any other
-// that does was short of disk space or of a substitute
+// judge says whose fault a failure is, of a derivation for which the machine has inputs.
+// Builds that run outside of a sandbox, those of fixed outputs, fail as TransientFailure
+// whatever the reason; any other that does was short of disk space or of a substitute
 // (src/libstore/unix/build/derivation-builder.cc).
-func judge(r nix.BuildResult, drv *nix.Derivation) blame {
+func judge(r nix.BuildResult, drvPath nix.StorePath, drv *nix.Derivation, inputs []nix.StorePath) blame {
 	if slices.Contains(final, r.Status) {
 		return byDerivation
 	}
-	message := withoutLog(nix.PlainText(r.ErrorMsg))
+	f := &failure{text: strings.TrimPrefix(strings.TrimSpace(nix.PlainText(r.ErrorMsg)), "error: "), drvPath: drvPath, drv: drv, inputs: inputs}
 	for _, v := range verdicts {
-		if strings.Contains(message, v.words) {
+		if v.fits(f) {
 			return v.blame
 		}
 	}
@@ -86,15 +184,6 @@ func judge(r nix.BuildResult, drv *nix.Derivation) blame {
 		return unclear
 	}
 	return byDerivation
-}
-
-// withoutLog takes the lines of the builder's log out of a message: Nix quotes
-// the last of them, each after "> ". A builder may print what it likes.
-func withoutLog(message string) string {
-	lines := slices.DeleteFunc(strings.Split(message, "\n"), func(line string) bool {
-		return strings.HasPrefix(strings.TrimSpace(line), ">")
-	})
-	return strings.Join(lines, "\n")
 }
 
 // An unclearError is a failure that may be the fault of the machine that reported
@@ -146,7 +235,8 @@ func (m *machine) learn(ctx context.Context, err error) {
 	case !isFault, connectionFailed(err):
 		return
 	case isFull(fault):
-		m.condition.foundFull(fmt.Sprintf("a build found no space left there at %s", moment(time.Now())), m.keeper.mayAsk(), time.Now())
+		// What it says may be a derivation's words. What it measures decides; a machine
+		// that cannot be asked is not kept from other builds.
 		m.keeper.askNow()
 	case complains(err):
 		return
