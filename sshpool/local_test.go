@@ -79,7 +79,7 @@ func TestLocalCommandsAreEndedWithTheirChildren(t *testing.T) {
 			h.Close()
 			for _, pid := range []int{shell, child} {
 				gone := false
-				for range 1000 {
+				for range 12000 { // two minutes
 					if gone = syscall.Kill(pid, 0) != nil || isZombie(pid); gone {
 						break
 					}

@@ -172,7 +172,7 @@ func TestFailingProxiesWithSSHD(t *testing.T) {
 	}
 	t.Run("no ssh at its end", func(t *testing.T) {
 		cfg := configured(t, hostBlock(t, "mac", d, "ProxyCommand echo hello; cat"))
-		e := failure(t, Options{HandshakeTimeout: time.Second, ConnectTimeout: time.Second}, cfg)
+		e := failure(t, Options{HandshakeTimeout: time.Second}, cfg)
 		if e.Step != StepHandshake && e.Cause != CauseProxy {
 			t.Errorf("failed at %q: %v", e.Step, e)
 		}
@@ -202,7 +202,7 @@ func TestProxyEndsWithItsConnection(t *testing.T) {
 // awaitGone waits for the end of a process that has been killed.
 func awaitGone(t *testing.T, pid string) {
 	t.Helper()
-	for range 1000 {
+	for range 12000 { // two minutes
 		state, err := os.ReadFile("/proc/" + strings.TrimSpace(pid) + "/stat")
 		if err != nil || strings.Contains(string(state), ") Z ") {
 			return

@@ -309,9 +309,20 @@ func testFrozen(t *testing.T, to *target) {
 	if to.opts.KeepaliveInterval != 0 {
 		interval = to.opts.KeepaliveInterval
 	}
-	time.Sleep(4 * interval)
-	if st := h.Status(); st.Connects != 1 || st.State != Up {
-		t.Fatalf("idle for long: %+v", st)
+	// In memory every keepalive is answered in time. sshd has three seconds, which may
+	// be too few on a busy host: but not again and again.
+	tries := 1
+	if to.opts.KeepaliveInterval != 0 {
+		tries = 10
+	}
+	for try := 1; ; try++ {
+		before := awaitStatus(t, h, "up", func(st Status) bool { return st.State == Up })
+		time.Sleep(4 * interval)
+		if st := h.Status(); st.Connects == before.Connects && st.State == Up {
+			break
+		} else if try == tries {
+			t.Fatalf("idle for long: %+v", st)
+		}
 	}
 	s := mustSession(t, h, "cat")
 	start := time.Now()
@@ -322,7 +333,7 @@ func testFrozen(t *testing.T, to *target) {
 	if d := time.Since(start); d < 2*interval {
 		t.Errorf("given up after %v", d)
 	}
-	awaitStatus(t, h, "connected again", func(st Status) bool { return st.Connects == 2 && st.State == Up })
+	awaitStatus(t, h, "connected again", func(st Status) bool { return st.Connects > 1 && st.State == Up })
 }
 
 func testCancel(t *testing.T, to *target) {

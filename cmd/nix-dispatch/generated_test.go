@@ -221,7 +221,7 @@ func (term *shellTerminal) write(t *testing.T, keys string) {
 // await waits until the program has written want so many times.
 func (term *shellTerminal) await(t *testing.T, want string, times int) {
 	t.Helper()
-	timeout := time.After(time.Minute)
+	timeout := time.After(2 * time.Minute)
 	for strings.Count(term.all.String(), want) < times {
 		select {
 		case text, ok := <-term.text:
@@ -230,7 +230,7 @@ func (term *shellTerminal) await(t *testing.T, want string, times int) {
 			}
 			term.all.Write(text)
 		case <-timeout:
-			t.Fatalf("after a minute the terminal shows:\n%s", term.seen(t))
+			t.Fatalf("after two minutes the terminal shows:\n%s", term.seen(t))
 		}
 	}
 }

@@ -144,7 +144,7 @@ func (top *topTerminal) painted() string {
 
 func (top *topTerminal) eventually(what string, ok func() bool) {
 	top.t.Helper()
-	deadline := time.Now().Add(30 * time.Second)
+	deadline := time.Now().Add(2 * time.Minute)
 	for !ok() {
 		if time.Now().After(deadline) {
 			top.t.Fatalf("waited in vain: %s; on the terminal is %q", what, top.painted())
@@ -172,7 +172,7 @@ func (top *topTerminal) ends(want int) {
 	go func() { done <- top.cmd.Wait() }()
 	select {
 	case <-done:
-	case <-time.After(30 * time.Second):
+	case <-time.After(2 * time.Minute):
 		top.t.Fatal("it does not end")
 	}
 	if code := top.cmd.ProcessState.ExitCode(); code != want {

@@ -43,6 +43,7 @@ type Call struct {
 	socket   socket
 	deadline time.Time     // of the answer waited for; zero for any sign of life
 	idle     time.Duration // idleTime, but in tests
+	pong     time.Duration // idleTime, but in tests: for the sign of life
 	pinged   bool          // the daemon was asked for a sign of life
 
 	in      [2 * (frameHeaderSize + maxFrame)]byte
@@ -73,7 +74,7 @@ func Dial(path string, deadline time.Time) (*Call, error) {
 }
 
 func newCall(s socket) *Call {
-	c := &Call{socket: s, idle: idleTime, initialWindow: defaultWindow, connWindow: defaultWindow, streamWindow: defaultWindow}
+	c := &Call{socket: s, idle: idleTime, pong: idleTime, initialWindow: defaultWindow, connWindow: defaultWindow, streamWindow: defaultWindow}
 	c.out = appendOpening(c.out)
 	return c
 }
@@ -213,7 +214,7 @@ func (c *Call) flush() error {
 	}
 	deadline := c.deadline
 	if deadline.IsZero() {
-		deadline = time.Now().Add(2 * c.idle)
+		deadline = time.Now().Add(c.idle + c.pong)
 	}
 	err := c.socket.write(c.out, deadline)
 	c.out = c.out[:0]
@@ -245,6 +246,9 @@ func (c *Call) fill(n int) error {
 		deadline := c.deadline
 		if deadline.IsZero() {
 			deadline = time.Now().Add(c.idle)
+			if c.pinged {
+				deadline = time.Now().Add(c.pong)
+			}
 		}
 		got, err := c.socket.read(c.in[c.inEnd:], deadline)
 		switch {

@@ -34,7 +34,7 @@ type daemon struct {
 
 func (d *daemon) Hook(s hookStream) error { return d.hook(s) }
 
-func soon() time.Time { return time.Now().Add(20 * time.Second) }
+func soon() time.Time { return time.Now().Add(2 * time.Minute) }
 
 // call starts a call to a daemon that serves it with hook.
 func call(t *testing.T, hook func(hookStream) error) (*Call, *grpc.Server) {
@@ -227,7 +227,7 @@ func TestCallOfASilentDaemon(t *testing.T) {
 	if _, err := c.Try(&Try{}, time.Now().Add(20*time.Millisecond)); !errors.Is(err, ErrNoAnswer) {
 		t.Errorf("Try = %v, want ErrNoAnswer", err)
 	}
-	c.idle = 10 * time.Millisecond
+	c.idle, c.pong = 10*time.Millisecond, 10*time.Millisecond
 	if _, err := c.Next(); statusOf(err).Code != Unavailable {
 		t.Errorf("Next = %v, want code Unavailable", err)
 	}
@@ -251,7 +251,7 @@ func TestCallAsksForASignOfLife(t *testing.T) {
 	if _, err := c.Try(&Try{}, soon()); err != nil {
 		t.Fatal(err)
 	}
-	c.idle = 300 * time.Millisecond
+	c.idle, c.pong = 50*time.Millisecond, 2*time.Minute // the host may be busy
 	time.AfterFunc(4*c.idle, func() { close(goOn) })
 	if m, err := c.Next(); err != nil || !cmp.Equal(m, responses[1].want) {
 		t.Errorf("Next = %v, %v", m, err)

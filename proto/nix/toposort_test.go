@@ -103,7 +103,7 @@ func TestTopoSortOfALongChainIsLinear(t *testing.T) {
 		t.Fatalf("%d infos, %v", len(got), err)
 	}
 	// Quadratic time would be minutes.
-	if took := time.Since(start); took > 20*time.Second {
+	if took := time.Since(start); took > time.Minute {
 		t.Errorf("took %v", took)
 	}
 }
