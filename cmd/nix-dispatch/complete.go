@@ -10,7 +10,8 @@ import (
 	dispatchv1 "nixdispatch/proto/dispatch/v1"
 )
 
-// lookUpTimeout is how long somebody who presses the tab key waits for the daemon.
+// lookUpTimeout is how long somebody who presses the tab key waits for the daemon,
+// unless the context has a deadline of its own.
 const lookUpTimeout = time.Second
 
 // lookUp is what a shell completes that only the daemon knows; see cli.Complete.
@@ -21,8 +22,11 @@ func lookUp(ctx context.Context) func(kind string) []cli.Candidate {
 		default:
 			return nil
 		}
-		ctx, cancel := context.WithTimeout(ctx, lookUpTimeout)
-		defer cancel()
+		if _, ok := ctx.Deadline(); !ok {
+			var cancel context.CancelFunc
+			ctx, cancel = context.WithTimeout(ctx, lookUpTimeout)
+			defer cancel()
+		}
 		conn, err := dial(daemonsocket.Path())
 		if err != nil {
 			return nil

@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"flag"
 	"io"
@@ -23,7 +24,11 @@ const asProgramEnv = "NIX_DISPATCH_TEST_AS_PROGRAM"
 
 func TestMain(m *testing.M) {
 	if os.Getenv(asProgramEnv) != "" {
-		main()
+		// It has a deadline, so that it completes words on a busy host, too.
+		ctx, cancel := context.WithTimeout(context.Background(), 5*time.Minute)
+		code := run(ctx, os.Args, stdio{os.Stdin, os.Stdout, os.Stderr})
+		cancel()
+		os.Exit(code)
 	}
 	os.Exit(m.Run())
 }
