@@ -3,7 +3,9 @@ package daemon
 import (
 	"crypto/tls"
 	"crypto/x509"
+	"fmt"
 	"io"
+	"math/rand/v2"
 	"net"
 	"net/http"
 	"os"
@@ -14,11 +16,12 @@ import (
 	"nixdispatch/daemon/webtest"
 )
 
-// freeAddress is a loopback address that nobody listens on, but for a moment in
-// which another could take it.
+// freeAddress is a loopback address that nobody listens on. Of the 16 million
+// addresses it takes one by chance: on 127.0.0.1 another test could take the port
+// before the daemon does.
 func freeAddress(t *testing.T) string {
 	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
+	l, err := net.Listen("tcp", fmt.Sprintf("127.%d.%d.%d:0", 1+rand.IntN(254), rand.IntN(256), 1+rand.IntN(254)))
 	if err != nil {
 		t.Skipf("no loopback here: %v", err)
 	}
@@ -35,12 +38,12 @@ type browser struct {
 	client         *http.Client
 }
 
-// newBrowser is one that trusts a certificate, in PEM, for https.
+// newBrowser is one that trusts a certificate for 127.0.0.1, in PEM, for https.
 func newBrowser(t *testing.T, base string, certificate string) *browser {
 	t.Helper()
 	pool := x509.NewCertPool()
 	pool.AppendCertsFromPEM([]byte(certificate))
-	transport := &http.Transport{TLSClientConfig: &tls.Config{RootCAs: pool}}
+	transport := &http.Transport{TLSClientConfig: &tls.Config{RootCAs: pool, ServerName: "127.0.0.1"}}
 	t.Cleanup(transport.CloseIdleConnections)
 	return &browser{t: t, base: base, client: &http.Client{Transport: transport, Timeout: patience}}
 }

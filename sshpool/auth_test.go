@@ -86,7 +86,7 @@ func offers(t *testing.T, cfg Config) (offered, unused string) {
 }
 
 func offersOf(target *Target) (offered, unused string) {
-	ids := loadIdentities(target, time.Now().Add(10*time.Second))
+	ids := loadIdentities(target, time.Now().Add(2*time.Minute))
 	defer ids.close()
 	var names []string
 	for _, o := range ids.offered {
