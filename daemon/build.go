@@ -11,6 +11,7 @@ import (
 
 	"google.golang.org/protobuf/types/known/timestamppb"
 
+	"nixdispatch/daemon/usage"
 	dispatchv1 "nixdispatch/proto/dispatch/v1"
 	"nixdispatch/proto/nix"
 	"nixdispatch/scheduler"
@@ -29,6 +30,7 @@ type build struct {
 	chain      int    // of derivations that wait for it, as far as is known
 	lease      *lease // on the list of machines that it goes by
 	store      *localStore
+	users      *usage.Ledger
 	since      time.Time
 	asked      time.Time // when the caller asked for all that it belongs to
 

@@ -8,12 +8,11 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"nixdispatch/daemon/usage"
 )
 
 const (
-	// maxUserConnections bounds the connections of a user who does not command the
-	// daemon; those who do have hooks, one for each build of any user.
-	maxUserConnections = 256
 	// maxStreams bounds the calls of one connection. A hook makes one, nix-dispatch
 	// one or two.
 	maxStreams = 100
@@ -26,29 +25,33 @@ var errTooManyConnections = errors.New("too many connections")
 // A connLimit bounds the connections of callers, so that file descriptors are left
 // for builds and for other callers. Safe for concurrent use.
 type connLimit struct {
-	log *slog.Logger
+	log   *slog.Logger
+	usage *usage.Ledger // bounds those of each user
 	// all bounds those of everyone, others those of all users who do not command the
-	// daemon, each those of one of them.
-	all, others, each int
+	// daemon. These have half as many again for users who have none: whoever has nothing
+	// in progress gets a connection, whatever others have.
+	all, others int
 
 	mu      sync.Mutex
 	total   int
 	strange int // of users who do not command the daemon
-	users   map[uint32]int
 	told    time.Time
 }
 
-// newConnLimit leaves half of the process's file descriptors to builds.
-func newConnLimit(log *slog.Logger) *connLimit {
+// openFiles is how many files the process may have open.
+func openFiles() int64 {
 	files := uint64(1024)
 	var limit unix.Rlimit
 	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &limit); err == nil {
 		files = min(limit.Cur, 1<<20)
 	}
-	all := max(int(files/2), 16) //nolint:gosec // bounded above
-	return &connLimit{
-		log: log, all: all, others: all / 2, each: min(all/4, maxUserConnections), users: make(map[uint32]int),
-	}
+	return max(int64(files), 32) //nolint:gosec // bounded above
+}
+
+// newConnLimit leaves half of the process's file descriptors to builds.
+func newConnLimit(log *slog.Logger, files int64, users *usage.Ledger) *connLimit {
+	all := int(files / 2)
+	return &connLimit{log: log, usage: users, all: all, others: all / 2}
 }
 
 // admit counts a connection, unless there are too many. The caller must call
@@ -57,32 +60,47 @@ func (l *connLimit) admit(c caller) (release func(), err error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	stranger := !c.commands()
-	if l.total >= l.all || stranger && (l.strange >= l.others || l.users[c.uid] >= l.each) {
+	use, err := l.takeLocked(c, stranger)
+	if err != nil {
 		if now := time.Now(); now.Sub(l.told) > refusalsTold {
 			l.told = now
-			l.log.Warn("connections are refused", "uid", c.uid, "of_the_user", l.users[c.uid], "in_all", l.total)
+			l.log.Warn("connections are refused", "uid", c.uid, "of_the_user", l.usage.Of(c.user(), usage.Connections), "in_all", l.total, "err", err)
 		}
-		return nil, errTooManyConnections
+		return nil, err
 	}
-	l.count(c, stranger, 1)
+	l.countLocked(stranger, 1)
 	var once sync.Once
 	return func() {
 		once.Do(func() {
 			l.mu.Lock()
 			defer l.mu.Unlock()
-			l.count(c, stranger, -1)
+			use.Release()
+			l.countLocked(stranger, -1)
 		})
 	}, nil
 }
 
-func (l *connLimit) count(c caller, stranger bool, n int) {
-	l.total += n
-	if !stranger {
-		return
+func (l *connLimit) takeLocked(c caller, stranger bool) (*usage.Use, error) {
+	if l.total >= l.all {
+		return nil, errTooManyConnections
 	}
-	l.strange += n
-	if l.users[c.uid] += n; l.users[c.uid] == 0 {
-		delete(l.users, c.uid)
+	if !stranger {
+		return l.usage.Count(c.user(), usage.Connections, 1), nil
+	}
+	most := l.others
+	if l.usage.Of(c.user(), usage.Connections) == 0 {
+		most += l.others / 2
+	}
+	if l.strange >= most {
+		return nil, errTooManyConnections
+	}
+	return l.usage.Take(c.user(), usage.Connections, 1)
+}
+
+func (l *connLimit) countLocked(stranger bool, n int) {
+	l.total += n
+	if stranger {
+		l.strange += n
 	}
 }
 

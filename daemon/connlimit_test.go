@@ -12,13 +12,15 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
+	"nixdispatch/daemon/usage"
 	dispatchv1 "nixdispatch/proto/dispatch/v1"
 )
 
 func TestConnLimit(t *testing.T) {
 	t.Parallel()
-	l := &connLimit{log: slog.New(slog.DiscardHandler), all: 10, others: 6, each: 4, users: make(map[uint32]int)}
-	root, alice, bob := caller{uid: 0}, caller{uid: 4711}, caller{uid: 4712}
+	users := usage.New(usage.Amounts{usage.Connections: 4})
+	l := &connLimit{log: slog.New(slog.DiscardHandler), usage: users, all: 12, others: 6}
+	root, alice, bob, carol := caller{uid: 0}, caller{uid: 4711}, caller{uid: 4712}, caller{uid: 4713}
 	var releases []func()
 	admitted := func(c caller, n int) int {
 		got := 0
@@ -26,7 +28,7 @@ func TestConnLimit(t *testing.T) {
 			if release, err := l.admit(c); err == nil {
 				got++
 				releases = append(releases, release)
-			} else if !errors.Is(err, errTooManyConnections) {
+			} else if _, bound := errors.AsType[*usage.BoundError](err); !bound && !errors.Is(err, errTooManyConnections) {
 				t.Fatal(err)
 			}
 		}
@@ -39,22 +41,26 @@ func TestConnLimit(t *testing.T) {
 	}{
 		{"one user", alice, 4},
 		{"another", bob, 2}, // the rest of what is not root's
-		{"root", root, 4},   // the rest of all
+		{"one who has none", carol, 1},
+		{"root", root, 5}, // the rest of all
 	} {
 		if got := admitted(tt.c, 20); got != tt.want {
 			t.Errorf("%s: %d connections, want %d", tt.who, got, tt.want)
 		}
 	}
-	releases[0]()
-	releases[0]() // counts once
-	if got := admitted(bob, 20); got != 1 {
-		t.Errorf("after one of alice's has gone: %d, want 1", got)
+	for range 2 {
+		releases[0]()
+		releases[0]() // counts once
+		releases = releases[1:]
+	}
+	if got := admitted(bob, 20); got != 1 { // for carol's is beyond what is not root's
+		t.Errorf("after two of alice's have gone: %d, want 1", got)
 	}
 	for _, release := range releases {
 		release()
 	}
-	if l.total != 0 || l.strange != 0 || len(l.users) != 0 {
-		t.Errorf("left over: %+v", l)
+	if l.total != 0 || l.strange != 0 || len(users.Users()) != 0 {
+		t.Errorf("left over: %+v, %v", l, users.Users())
 	}
 }
 

@@ -32,6 +32,7 @@ import (
 
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
 
+	"nixdispatch/daemon/usage"
 	"nixdispatch/proto/nix"
 	"nixdispatch/sshpool"
 )
@@ -118,8 +119,10 @@ type Daemon struct {
 	webConnections *webLimit
 	// These are the constants of the same names, but in tests.
 	helloWait, handOverWait, stopGrace, lastResort, hopeRetry time.Duration
-	// pings has one taken for each ping under way.
-	pings chan struct{}
+	// usage counts what each user has in progress.
+	usage *usage.Ledger
+	// bounded has all callers bounded, as tests need it.
+	bounded bool
 	// ssh says how connections to machines are made and kept.
 	ssh sshpool.Options
 
@@ -149,6 +152,8 @@ func New(opts Options) (*Daemon, error) {
 	if err != nil {
 		return nil, err
 	}
+	files := openFiles()
+	users := newUsage(files)
 	d := &Daemon{
 		opts:           opts,
 		log:            opts.Logger,
@@ -157,9 +162,9 @@ func New(opts Options) (*Daemon, error) {
 		stopGrace:      stopGrace,
 		lastResort:     lastResort,
 		hopeRetry:      hopeRetry,
-		connections:    newConnLimit(opts.Logger),
+		connections:    newConnLimit(opts.Logger, files, users),
 		webConnections: &webLimit{most: maxWebConnections},
-		pings:          make(chan struct{}, maxPings),
+		usage:          users,
 		stores:         local,
 		machines:       newMachines(opts.Logger),
 		dispatcher:     newDispatcher(opts.Logger),

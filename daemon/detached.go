@@ -13,6 +13,7 @@ import (
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
+	"nixdispatch/daemon/usage"
 	dispatchv1 "nixdispatch/proto/dispatch/v1"
 )
 
@@ -30,11 +31,8 @@ const (
 	maxFailures = 20
 )
 
-var (
-	errTooManyDetached = fmt.Errorf("there are %d detached builds of this user in progress already; wait for one, or cancel it", maxDetached)
-	// errEndedBadly is a detached build that came to no result.
-	errEndedBadly = errors.New("the detached build has ended")
-)
+// errEndedBadly is a detached build that came to no result.
+var errEndedBadly = errors.New("the detached build has ended")
 
 // detachedBuilds are the Build calls that go on without their callers, and those
 // that have ended some days ago at most. They survive the daemon in files of the
@@ -58,7 +56,8 @@ type detachedBuild struct {
 	request *dispatchv1.BuildRequest
 	caller  caller
 	since   time.Time
-	starts  int // how many daemons have begun with it
+	starts  int        // how many daemons have begun with it
+	use     *usage.Use // while it goes on
 
 	ctx    context.Context //nolint:containedctx // it is nobody's call
 	cancel context.CancelCauseFunc
@@ -102,8 +101,14 @@ func (d *Daemon) detach(req *dispatchv1.BuildRequest, by caller, send func(*disp
 	}
 	req = proto.CloneOf(req)
 	req.Detach, req.HoldRoots = false, false
+	use, err := d.usage.Take(by.user(), usage.DetachedBuilds, 1)
+	if err != nil {
+		return err
+	}
 	j := d.newDetached(d.dispatcher.nextID(), req, by, time.Now())
+	j.use = use
 	if err := d.detached.add(j); err != nil {
+		use.Release()
 		return err
 	}
 	began := make(chan error, 1)
@@ -134,6 +139,7 @@ func (d *Daemon) resumeDetached() {
 		}
 		d.log.Info("going on with a detached build", "build_id", j.id)
 		d.detached.save(j)
+		j.use = d.usage.Count(j.caller.user(), usage.DetachedBuilds, 1)
 		d.detached.running.Add(1)
 		go d.runDetached(j, nil)
 	}
@@ -163,6 +169,7 @@ func (d *Daemon) runDetached(j *detachedBuild, began chan<- error) {
 		err = r.run(j.ctx, targets)
 		r.lease.release()
 	}
+	j.use.Release() // before it is told, so that who waited for it can detach another
 	j.end(err)
 	d.detached.save(j)
 	d.detached.prune(time.Now())
@@ -274,15 +281,6 @@ func (j *detachedBuild) endedAt() time.Time {
 func (s *detachedBuilds) add(j *detachedBuild) error {
 	s.files.Lock()
 	defer s.files.Unlock()
-	n := 0
-	for _, other := range s.list() {
-		if other.caller.uid == j.caller.uid && other.endedAt().IsZero() {
-			n++
-		}
-	}
-	if n >= maxDetached {
-		return errTooManyDetached
-	}
 	j.starts = 1
 	if err := s.write(j); err != nil {
 		return &localError{doing: "write down the detached build", err: err}

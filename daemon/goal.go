@@ -5,6 +5,7 @@ import (
 	"errors"
 	"time"
 
+	"nixdispatch/daemon/usage"
 	"nixdispatch/proto/nix"
 )
 
@@ -72,6 +73,12 @@ func (r *realisation) start(ctx context.Context) {
 // run builds the derivation and then those that only waited for it.
 func (g *goal) run(ctx context.Context) {
 	r := g.r
+	// What is in progress of a graph that is larger than the bound goes on, and makes room.
+	use, err := r.d.usage.Wait(ctx, originOf(r.caller, nil).user(), usage.Builds)
+	if err != nil {
+		return // the realisation ends
+	}
+	defer use.Release()
 	b, f, o, err := g.begin(ctx)
 	if f != nil {
 		f.b.feed.awaitNews(ctx) // thousands may wait: here, where each needs little stack

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"context"
 	"errors"
+	"io"
 	"strings"
 	"sync"
 	"time"
@@ -13,6 +14,7 @@ import (
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/types/known/durationpb"
 
+	"nixdispatch/daemon/usage"
 	dispatchv1 "nixdispatch/proto/dispatch/v1"
 	"nixdispatch/proto/nix"
 	"nixdispatch/proto/nix/hook"
@@ -35,7 +37,9 @@ type hookConversation struct {
 	lease *lease
 	// requests are what the hook says; closed when it has gone.
 	requests chan *dispatchv1.HookRequest
-	late     chan struct{} // closed when the first of them is overdue
+	// broken is why, if it did not end the call itself; set before requests is closed.
+	broken error
+	late   chan struct{} // closed when the first of them is overdue
 }
 
 // Hook serves a hook process. See the method's comment in dispatch.proto.
@@ -57,6 +61,7 @@ func (s *server) Hook(stream grpc.BidiStreamingServer[dispatchv1.HookRequest, di
 	if h.settings = first.GetHello(); h.settings == nil {
 		return status.Error(codes.InvalidArgument, "the first message of a Hook call must be Hello")
 	}
+	callUseFrom(stream.Context()).serves(h.origin())
 	for {
 		msg, err := h.next()
 		if err != nil || msg == nil {
@@ -83,6 +88,9 @@ func (h *hookConversation) receive() {
 	for {
 		msg, err := h.stream.Recv()
 		if err != nil {
+			if !errors.Is(err, io.EOF) {
+				h.broken = err
+			}
 			return
 		}
 		select {
@@ -97,6 +105,9 @@ func (h *hookConversation) receive() {
 func (h *hookConversation) next() (*dispatchv1.HookRequest, error) {
 	select {
 	case msg := <-h.requests:
+		if msg == nil {
+			return nil, h.broken
+		}
 		return msg, nil
 	case <-h.late:
 		return nil, status.Errorf(codes.InvalidArgument, "no Hello within %s", h.d.helloWait)
@@ -104,6 +115,9 @@ func (h *hookConversation) next() (*dispatchv1.HookRequest, error) {
 		return nil, toStatus(errShutdown)
 	}
 }
+
+// origin is whose build the hook is for.
+func (h *hookConversation) origin() origin { return originOf(h.caller, h.settings.GetClient()) }
 
 func (h *hookConversation) sendReply(r *dispatchv1.Reply) error {
 	return h.stream.Send(&dispatchv1.HookResponse{Message: &dispatchv1.HookResponse_Reply{Reply: r}})
@@ -115,6 +129,7 @@ type hookFollower struct{ *follower }
 // follow accepts and stays with the hook until its build has ended.
 func (h *hookConversation) follow(f *hookFollower, accept *dispatchv1.Reply) error {
 	defer f.leave(errCancelled)
+	defer h.d.usage.Count(h.origin().user(), usage.Builds, 1).Release()
 	defer h.d.dispatcher.noLocks(f)
 	if err := h.sendReply(accept); err != nil {
 		return err
@@ -186,7 +201,7 @@ func (h *hookConversation) listen(ctx context.Context, f *hookFollower, cancel c
 		}
 		switch m := msg.GetMessage().(type) {
 		case nil:
-			cancel(status.Error(codes.InvalidArgument, "the hook has nothing more to say")) // or is gone
+			cancel(cmp.Or(h.broken, status.Error(codes.InvalidArgument, "the hook has nothing more to say")))
 			return
 		case *dispatchv1.HookRequest_Start:
 			late.Stop()
@@ -276,7 +291,7 @@ func (h *hookConversation) useList() error {
 // offer puts the derivation to the scheduler.
 func (h *hookConversation) offer(try *dispatchv1.Try, drvPath nix.StorePath, drv *nix.Derivation) (*dispatchv1.Reply, *hookFollower) {
 	b := h.d.newBuild(h.store, drvPath, drv, h.settings.GetBuildersUseSubstitutes(), h.caller)
-	b.wantedFor(originOf(h.caller, h.settings.GetClient()), 0)
+	b.wantedFor(h.origin(), 0)
 	b.local, b.lease = !try.GetTaken() && h.couldBuildLocally(drv), h.lease
 	if b.local && h.d.leftLocal.has(b.drvKey()) {
 		return reply(dispatchv1.Reply_ACTION_DECLINE, "nix-dispatch build left it to the local Nix"), nil

@@ -6,6 +6,7 @@ import (
 	"os/user"
 	"strconv"
 
+	"nixdispatch/daemon/usage"
 	dispatchv1 "nixdispatch/proto/dispatch/v1"
 )
 
@@ -68,6 +69,9 @@ func (c caller) priority(p int32) (int, error) {
 // wantedFor says whose build it is, and how urgent.
 func (b *build) wantedFor(o origin, priority int) {
 	b.user, b.turn, b.priority = o.String(), o.turn(), priority
+	if b.users != nil {
+		b.feed.log.use = b.users.Count(o.user(), usage.LogBytes, 0)
+	}
 }
 
 // joinTurnLocked has a build in flight take the turn of another that is the same, if that

@@ -8,16 +8,13 @@ import (
 
 	"google.golang.org/protobuf/types/known/durationpb"
 
+	"nixdispatch/daemon/usage"
 	dispatchv1 "nixdispatch/proto/dispatch/v1"
 	"nixdispatch/proto/nix"
 )
 
-const (
-	// maxPings bounds how many machines are pinged at once; others wait.
-	maxPings = 4
-	// pingLimit bounds one, all steps together.
-	pingLimit = 5 * time.Minute
-)
+// pingLimit bounds a ping, all steps together.
+const pingLimit = 5 * time.Minute
 
 // Ping tries to connect to a machine of the list, and tells of each step.
 func (s *server) Ping(req *dispatchv1.PingRequest, stream dispatchv1.DispatchService_PingServer) error {
@@ -30,12 +27,12 @@ func (s *server) Ping(req *dispatchv1.PingRequest, stream dispatchv1.DispatchSer
 	if err != nil {
 		return toStatus(err)
 	}
-	select {
-	case s.d.pings <- struct{}{}:
-		defer func() { <-s.d.pings }()
-	case <-ctx.Done():
-		return toStatus(fmt.Errorf("wait for other pings to end: %w", context.Cause(ctx)))
+	c, _ := callerFrom(ctx)
+	use, err := s.d.usage.Wait(ctx, c.user(), usage.Pings)
+	if err != nil {
+		return toStatus(fmt.Errorf("wait for the user's other pings to end: %w", err))
 	}
+	defer use.Release()
 	opts := ProbeOptions{Timeout: max(req.GetTimeout().AsDuration(), 0), Claims: req.GetClaims(), Logger: s.d.log}
 	var broken error
 	report := func(step ProbeStep) {

@@ -15,6 +15,7 @@ import (
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
+	"nixdispatch/daemon/usage"
 	dispatchv1 "nixdispatch/proto/dispatch/v1"
 	"nixdispatch/scheduler"
 )
@@ -54,8 +55,8 @@ func newGRPCServer(d *Daemon, g gate) (*grpc.Server, *health.Server) {
 		grpc.InitialConnWindowSize(window),
 		// Hooks look every half minute whether the daemon still answers.
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 10 * time.Second, PermitWithoutStream: true}),
-		grpc.UnaryInterceptor(g.unary),
-		grpc.StreamInterceptor(g.stream),
+		grpc.ChainUnaryInterceptor(g.unary, d.unaryUse),
+		grpc.ChainStreamInterceptor(g.stream, d.streamUse),
 	)
 	dispatchv1.RegisterDispatchServiceServer(s, &server{d: d})
 	h := health.NewServer()
@@ -65,7 +66,11 @@ func newGRPCServer(d *Daemon, g gate) (*grpc.Server, *health.Server) {
 
 // Status reports machines and builds.
 func (s *server) Status(_ context.Context, req *dispatchv1.StatusRequest) (*dispatchv1.StatusResponse, error) {
-	return s.d.status(int(req.GetMaxQueued())), nil
+	r := s.d.status(int(req.GetMaxQueued()))
+	if req.GetUsers() {
+		r.Users, r.UserBounds = s.d.userUsage()
+	}
+	return r, nil
 }
 
 // status is a snapshot of machines and builds, with maxQueued of the builds that
@@ -170,14 +175,14 @@ func toStatus(err error) error {
 	}
 	code := codes.Internal
 	switch {
+	case isBound(err):
+		code = codes.ResourceExhausted
 	case errors.Is(err, errBadRequest), errors.Is(err, errAmbiguous), errors.Is(err, errBadList):
 		code = codes.InvalidArgument
 	case errors.Is(err, errNoSuchBuild), errors.Is(err, errNoLog), errors.Is(err, errNotInStore), errors.Is(err, errNoSuchMachine):
 		code = codes.NotFound
 	case errors.Is(err, errNotYours), errors.Is(err, errNotAllowed), errors.Is(err, errMayNotName), errors.Is(err, errMayNotRaise):
 		code = codes.PermissionDenied
-	case errors.Is(err, errTooManyDetached):
-		code = codes.ResourceExhausted
 	case errors.Is(err, errNoHistory), errors.Is(err, errEndedBadly), errors.Is(err, errForeignStore):
 		code = codes.FailedPrecondition
 	case errors.Is(err, errShutdown), errors.Is(err, errNotRunning):
@@ -190,6 +195,11 @@ func toStatus(err error) error {
 		}
 	}
 	return status.Error(code, clipped(err.Error()))
+}
+
+func isBound(err error) bool {
+	_, is := errors.AsType[*usage.BoundError](err)
+	return is
 }
 
 // maxErrorText bounds the message of an error of a call, in bytes: it may quote

@@ -29,6 +29,7 @@ func (d *Daemon) newBuild(store *localStore, drvPath nix.StorePath, drv *nix.Der
 		hooks:           make(map[*hookFollower]struct{}),
 		handOverChanged: make(chan struct{}),
 	}
+	b.users = d.usage
 	b.wantedFor(originOf(by, nil), 0)
 	return b
 }

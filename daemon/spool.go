@@ -5,6 +5,8 @@ import (
 	"os"
 	"sync"
 	"time"
+
+	"nixdispatch/daemon/usage"
 )
 
 // spoolMemory is how much of a log is kept in memory before it goes to disk.
@@ -15,7 +17,10 @@ const spoolMemory = 64 << 10
 // says beyond that is dropped.
 const maxSpool = 1 << 30
 
-var errLongLog = fmt.Errorf("it is longer than %d bytes", maxSpool)
+var (
+	errLongLog  = fmt.Errorf("it is longer than %d bytes", maxSpool)
+	errManyLogs = fmt.Errorf("the logs of the user's builds in progress are longer than %d bytes", int64(maxUserLogs))
+)
 
 // A spool holds one build's log for as long as somebody may read it: the first
 // bytes in memory, the rest in an unlinked file. The build writes at its own
@@ -23,6 +28,7 @@ var errLongLog = fmt.Errorf("it is longer than %d bytes", maxSpool)
 type spool struct {
 	dir   string
 	limit int64
+	use   *usage.Use // what is on disk counts for it; nil for nobody
 
 	mu      sync.Mutex
 	head    []byte
@@ -49,7 +55,11 @@ func (s *spool) Write(p []byte) (int, error) {
 	}
 	if len(rest) > 0 && s.full == nil {
 		fits := min(int64(len(rest)), s.limit-s.size)
-		s.spillLocked(rest[:fits])
+		if s.use != nil && !s.use.Grow(fits, true) {
+			fits, s.full = 0, errManyLogs
+		} else {
+			s.spillLocked(rest[:fits])
+		}
 		if fits < int64(len(rest)) && s.full == nil {
 			s.full = errLongLog
 		}
@@ -122,4 +132,5 @@ func (s *spool) close() {
 		_ = s.file.Close() // unlinked: there is nothing to lose
 		s.file = nil
 	}
+	s.use.Release()
 }

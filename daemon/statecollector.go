@@ -6,6 +6,7 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 
+	"nixdispatch/daemon/usage"
 	"nixdispatch/scheduler"
 )
 
@@ -19,6 +20,7 @@ type stateCollector struct {
 	queued, unplaceable, builds, oldestWait *prometheus.Desc
 	ended                                   *prometheus.Desc
 	reloads, reloadOK, reloadTime           *prometheus.Desc
+	users, refused                          *prometheus.Desc
 	load                                    []loadGauge
 }
 
@@ -45,6 +47,8 @@ func newStateCollector(d *Daemon) *stateCollector {
 		reloads:     desc("machines_reloads_total", "Attempts to read the list of machines anew that changed it (ok) or not (failed).", "result"),
 		reloadOK:    desc("machines_last_reload_successful", "Whether the list of machines had no bad entry when it was last read."),
 		reloadTime:  desc("machines_last_reload_success_timestamp_seconds", "When the list of machines in use was read."),
+		users:       desc("users", "Users with anything in progress: connections, calls, builds."),
+		refused:     desc("user_refusals_total", "What was refused, or of a log dropped, because one user had as much of it as one user may.", "bound"),
 		load:        loadGauges(),
 	}
 }
@@ -56,6 +60,7 @@ func (c *stateCollector) Describe(ch chan<- *prometheus.Desc) {
 		c.slots, c.inUse, c.held, c.staging,
 		c.queued, c.unplaceable, c.builds, c.oldestWait, c.ended,
 		c.reloads, c.reloadOK, c.reloadTime,
+		c.users, c.refused,
 	} {
 		ch <- d
 	}
@@ -117,6 +122,12 @@ func (c *stateCollector) Collect(ch chan<- prometheus.Metric) {
 	}
 	gauge(c.oldestWait, oldest.Seconds())
 	c.collectReload(gauge, counter)
+	gauge(c.users, float64(len(c.d.usage.Users())))
+	for r, n := range c.d.usage.Refused() {
+		if c.d.usage.Bounds()[r] > 0 {
+			counter(c.refused, float64(n), usage.Resource(r).String())
+		}
+	}
 }
 
 // labelled makes one of all machines that share the label "other".

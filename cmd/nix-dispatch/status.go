@@ -37,6 +37,24 @@ type (
 		// Detached are the builds that go on without their callers, or did.
 		Detached []detachedJSON `json:"detached"`
 		Reload   *reloadJSON    `json:"reload"`
+		// Users is what each user has in progress, and UserBounds the most that one may
+		// have, 0 for no bound; only with --users.
+		Users      []userJSON `json:"users,omitempty"`
+		UserBounds *userJSON  `json:"userBounds,omitempty"`
+	}
+	userJSON struct {
+		User          string `json:"user,omitempty"`
+		Connections   uint64 `json:"connections"`
+		Calls         uint64 `json:"calls"`
+		Streams       uint64 `json:"streams"`
+		RequestBytes  uint64 `json:"requestBytes"`
+		Hooks         uint64 `json:"hooks"`
+		HookBytes     uint64 `json:"hookBytes"`
+		Builds        uint64 `json:"builds"`
+		Pings         uint64 `json:"pings"`
+		Detached      uint64 `json:"detached"`
+		DetachedBytes uint64 `json:"detachedBytes"`
+		LogBytes      uint64 `json:"logBytes"`
 	}
 	detachedJSON struct {
 		ID          uint64     `json:"id"`
@@ -106,14 +124,19 @@ Examples:
   nix-dispatch status --json | jq -r '.machines[] | select(.state != "up") | .uri'`)
 	socket := socketFlag(c.Flags)
 	asJSON := c.Flags.Bool("json", false, "print JSON")
+	users := c.Flags.Bool("users", false, "show what each user has in progress, and the most that one may have; with --json in addition")
 	c.run = func(ctx context.Context, _ []string, std stdio) int {
 		return withDaemon(ctx, *socket, std, func(ctx context.Context, conn *daemonConn) (int, error) {
-			resp, err := conn.Status(ctx, &dispatchv1.StatusRequest{})
+			resp, err := conn.Status(ctx, &dispatchv1.StatusRequest{Users: *users})
 			if err != nil {
 				return exitFailed, err
 			}
 			if *asJSON {
 				return printJSON(std, statusOf(resp, time.Now())), nil
+			}
+			if *users {
+				printUsers(std.out, resp)
+				return exitOK, nil
 			}
 			printStatus(std.out, resp, time.Now())
 			return exitOK, nil
@@ -154,7 +177,47 @@ func statusOf(resp *dispatchv1.StatusResponse, now time.Time) statusJSON {
 		}
 		s.Detached = append(s.Detached, d)
 	}
+	for _, u := range resp.GetUsers() {
+		s.Users = append(s.Users, userOf(u))
+	}
+	if b := resp.GetUserBounds(); b != nil {
+		bounds := userOf(b)
+		s.UserBounds = &bounds
+	}
 	return s
+}
+
+func userOf(u *dispatchv1.UserUsage) userJSON {
+	return userJSON{
+		User: u.User, Connections: u.Connections, Calls: u.Calls, Streams: u.Streams, RequestBytes: u.RequestBytes,
+		Hooks: u.Hooks, HookBytes: u.HookBytes, Builds: u.Builds, Pings: u.Pings,
+		Detached: u.Detached, DetachedBytes: u.DetachedBytes, LogBytes: u.LogBytes,
+	}
+}
+
+// printUsers writes what each user has in progress, and below it the bounds.
+func printUsers(w io.Writer, resp *dispatchv1.StatusResponse) {
+	tw := tabwriter.NewWriter(w, 0, 8, 2, ' ', 0)
+	fmt.Fprintln(tw, "USER\tCONNECTIONS\tCALLS\tSTREAMS\tREQUESTS\tHOOKS\tBUILDS\tPINGS\tDETACHED\tLOGS")
+	row := func(u *dispatchv1.UserUsage, number, size func(uint64) string) {
+		fmt.Fprintf(tw, "%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", cmp.Or(cell(u.GetUser()), "(at most)"),
+			number(u.GetConnections()), number(u.GetCalls()), number(u.GetStreams()), size(u.GetRequestBytes()+u.GetHookBytes()),
+			number(u.GetHooks()), number(u.GetBuilds()), number(u.GetPings()), number(u.GetDetached()), size(u.GetLogBytes()))
+	}
+	number := func(n uint64) string { return strconv.FormatUint(n, 10) }
+	bound := func(format func(uint64) string) func(uint64) string {
+		return func(n uint64) string {
+			if n == 0 {
+				return "-"
+			}
+			return format(n)
+		}
+	}
+	for _, u := range resp.GetUsers() {
+		row(u, number, nix.SizeText)
+	}
+	row(resp.GetUserBounds(), bound(number), bound(nix.SizeText))
+	tw.Flush()
 }
 
 // detachedState is what has become of a detached build, in a word.

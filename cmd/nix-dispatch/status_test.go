@@ -15,6 +15,38 @@ import (
 	dispatchv1 "nixdispatch/proto/dispatch/v1"
 )
 
+func TestStatusOfUsers(t *testing.T) {
+	d := (&fakeDaemon{status: &dispatchv1.StatusResponse{
+		Users:      []*dispatchv1.UserUsage{{User: "al\x1bice", Connections: 3, Calls: 4, RequestBytes: 1 << 20, LogBytes: 2 << 30}},
+		UserBounds: &dispatchv1.UserUsage{Connections: 256, LogBytes: 4 << 30},
+	}}).start(t)
+	code, stdout, _ := runCommand(t.Context(), d.socket, "status", "--users")
+	lines := strings.Split(strings.TrimSpace(stdout), "\n")
+	var rows [][]string
+	for _, line := range lines {
+		rows = append(rows, strings.Fields(line))
+	}
+	want := [][]string{
+		{"USER", "CONNECTIONS", "CALLS", "STREAMS", "REQUESTS", "HOOKS", "BUILDS", "PINGS", "DETACHED", "LOGS"},
+		{"alce", "3", "4", "0", "1.0", "MiB", "0", "0", "0", "0", "2.0", "GiB"},
+		{"(at", "most)", "256", "-", "-", "-", "-", "-", "-", "-", "4.0", "GiB"},
+	}
+	if diff := cmp.Diff(want, rows); code != exitOK || diff != "" {
+		t.Errorf("status %d (-want +got):\n%s", code, diff)
+	}
+	_, stdout, _ = runCommand(t.Context(), d.socket, "status", "--users", "--json")
+	var got struct {
+		Users      []map[string]any
+		UserBounds map[string]any
+	}
+	if err := json.Unmarshal([]byte(stdout), &got); err != nil {
+		t.Fatal(err)
+	}
+	if len(got.Users) != 1 || got.Users[0]["calls"] != 4.0 || got.UserBounds["connections"] != 256.0 {
+		t.Errorf("JSON has %+v", got)
+	}
+}
+
 func TestStatus(t *testing.T) {
 	now := time.Now()
 	d := (&fakeDaemon{status: &dispatchv1.StatusResponse{

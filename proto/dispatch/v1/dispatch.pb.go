@@ -2383,7 +2383,9 @@ type StatusRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// At most so many of the builds that wait for a machine are told of, those that
 	// came first; 0 means all.
-	MaxQueued     uint32 `protobuf:"varint,1,opt,name=max_queued,json=maxQueued,proto3" json:"max_queued,omitempty"`
+	MaxQueued uint32 `protobuf:"varint,1,opt,name=max_queued,json=maxQueued,proto3" json:"max_queued,omitempty"`
+	// Whether the answer has what each user has in progress.
+	Users         bool `protobuf:"varint,2,opt,name=users,proto3" json:"users,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2425,6 +2427,13 @@ func (x *StatusRequest) GetMaxQueued() uint32 {
 	return 0
 }
 
+func (x *StatusRequest) GetUsers() bool {
+	if x != nil {
+		return x.Users
+	}
+	return false
+}
+
 // A snapshot of everything in progress.
 type StatusResponse struct {
 	state    protoimpl.MessageState `protogen:"open.v1"`
@@ -2443,7 +2452,11 @@ type StatusResponse struct {
 	// Detached builds, by id.
 	Detached []*DetachedBuild `protobuf:"bytes,8,rep,name=detached,proto3" json:"detached,omitempty"`
 	// How many builds wait for a machine, whether or not they are told of.
-	Queued        uint32 `protobuf:"varint,9,opt,name=queued,proto3" json:"queued,omitempty"`
+	Queued uint32 `protobuf:"varint,9,opt,name=queued,proto3" json:"queued,omitempty"`
+	// What each user has in progress, and the most that one user may have of each, 0 for no
+	// bound; only if asked for.
+	Users         []*UserUsage `protobuf:"bytes,10,rep,name=users,proto3" json:"users,omitempty"`
+	UserBounds    *UserUsage   `protobuf:"bytes,11,opt,name=user_bounds,json=userBounds,proto3" json:"user_bounds,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2541,6 +2554,165 @@ func (x *StatusResponse) GetQueued() uint32 {
 	return 0
 }
 
+func (x *StatusResponse) GetUsers() []*UserUsage {
+	if x != nil {
+		return x.Users
+	}
+	return nil
+}
+
+func (x *StatusResponse) GetUserBounds() *UserUsage {
+	if x != nil {
+		return x.UserBounds
+	}
+	return nil
+}
+
+// What a user has in progress. A call that would exceed a bound gets RESOURCE_EXHAUSTED;
+// builds and pings wait, and logs are cut short.
+type UserUsage struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The user's name, or what is known; "" in bounds.
+	User string `protobuf:"bytes,1,opt,name=user,proto3" json:"user,omitempty"`
+	// Connections to the socket. This and the next three have no bound for root and the
+	// daemon's user.
+	Connections uint64 `protobuf:"varint,2,opt,name=connections,proto3" json:"connections,omitempty"`
+	// Calls of any method.
+	Calls uint64 `protobuf:"varint,3,opt,name=calls,proto3" json:"calls,omitempty"`
+	// Those of the calls that stay open: builds, hooks, logs and the like.
+	Streams uint64 `protobuf:"varint,4,opt,name=streams,proto3" json:"streams,omitempty"`
+	// Bytes of the messages that these calls have brought.
+	RequestBytes uint64 `protobuf:"varint,5,opt,name=request_bytes,json=requestBytes,proto3" json:"request_bytes,omitempty"`
+	// Calls that nix-daemon's hooks make for the user, which are in no other number, and
+	// the bytes that they have brought.
+	Hooks     uint64 `protobuf:"varint,6,opt,name=hooks,proto3" json:"hooks,omitempty"`
+	HookBytes uint64 `protobuf:"varint,7,opt,name=hook_bytes,json=hookBytes,proto3" json:"hook_bytes,omitempty"`
+	// Derivations that wait for a machine, are on one or on their way back.
+	Builds uint64 `protobuf:"varint,8,opt,name=builds,proto3" json:"builds,omitempty"`
+	Pings  uint64 `protobuf:"varint,9,opt,name=pings,proto3" json:"pings,omitempty"`
+	// Detached builds in progress, and what they take in the state directory.
+	Detached      uint64 `protobuf:"varint,10,opt,name=detached,proto3" json:"detached,omitempty"`
+	DetachedBytes uint64 `protobuf:"varint,11,opt,name=detached_bytes,json=detachedBytes,proto3" json:"detached_bytes,omitempty"`
+	// Bytes on disk of logs of builds in progress.
+	LogBytes      uint64 `protobuf:"varint,12,opt,name=log_bytes,json=logBytes,proto3" json:"log_bytes,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *UserUsage) Reset() {
+	*x = UserUsage{}
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[28]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *UserUsage) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*UserUsage) ProtoMessage() {}
+
+func (x *UserUsage) ProtoReflect() protoreflect.Message {
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[28]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use UserUsage.ProtoReflect.Descriptor instead.
+func (*UserUsage) Descriptor() ([]byte, []int) {
+	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{28}
+}
+
+func (x *UserUsage) GetUser() string {
+	if x != nil {
+		return x.User
+	}
+	return ""
+}
+
+func (x *UserUsage) GetConnections() uint64 {
+	if x != nil {
+		return x.Connections
+	}
+	return 0
+}
+
+func (x *UserUsage) GetCalls() uint64 {
+	if x != nil {
+		return x.Calls
+	}
+	return 0
+}
+
+func (x *UserUsage) GetStreams() uint64 {
+	if x != nil {
+		return x.Streams
+	}
+	return 0
+}
+
+func (x *UserUsage) GetRequestBytes() uint64 {
+	if x != nil {
+		return x.RequestBytes
+	}
+	return 0
+}
+
+func (x *UserUsage) GetHooks() uint64 {
+	if x != nil {
+		return x.Hooks
+	}
+	return 0
+}
+
+func (x *UserUsage) GetHookBytes() uint64 {
+	if x != nil {
+		return x.HookBytes
+	}
+	return 0
+}
+
+func (x *UserUsage) GetBuilds() uint64 {
+	if x != nil {
+		return x.Builds
+	}
+	return 0
+}
+
+func (x *UserUsage) GetPings() uint64 {
+	if x != nil {
+		return x.Pings
+	}
+	return 0
+}
+
+func (x *UserUsage) GetDetached() uint64 {
+	if x != nil {
+		return x.Detached
+	}
+	return 0
+}
+
+func (x *UserUsage) GetDetachedBytes() uint64 {
+	if x != nil {
+		return x.DetachedBytes
+	}
+	return 0
+}
+
+func (x *UserUsage) GetLogBytes() uint64 {
+	if x != nil {
+		return x.LogBytes
+	}
+	return 0
+}
+
 // What became of an attempt to read the builders setting anew.
 type ReloadStatus struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -2556,7 +2728,7 @@ type ReloadStatus struct {
 
 func (x *ReloadStatus) Reset() {
 	*x = ReloadStatus{}
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[28]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2568,7 +2740,7 @@ func (x *ReloadStatus) String() string {
 func (*ReloadStatus) ProtoMessage() {}
 
 func (x *ReloadStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[28]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2581,7 +2753,7 @@ func (x *ReloadStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReloadStatus.ProtoReflect.Descriptor instead.
 func (*ReloadStatus) Descriptor() ([]byte, []int) {
-	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{28}
+	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *ReloadStatus) GetTime() *timestamppb.Timestamp {
@@ -2643,7 +2815,7 @@ type MachineStatus struct {
 
 func (x *MachineStatus) Reset() {
 	*x = MachineStatus{}
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[29]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2655,7 +2827,7 @@ func (x *MachineStatus) String() string {
 func (*MachineStatus) ProtoMessage() {}
 
 func (x *MachineStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[29]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2668,7 +2840,7 @@ func (x *MachineStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MachineStatus.ProtoReflect.Descriptor instead.
 func (*MachineStatus) Descriptor() ([]byte, []int) {
-	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{29}
+	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *MachineStatus) GetUri() string {
@@ -2799,7 +2971,7 @@ type MachineLoad struct {
 
 func (x *MachineLoad) Reset() {
 	*x = MachineLoad{}
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[30]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2811,7 +2983,7 @@ func (x *MachineLoad) String() string {
 func (*MachineLoad) ProtoMessage() {}
 
 func (x *MachineLoad) ProtoReflect() protoreflect.Message {
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[30]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2824,7 +2996,7 @@ func (x *MachineLoad) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MachineLoad.ProtoReflect.Descriptor instead.
 func (*MachineLoad) Descriptor() ([]byte, []int) {
-	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{30}
+	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *MachineLoad) GetTime() *timestamppb.Timestamp {
@@ -2954,7 +3126,7 @@ type BuildInfo struct {
 
 func (x *BuildInfo) Reset() {
 	*x = BuildInfo{}
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[31]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2966,7 +3138,7 @@ func (x *BuildInfo) String() string {
 func (*BuildInfo) ProtoMessage() {}
 
 func (x *BuildInfo) ProtoReflect() protoreflect.Message {
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[31]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2979,7 +3151,7 @@ func (x *BuildInfo) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BuildInfo.ProtoReflect.Descriptor instead.
 func (*BuildInfo) Descriptor() ([]byte, []int) {
-	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{31}
+	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *BuildInfo) GetId() uint64 {
@@ -3092,7 +3264,7 @@ type DetachedBuild struct {
 
 func (x *DetachedBuild) Reset() {
 	*x = DetachedBuild{}
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[32]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3104,7 +3276,7 @@ func (x *DetachedBuild) String() string {
 func (*DetachedBuild) ProtoMessage() {}
 
 func (x *DetachedBuild) ProtoReflect() protoreflect.Message {
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[32]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3117,7 +3289,7 @@ func (x *DetachedBuild) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DetachedBuild.ProtoReflect.Descriptor instead.
 func (*DetachedBuild) Descriptor() ([]byte, []int) {
-	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{32}
+	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *DetachedBuild) GetId() uint64 {
@@ -3198,7 +3370,7 @@ type MachinesRequest struct {
 
 func (x *MachinesRequest) Reset() {
 	*x = MachinesRequest{}
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[33]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3210,7 +3382,7 @@ func (x *MachinesRequest) String() string {
 func (*MachinesRequest) ProtoMessage() {}
 
 func (x *MachinesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[33]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3223,7 +3395,7 @@ func (x *MachinesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MachinesRequest.ProtoReflect.Descriptor instead.
 func (*MachinesRequest) Descriptor() ([]byte, []int) {
-	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{33}
+	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{34}
 }
 
 type MachinesResponse struct {
@@ -3236,7 +3408,7 @@ type MachinesResponse struct {
 
 func (x *MachinesResponse) Reset() {
 	*x = MachinesResponse{}
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[34]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3248,7 +3420,7 @@ func (x *MachinesResponse) String() string {
 func (*MachinesResponse) ProtoMessage() {}
 
 func (x *MachinesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[34]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3261,7 +3433,7 @@ func (x *MachinesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MachinesResponse.ProtoReflect.Descriptor instead.
 func (*MachinesResponse) Descriptor() ([]byte, []int) {
-	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{34}
+	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *MachinesResponse) GetMachines() []*Machine {
@@ -3295,7 +3467,7 @@ type Machine struct {
 
 func (x *Machine) Reset() {
 	*x = Machine{}
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[35]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3307,7 +3479,7 @@ func (x *Machine) String() string {
 func (*Machine) ProtoMessage() {}
 
 func (x *Machine) ProtoReflect() protoreflect.Message {
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[35]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3320,7 +3492,7 @@ func (x *Machine) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Machine.ProtoReflect.Descriptor instead.
 func (*Machine) Descriptor() ([]byte, []int) {
-	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{35}
+	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *Machine) GetStoreUri() string {
@@ -3391,7 +3563,7 @@ type MachineError struct {
 
 func (x *MachineError) Reset() {
 	*x = MachineError{}
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[36]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3403,7 +3575,7 @@ func (x *MachineError) String() string {
 func (*MachineError) ProtoMessage() {}
 
 func (x *MachineError) ProtoReflect() protoreflect.Message {
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[36]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3416,7 +3588,7 @@ func (x *MachineError) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MachineError.ProtoReflect.Descriptor instead.
 func (*MachineError) Descriptor() ([]byte, []int) {
-	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{36}
+	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *MachineError) GetFile() string {
@@ -3449,7 +3621,7 @@ type CancelRequest struct {
 
 func (x *CancelRequest) Reset() {
 	*x = CancelRequest{}
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[37]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3461,7 +3633,7 @@ func (x *CancelRequest) String() string {
 func (*CancelRequest) ProtoMessage() {}
 
 func (x *CancelRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[37]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3474,7 +3646,7 @@ func (x *CancelRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CancelRequest.ProtoReflect.Descriptor instead.
 func (*CancelRequest) Descriptor() ([]byte, []int) {
-	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{37}
+	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *CancelRequest) GetBuildId() uint64 {
@@ -3492,7 +3664,7 @@ type CancelResponse struct {
 
 func (x *CancelResponse) Reset() {
 	*x = CancelResponse{}
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[38]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3504,7 +3676,7 @@ func (x *CancelResponse) String() string {
 func (*CancelResponse) ProtoMessage() {}
 
 func (x *CancelResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[38]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3517,7 +3689,7 @@ func (x *CancelResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CancelResponse.ProtoReflect.Descriptor instead.
 func (*CancelResponse) Descriptor() ([]byte, []int) {
-	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{38}
+	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{39}
 }
 
 // A build to be explained: a derivation, or a system and features.
@@ -3539,7 +3711,7 @@ type ExplainRequest struct {
 
 func (x *ExplainRequest) Reset() {
 	*x = ExplainRequest{}
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[39]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3551,7 +3723,7 @@ func (x *ExplainRequest) String() string {
 func (*ExplainRequest) ProtoMessage() {}
 
 func (x *ExplainRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[39]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3564,7 +3736,7 @@ func (x *ExplainRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExplainRequest.ProtoReflect.Descriptor instead.
 func (*ExplainRequest) Descriptor() ([]byte, []int) {
-	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{39}
+	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *ExplainRequest) GetDrvPath() string {
@@ -3626,7 +3798,7 @@ type ExplainResponse struct {
 
 func (x *ExplainResponse) Reset() {
 	*x = ExplainResponse{}
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[40]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3638,7 +3810,7 @@ func (x *ExplainResponse) String() string {
 func (*ExplainResponse) ProtoMessage() {}
 
 func (x *ExplainResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[40]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3651,7 +3823,7 @@ func (x *ExplainResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExplainResponse.ProtoReflect.Descriptor instead.
 func (*ExplainResponse) Descriptor() ([]byte, []int) {
-	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{40}
+	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *ExplainResponse) GetSystem() string {
@@ -3724,7 +3896,7 @@ type Verdict struct {
 
 func (x *Verdict) Reset() {
 	*x = Verdict{}
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[41]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3736,7 +3908,7 @@ func (x *Verdict) String() string {
 func (*Verdict) ProtoMessage() {}
 
 func (x *Verdict) ProtoReflect() protoreflect.Message {
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[41]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3749,7 +3921,7 @@ func (x *Verdict) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Verdict.ProtoReflect.Descriptor instead.
 func (*Verdict) Descriptor() ([]byte, []int) {
-	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{41}
+	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *Verdict) GetMachine() string {
@@ -3783,7 +3955,7 @@ type DrainRequest struct {
 
 func (x *DrainRequest) Reset() {
 	*x = DrainRequest{}
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[42]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3795,7 +3967,7 @@ func (x *DrainRequest) String() string {
 func (*DrainRequest) ProtoMessage() {}
 
 func (x *DrainRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[42]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3808,7 +3980,7 @@ func (x *DrainRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DrainRequest.ProtoReflect.Descriptor instead.
 func (*DrainRequest) Descriptor() ([]byte, []int) {
-	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{42}
+	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *DrainRequest) GetMachine() string {
@@ -3830,7 +4002,7 @@ type DrainResponse struct {
 
 func (x *DrainResponse) Reset() {
 	*x = DrainResponse{}
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[43]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3842,7 +4014,7 @@ func (x *DrainResponse) String() string {
 func (*DrainResponse) ProtoMessage() {}
 
 func (x *DrainResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[43]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3855,7 +4027,7 @@ func (x *DrainResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DrainResponse.ProtoReflect.Descriptor instead.
 func (*DrainResponse) Descriptor() ([]byte, []int) {
-	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{43}
+	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *DrainResponse) GetMachine() string {
@@ -3882,7 +4054,7 @@ type UndrainRequest struct {
 
 func (x *UndrainRequest) Reset() {
 	*x = UndrainRequest{}
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[44]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3894,7 +4066,7 @@ func (x *UndrainRequest) String() string {
 func (*UndrainRequest) ProtoMessage() {}
 
 func (x *UndrainRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[44]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3907,7 +4079,7 @@ func (x *UndrainRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UndrainRequest.ProtoReflect.Descriptor instead.
 func (*UndrainRequest) Descriptor() ([]byte, []int) {
-	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{44}
+	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *UndrainRequest) GetMachine() string {
@@ -3927,7 +4099,7 @@ type UndrainResponse struct {
 
 func (x *UndrainResponse) Reset() {
 	*x = UndrainResponse{}
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[45]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3939,7 +4111,7 @@ func (x *UndrainResponse) String() string {
 func (*UndrainResponse) ProtoMessage() {}
 
 func (x *UndrainResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[45]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3952,7 +4124,7 @@ func (x *UndrainResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UndrainResponse.ProtoReflect.Descriptor instead.
 func (*UndrainResponse) Descriptor() ([]byte, []int) {
-	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{45}
+	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *UndrainResponse) GetMachine() string {
@@ -3970,7 +4142,7 @@ type ReloadRequest struct {
 
 func (x *ReloadRequest) Reset() {
 	*x = ReloadRequest{}
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[46]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3982,7 +4154,7 @@ func (x *ReloadRequest) String() string {
 func (*ReloadRequest) ProtoMessage() {}
 
 func (x *ReloadRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[46]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3995,7 +4167,7 @@ func (x *ReloadRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReloadRequest.ProtoReflect.Descriptor instead.
 func (*ReloadRequest) Descriptor() ([]byte, []int) {
-	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{46}
+	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{47}
 }
 
 type ReloadResponse struct {
@@ -4010,7 +4182,7 @@ type ReloadResponse struct {
 
 func (x *ReloadResponse) Reset() {
 	*x = ReloadResponse{}
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[47]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4022,7 +4194,7 @@ func (x *ReloadResponse) String() string {
 func (*ReloadResponse) ProtoMessage() {}
 
 func (x *ReloadResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[47]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4035,7 +4207,7 @@ func (x *ReloadResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReloadResponse.ProtoReflect.Descriptor instead.
 func (*ReloadResponse) Descriptor() ([]byte, []int) {
-	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{47}
+	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *ReloadResponse) GetErrors() []*MachineError {
@@ -4067,7 +4239,7 @@ type PingRequest struct {
 
 func (x *PingRequest) Reset() {
 	*x = PingRequest{}
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[48]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4079,7 +4251,7 @@ func (x *PingRequest) String() string {
 func (*PingRequest) ProtoMessage() {}
 
 func (x *PingRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[48]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4092,7 +4264,7 @@ func (x *PingRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PingRequest.ProtoReflect.Descriptor instead.
 func (*PingRequest) Descriptor() ([]byte, []int) {
-	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{48}
+	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *PingRequest) GetMachine() string {
@@ -4140,7 +4312,7 @@ type PingResponse struct {
 
 func (x *PingResponse) Reset() {
 	*x = PingResponse{}
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[49]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4152,7 +4324,7 @@ func (x *PingResponse) String() string {
 func (*PingResponse) ProtoMessage() {}
 
 func (x *PingResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[49]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4165,7 +4337,7 @@ func (x *PingResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PingResponse.ProtoReflect.Descriptor instead.
 func (*PingResponse) Descriptor() ([]byte, []int) {
-	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{49}
+	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *PingResponse) GetStep() string {
@@ -4227,7 +4399,7 @@ type HistoryRequest struct {
 
 func (x *HistoryRequest) Reset() {
 	*x = HistoryRequest{}
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[50]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4239,7 +4411,7 @@ func (x *HistoryRequest) String() string {
 func (*HistoryRequest) ProtoMessage() {}
 
 func (x *HistoryRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[50]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4252,7 +4424,7 @@ func (x *HistoryRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HistoryRequest.ProtoReflect.Descriptor instead.
 func (*HistoryRequest) Descriptor() ([]byte, []int) {
-	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{50}
+	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{51}
 }
 
 func (x *HistoryRequest) GetSince() *timestamppb.Timestamp {
@@ -4316,7 +4488,7 @@ type FinishedBuild struct {
 
 func (x *FinishedBuild) Reset() {
 	*x = FinishedBuild{}
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[51]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4328,7 +4500,7 @@ func (x *FinishedBuild) String() string {
 func (*FinishedBuild) ProtoMessage() {}
 
 func (x *FinishedBuild) ProtoReflect() protoreflect.Message {
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[51]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4341,7 +4513,7 @@ func (x *FinishedBuild) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FinishedBuild.ProtoReflect.Descriptor instead.
 func (*FinishedBuild) Descriptor() ([]byte, []int) {
-	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{51}
+	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{52}
 }
 
 func (x *FinishedBuild) GetId() uint64 {
@@ -4471,7 +4643,7 @@ type LogRequest struct {
 
 func (x *LogRequest) Reset() {
 	*x = LogRequest{}
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[52]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4483,7 +4655,7 @@ func (x *LogRequest) String() string {
 func (*LogRequest) ProtoMessage() {}
 
 func (x *LogRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[52]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4496,7 +4668,7 @@ func (x *LogRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogRequest.ProtoReflect.Descriptor instead.
 func (*LogRequest) Descriptor() ([]byte, []int) {
-	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{52}
+	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{53}
 }
 
 func (x *LogRequest) GetBuildId() uint64 {
@@ -4529,7 +4701,7 @@ type LogResponse struct {
 
 func (x *LogResponse) Reset() {
 	*x = LogResponse{}
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[53]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4541,7 +4713,7 @@ func (x *LogResponse) String() string {
 func (*LogResponse) ProtoMessage() {}
 
 func (x *LogResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_dispatch_v1_dispatch_proto_msgTypes[53]
+	mi := &file_dispatch_v1_dispatch_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4554,7 +4726,7 @@ func (x *LogResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogResponse.ProtoReflect.Descriptor instead.
 func (*LogResponse) Descriptor() ([]byte, []int) {
-	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{53}
+	return file_dispatch_v1_dispatch_proto_rawDescGZIP(), []int{54}
 }
 
 func (x *LogResponse) GetData() []byte {
@@ -4709,10 +4881,11 @@ const file_dispatch_v1_dispatch_proto_rawDesc = "" +
 	"\x0fACTION_POSTPONE\x10\x04\x12\x10\n" +
 	"\fACTION_STOCK\x10\x05\" \n" +
 	"\bHandOver\x12\x14\n" +
-	"\x05paths\x18\x01 \x03(\tR\x05paths\".\n" +
+	"\x05paths\x18\x01 \x03(\tR\x05paths\"D\n" +
 	"\rStatusRequest\x12\x1d\n" +
 	"\n" +
-	"max_queued\x18\x01 \x01(\rR\tmaxQueued\"\xaf\x03\n" +
+	"max_queued\x18\x01 \x01(\rR\tmaxQueued\x12\x14\n" +
+	"\x05users\x18\x02 \x01(\bR\x05users\"\x9c\x04\n" +
 	"\x0eStatusResponse\x12\x18\n" +
 	"\aversion\x18\x01 \x01(\tR\aversion\x124\n" +
 	"\astarted\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\astarted\x129\n" +
@@ -4722,7 +4895,26 @@ const file_dispatch_v1_dispatch_proto_rawDesc = "" +
 	"\x06reload\x18\x06 \x01(\v2\x1c.nixdispatch.v1.ReloadStatusR\x06reload\x12 \n" +
 	"\vunplaceable\x18\a \x01(\rR\vunplaceable\x129\n" +
 	"\bdetached\x18\b \x03(\v2\x1d.nixdispatch.v1.DetachedBuildR\bdetached\x12\x16\n" +
-	"\x06queued\x18\t \x01(\rR\x06queued\"\x8e\x01\n" +
+	"\x06queued\x18\t \x01(\rR\x06queued\x12/\n" +
+	"\x05users\x18\n" +
+	" \x03(\v2\x19.nixdispatch.v1.UserUsageR\x05users\x12:\n" +
+	"\vuser_bounds\x18\v \x01(\v2\x19.nixdispatch.v1.UserUsageR\n" +
+	"userBounds\"\xd9\x02\n" +
+	"\tUserUsage\x12\x12\n" +
+	"\x04user\x18\x01 \x01(\tR\x04user\x12 \n" +
+	"\vconnections\x18\x02 \x01(\x04R\vconnections\x12\x14\n" +
+	"\x05calls\x18\x03 \x01(\x04R\x05calls\x12\x18\n" +
+	"\astreams\x18\x04 \x01(\x04R\astreams\x12#\n" +
+	"\rrequest_bytes\x18\x05 \x01(\x04R\frequestBytes\x12\x14\n" +
+	"\x05hooks\x18\x06 \x01(\x04R\x05hooks\x12\x1d\n" +
+	"\n" +
+	"hook_bytes\x18\a \x01(\x04R\thookBytes\x12\x16\n" +
+	"\x06builds\x18\b \x01(\x04R\x06builds\x12\x14\n" +
+	"\x05pings\x18\t \x01(\x04R\x05pings\x12\x1a\n" +
+	"\bdetached\x18\n" +
+	" \x01(\x04R\bdetached\x12%\n" +
+	"\x0edetached_bytes\x18\v \x01(\x04R\rdetachedBytes\x12\x1b\n" +
+	"\tlog_bytes\x18\f \x01(\x04R\blogBytes\"\x8e\x01\n" +
 	"\fReloadStatus\x12.\n" +
 	"\x04time\x18\x01 \x01(\v2\x1a.google.protobuf.TimestampR\x04time\x12\x18\n" +
 	"\asuccess\x18\x02 \x01(\bR\asuccess\x124\n" +
@@ -4976,7 +5168,7 @@ func file_dispatch_v1_dispatch_proto_rawDescGZIP() []byte {
 }
 
 var file_dispatch_v1_dispatch_proto_enumTypes = make([]protoimpl.EnumInfo, 6)
-var file_dispatch_v1_dispatch_proto_msgTypes = make([]protoimpl.MessageInfo, 54)
+var file_dispatch_v1_dispatch_proto_msgTypes = make([]protoimpl.MessageInfo, 55)
 var file_dispatch_v1_dispatch_proto_goTypes = []any{
 	(BuildStatus)(0),              // 0: nixdispatch.v1.BuildStatus
 	(MachineState)(0),             // 1: nixdispatch.v1.MachineState
@@ -5012,39 +5204,40 @@ var file_dispatch_v1_dispatch_proto_goTypes = []any{
 	(*HandOver)(nil),              // 31: nixdispatch.v1.HandOver
 	(*StatusRequest)(nil),         // 32: nixdispatch.v1.StatusRequest
 	(*StatusResponse)(nil),        // 33: nixdispatch.v1.StatusResponse
-	(*ReloadStatus)(nil),          // 34: nixdispatch.v1.ReloadStatus
-	(*MachineStatus)(nil),         // 35: nixdispatch.v1.MachineStatus
-	(*MachineLoad)(nil),           // 36: nixdispatch.v1.MachineLoad
-	(*BuildInfo)(nil),             // 37: nixdispatch.v1.BuildInfo
-	(*DetachedBuild)(nil),         // 38: nixdispatch.v1.DetachedBuild
-	(*MachinesRequest)(nil),       // 39: nixdispatch.v1.MachinesRequest
-	(*MachinesResponse)(nil),      // 40: nixdispatch.v1.MachinesResponse
-	(*Machine)(nil),               // 41: nixdispatch.v1.Machine
-	(*MachineError)(nil),          // 42: nixdispatch.v1.MachineError
-	(*CancelRequest)(nil),         // 43: nixdispatch.v1.CancelRequest
-	(*CancelResponse)(nil),        // 44: nixdispatch.v1.CancelResponse
-	(*ExplainRequest)(nil),        // 45: nixdispatch.v1.ExplainRequest
-	(*ExplainResponse)(nil),       // 46: nixdispatch.v1.ExplainResponse
-	(*Verdict)(nil),               // 47: nixdispatch.v1.Verdict
-	(*DrainRequest)(nil),          // 48: nixdispatch.v1.DrainRequest
-	(*DrainResponse)(nil),         // 49: nixdispatch.v1.DrainResponse
-	(*UndrainRequest)(nil),        // 50: nixdispatch.v1.UndrainRequest
-	(*UndrainResponse)(nil),       // 51: nixdispatch.v1.UndrainResponse
-	(*ReloadRequest)(nil),         // 52: nixdispatch.v1.ReloadRequest
-	(*ReloadResponse)(nil),        // 53: nixdispatch.v1.ReloadResponse
-	(*PingRequest)(nil),           // 54: nixdispatch.v1.PingRequest
-	(*PingResponse)(nil),          // 55: nixdispatch.v1.PingResponse
-	(*HistoryRequest)(nil),        // 56: nixdispatch.v1.HistoryRequest
-	(*FinishedBuild)(nil),         // 57: nixdispatch.v1.FinishedBuild
-	(*LogRequest)(nil),            // 58: nixdispatch.v1.LogRequest
-	(*LogResponse)(nil),           // 59: nixdispatch.v1.LogResponse
-	(*durationpb.Duration)(nil),   // 60: google.protobuf.Duration
-	(*timestamppb.Timestamp)(nil), // 61: google.protobuf.Timestamp
+	(*UserUsage)(nil),             // 34: nixdispatch.v1.UserUsage
+	(*ReloadStatus)(nil),          // 35: nixdispatch.v1.ReloadStatus
+	(*MachineStatus)(nil),         // 36: nixdispatch.v1.MachineStatus
+	(*MachineLoad)(nil),           // 37: nixdispatch.v1.MachineLoad
+	(*BuildInfo)(nil),             // 38: nixdispatch.v1.BuildInfo
+	(*DetachedBuild)(nil),         // 39: nixdispatch.v1.DetachedBuild
+	(*MachinesRequest)(nil),       // 40: nixdispatch.v1.MachinesRequest
+	(*MachinesResponse)(nil),      // 41: nixdispatch.v1.MachinesResponse
+	(*Machine)(nil),               // 42: nixdispatch.v1.Machine
+	(*MachineError)(nil),          // 43: nixdispatch.v1.MachineError
+	(*CancelRequest)(nil),         // 44: nixdispatch.v1.CancelRequest
+	(*CancelResponse)(nil),        // 45: nixdispatch.v1.CancelResponse
+	(*ExplainRequest)(nil),        // 46: nixdispatch.v1.ExplainRequest
+	(*ExplainResponse)(nil),       // 47: nixdispatch.v1.ExplainResponse
+	(*Verdict)(nil),               // 48: nixdispatch.v1.Verdict
+	(*DrainRequest)(nil),          // 49: nixdispatch.v1.DrainRequest
+	(*DrainResponse)(nil),         // 50: nixdispatch.v1.DrainResponse
+	(*UndrainRequest)(nil),        // 51: nixdispatch.v1.UndrainRequest
+	(*UndrainResponse)(nil),       // 52: nixdispatch.v1.UndrainResponse
+	(*ReloadRequest)(nil),         // 53: nixdispatch.v1.ReloadRequest
+	(*ReloadResponse)(nil),        // 54: nixdispatch.v1.ReloadResponse
+	(*PingRequest)(nil),           // 55: nixdispatch.v1.PingRequest
+	(*PingResponse)(nil),          // 56: nixdispatch.v1.PingResponse
+	(*HistoryRequest)(nil),        // 57: nixdispatch.v1.HistoryRequest
+	(*FinishedBuild)(nil),         // 58: nixdispatch.v1.FinishedBuild
+	(*LogRequest)(nil),            // 59: nixdispatch.v1.LogRequest
+	(*LogResponse)(nil),           // 60: nixdispatch.v1.LogResponse
+	(*durationpb.Duration)(nil),   // 61: google.protobuf.Duration
+	(*timestamppb.Timestamp)(nil), // 62: google.protobuf.Timestamp
 }
 var file_dispatch_v1_dispatch_proto_depIdxs = []int32{
 	8,  // 0: nixdispatch.v1.BuildRequest.limits:type_name -> nixdispatch.v1.Limits
-	60, // 1: nixdispatch.v1.Limits.timeout:type_name -> google.protobuf.Duration
-	60, // 2: nixdispatch.v1.Limits.max_silent_time:type_name -> google.protobuf.Duration
+	61, // 1: nixdispatch.v1.Limits.timeout:type_name -> google.protobuf.Duration
+	61, // 2: nixdispatch.v1.Limits.max_silent_time:type_name -> google.protobuf.Duration
 	11, // 3: nixdispatch.v1.BuildResponse.plan:type_name -> nixdispatch.v1.Plan
 	14, // 4: nixdispatch.v1.BuildResponse.event:type_name -> nixdispatch.v1.BuildEvent
 	12, // 5: nixdispatch.v1.BuildResponse.summary:type_name -> nixdispatch.v1.Summary
@@ -5060,7 +5253,7 @@ var file_dispatch_v1_dispatch_proto_depIdxs = []int32{
 	21, // 15: nixdispatch.v1.Copying.transfer:type_name -> nixdispatch.v1.Transfer
 	21, // 16: nixdispatch.v1.Fetching.transfer:type_name -> nixdispatch.v1.Transfer
 	0,  // 17: nixdispatch.v1.Finished.status:type_name -> nixdispatch.v1.BuildStatus
-	60, // 18: nixdispatch.v1.Finished.build_duration:type_name -> google.protobuf.Duration
+	61, // 18: nixdispatch.v1.Finished.build_duration:type_name -> google.protobuf.Duration
 	24, // 19: nixdispatch.v1.HookRequest.hello:type_name -> nixdispatch.v1.Hello
 	26, // 20: nixdispatch.v1.HookRequest.try:type_name -> nixdispatch.v1.Try
 	27, // 21: nixdispatch.v1.HookRequest.start:type_name -> nixdispatch.v1.Start
@@ -5071,68 +5264,70 @@ var file_dispatch_v1_dispatch_proto_depIdxs = []int32{
 	14, // 26: nixdispatch.v1.HookResponse.event:type_name -> nixdispatch.v1.BuildEvent
 	31, // 27: nixdispatch.v1.HookResponse.hand_over:type_name -> nixdispatch.v1.HandOver
 	5,  // 28: nixdispatch.v1.Reply.action:type_name -> nixdispatch.v1.Reply.Action
-	61, // 29: nixdispatch.v1.StatusResponse.started:type_name -> google.protobuf.Timestamp
-	35, // 30: nixdispatch.v1.StatusResponse.machines:type_name -> nixdispatch.v1.MachineStatus
-	37, // 31: nixdispatch.v1.StatusResponse.builds:type_name -> nixdispatch.v1.BuildInfo
-	42, // 32: nixdispatch.v1.StatusResponse.errors:type_name -> nixdispatch.v1.MachineError
-	34, // 33: nixdispatch.v1.StatusResponse.reload:type_name -> nixdispatch.v1.ReloadStatus
-	38, // 34: nixdispatch.v1.StatusResponse.detached:type_name -> nixdispatch.v1.DetachedBuild
-	61, // 35: nixdispatch.v1.ReloadStatus.time:type_name -> google.protobuf.Timestamp
-	42, // 36: nixdispatch.v1.ReloadStatus.errors:type_name -> nixdispatch.v1.MachineError
-	1,  // 37: nixdispatch.v1.MachineStatus.state:type_name -> nixdispatch.v1.MachineState
-	61, // 38: nixdispatch.v1.MachineStatus.since:type_name -> google.protobuf.Timestamp
-	36, // 39: nixdispatch.v1.MachineStatus.load:type_name -> nixdispatch.v1.MachineLoad
-	61, // 40: nixdispatch.v1.MachineLoad.time:type_name -> google.protobuf.Timestamp
-	2,  // 41: nixdispatch.v1.BuildInfo.phase:type_name -> nixdispatch.v1.Phase
-	61, // 42: nixdispatch.v1.BuildInfo.since:type_name -> google.protobuf.Timestamp
-	61, // 43: nixdispatch.v1.BuildInfo.building_since:type_name -> google.protobuf.Timestamp
-	61, // 44: nixdispatch.v1.DetachedBuild.since:type_name -> google.protobuf.Timestamp
-	61, // 45: nixdispatch.v1.DetachedBuild.ended:type_name -> google.protobuf.Timestamp
-	41, // 46: nixdispatch.v1.MachinesResponse.machines:type_name -> nixdispatch.v1.Machine
-	42, // 47: nixdispatch.v1.MachinesResponse.errors:type_name -> nixdispatch.v1.MachineError
-	47, // 48: nixdispatch.v1.ExplainResponse.machines:type_name -> nixdispatch.v1.Verdict
-	3,  // 49: nixdispatch.v1.Verdict.reason:type_name -> nixdispatch.v1.VerdictReason
-	42, // 50: nixdispatch.v1.ReloadResponse.errors:type_name -> nixdispatch.v1.MachineError
-	60, // 51: nixdispatch.v1.PingRequest.timeout:type_name -> google.protobuf.Duration
-	4,  // 52: nixdispatch.v1.PingResponse.verdict:type_name -> nixdispatch.v1.PingVerdict
-	60, // 53: nixdispatch.v1.PingResponse.took:type_name -> google.protobuf.Duration
-	61, // 54: nixdispatch.v1.HistoryRequest.since:type_name -> google.protobuf.Timestamp
-	61, // 55: nixdispatch.v1.FinishedBuild.ended:type_name -> google.protobuf.Timestamp
-	60, // 56: nixdispatch.v1.FinishedBuild.queued:type_name -> google.protobuf.Duration
-	60, // 57: nixdispatch.v1.FinishedBuild.uploading:type_name -> google.protobuf.Duration
-	60, // 58: nixdispatch.v1.FinishedBuild.building:type_name -> google.protobuf.Duration
-	60, // 59: nixdispatch.v1.FinishedBuild.downloading:type_name -> google.protobuf.Duration
-	6,  // 60: nixdispatch.v1.DispatchService.Build:input_type -> nixdispatch.v1.BuildRequest
-	7,  // 61: nixdispatch.v1.DispatchService.Attach:input_type -> nixdispatch.v1.AttachRequest
-	23, // 62: nixdispatch.v1.DispatchService.Hook:input_type -> nixdispatch.v1.HookRequest
-	32, // 63: nixdispatch.v1.DispatchService.Status:input_type -> nixdispatch.v1.StatusRequest
-	39, // 64: nixdispatch.v1.DispatchService.Machines:input_type -> nixdispatch.v1.MachinesRequest
-	43, // 65: nixdispatch.v1.DispatchService.Cancel:input_type -> nixdispatch.v1.CancelRequest
-	45, // 66: nixdispatch.v1.DispatchService.Explain:input_type -> nixdispatch.v1.ExplainRequest
-	48, // 67: nixdispatch.v1.DispatchService.Drain:input_type -> nixdispatch.v1.DrainRequest
-	50, // 68: nixdispatch.v1.DispatchService.Undrain:input_type -> nixdispatch.v1.UndrainRequest
-	52, // 69: nixdispatch.v1.DispatchService.Reload:input_type -> nixdispatch.v1.ReloadRequest
-	54, // 70: nixdispatch.v1.DispatchService.Ping:input_type -> nixdispatch.v1.PingRequest
-	56, // 71: nixdispatch.v1.DispatchService.History:input_type -> nixdispatch.v1.HistoryRequest
-	58, // 72: nixdispatch.v1.DispatchService.Log:input_type -> nixdispatch.v1.LogRequest
-	9,  // 73: nixdispatch.v1.DispatchService.Build:output_type -> nixdispatch.v1.BuildResponse
-	9,  // 74: nixdispatch.v1.DispatchService.Attach:output_type -> nixdispatch.v1.BuildResponse
-	29, // 75: nixdispatch.v1.DispatchService.Hook:output_type -> nixdispatch.v1.HookResponse
-	33, // 76: nixdispatch.v1.DispatchService.Status:output_type -> nixdispatch.v1.StatusResponse
-	40, // 77: nixdispatch.v1.DispatchService.Machines:output_type -> nixdispatch.v1.MachinesResponse
-	44, // 78: nixdispatch.v1.DispatchService.Cancel:output_type -> nixdispatch.v1.CancelResponse
-	46, // 79: nixdispatch.v1.DispatchService.Explain:output_type -> nixdispatch.v1.ExplainResponse
-	49, // 80: nixdispatch.v1.DispatchService.Drain:output_type -> nixdispatch.v1.DrainResponse
-	51, // 81: nixdispatch.v1.DispatchService.Undrain:output_type -> nixdispatch.v1.UndrainResponse
-	53, // 82: nixdispatch.v1.DispatchService.Reload:output_type -> nixdispatch.v1.ReloadResponse
-	55, // 83: nixdispatch.v1.DispatchService.Ping:output_type -> nixdispatch.v1.PingResponse
-	57, // 84: nixdispatch.v1.DispatchService.History:output_type -> nixdispatch.v1.FinishedBuild
-	59, // 85: nixdispatch.v1.DispatchService.Log:output_type -> nixdispatch.v1.LogResponse
-	73, // [73:86] is the sub-list for method output_type
-	60, // [60:73] is the sub-list for method input_type
-	60, // [60:60] is the sub-list for extension type_name
-	60, // [60:60] is the sub-list for extension extendee
-	0,  // [0:60] is the sub-list for field type_name
+	62, // 29: nixdispatch.v1.StatusResponse.started:type_name -> google.protobuf.Timestamp
+	36, // 30: nixdispatch.v1.StatusResponse.machines:type_name -> nixdispatch.v1.MachineStatus
+	38, // 31: nixdispatch.v1.StatusResponse.builds:type_name -> nixdispatch.v1.BuildInfo
+	43, // 32: nixdispatch.v1.StatusResponse.errors:type_name -> nixdispatch.v1.MachineError
+	35, // 33: nixdispatch.v1.StatusResponse.reload:type_name -> nixdispatch.v1.ReloadStatus
+	39, // 34: nixdispatch.v1.StatusResponse.detached:type_name -> nixdispatch.v1.DetachedBuild
+	34, // 35: nixdispatch.v1.StatusResponse.users:type_name -> nixdispatch.v1.UserUsage
+	34, // 36: nixdispatch.v1.StatusResponse.user_bounds:type_name -> nixdispatch.v1.UserUsage
+	62, // 37: nixdispatch.v1.ReloadStatus.time:type_name -> google.protobuf.Timestamp
+	43, // 38: nixdispatch.v1.ReloadStatus.errors:type_name -> nixdispatch.v1.MachineError
+	1,  // 39: nixdispatch.v1.MachineStatus.state:type_name -> nixdispatch.v1.MachineState
+	62, // 40: nixdispatch.v1.MachineStatus.since:type_name -> google.protobuf.Timestamp
+	37, // 41: nixdispatch.v1.MachineStatus.load:type_name -> nixdispatch.v1.MachineLoad
+	62, // 42: nixdispatch.v1.MachineLoad.time:type_name -> google.protobuf.Timestamp
+	2,  // 43: nixdispatch.v1.BuildInfo.phase:type_name -> nixdispatch.v1.Phase
+	62, // 44: nixdispatch.v1.BuildInfo.since:type_name -> google.protobuf.Timestamp
+	62, // 45: nixdispatch.v1.BuildInfo.building_since:type_name -> google.protobuf.Timestamp
+	62, // 46: nixdispatch.v1.DetachedBuild.since:type_name -> google.protobuf.Timestamp
+	62, // 47: nixdispatch.v1.DetachedBuild.ended:type_name -> google.protobuf.Timestamp
+	42, // 48: nixdispatch.v1.MachinesResponse.machines:type_name -> nixdispatch.v1.Machine
+	43, // 49: nixdispatch.v1.MachinesResponse.errors:type_name -> nixdispatch.v1.MachineError
+	48, // 50: nixdispatch.v1.ExplainResponse.machines:type_name -> nixdispatch.v1.Verdict
+	3,  // 51: nixdispatch.v1.Verdict.reason:type_name -> nixdispatch.v1.VerdictReason
+	43, // 52: nixdispatch.v1.ReloadResponse.errors:type_name -> nixdispatch.v1.MachineError
+	61, // 53: nixdispatch.v1.PingRequest.timeout:type_name -> google.protobuf.Duration
+	4,  // 54: nixdispatch.v1.PingResponse.verdict:type_name -> nixdispatch.v1.PingVerdict
+	61, // 55: nixdispatch.v1.PingResponse.took:type_name -> google.protobuf.Duration
+	62, // 56: nixdispatch.v1.HistoryRequest.since:type_name -> google.protobuf.Timestamp
+	62, // 57: nixdispatch.v1.FinishedBuild.ended:type_name -> google.protobuf.Timestamp
+	61, // 58: nixdispatch.v1.FinishedBuild.queued:type_name -> google.protobuf.Duration
+	61, // 59: nixdispatch.v1.FinishedBuild.uploading:type_name -> google.protobuf.Duration
+	61, // 60: nixdispatch.v1.FinishedBuild.building:type_name -> google.protobuf.Duration
+	61, // 61: nixdispatch.v1.FinishedBuild.downloading:type_name -> google.protobuf.Duration
+	6,  // 62: nixdispatch.v1.DispatchService.Build:input_type -> nixdispatch.v1.BuildRequest
+	7,  // 63: nixdispatch.v1.DispatchService.Attach:input_type -> nixdispatch.v1.AttachRequest
+	23, // 64: nixdispatch.v1.DispatchService.Hook:input_type -> nixdispatch.v1.HookRequest
+	32, // 65: nixdispatch.v1.DispatchService.Status:input_type -> nixdispatch.v1.StatusRequest
+	40, // 66: nixdispatch.v1.DispatchService.Machines:input_type -> nixdispatch.v1.MachinesRequest
+	44, // 67: nixdispatch.v1.DispatchService.Cancel:input_type -> nixdispatch.v1.CancelRequest
+	46, // 68: nixdispatch.v1.DispatchService.Explain:input_type -> nixdispatch.v1.ExplainRequest
+	49, // 69: nixdispatch.v1.DispatchService.Drain:input_type -> nixdispatch.v1.DrainRequest
+	51, // 70: nixdispatch.v1.DispatchService.Undrain:input_type -> nixdispatch.v1.UndrainRequest
+	53, // 71: nixdispatch.v1.DispatchService.Reload:input_type -> nixdispatch.v1.ReloadRequest
+	55, // 72: nixdispatch.v1.DispatchService.Ping:input_type -> nixdispatch.v1.PingRequest
+	57, // 73: nixdispatch.v1.DispatchService.History:input_type -> nixdispatch.v1.HistoryRequest
+	59, // 74: nixdispatch.v1.DispatchService.Log:input_type -> nixdispatch.v1.LogRequest
+	9,  // 75: nixdispatch.v1.DispatchService.Build:output_type -> nixdispatch.v1.BuildResponse
+	9,  // 76: nixdispatch.v1.DispatchService.Attach:output_type -> nixdispatch.v1.BuildResponse
+	29, // 77: nixdispatch.v1.DispatchService.Hook:output_type -> nixdispatch.v1.HookResponse
+	33, // 78: nixdispatch.v1.DispatchService.Status:output_type -> nixdispatch.v1.StatusResponse
+	41, // 79: nixdispatch.v1.DispatchService.Machines:output_type -> nixdispatch.v1.MachinesResponse
+	45, // 80: nixdispatch.v1.DispatchService.Cancel:output_type -> nixdispatch.v1.CancelResponse
+	47, // 81: nixdispatch.v1.DispatchService.Explain:output_type -> nixdispatch.v1.ExplainResponse
+	50, // 82: nixdispatch.v1.DispatchService.Drain:output_type -> nixdispatch.v1.DrainResponse
+	52, // 83: nixdispatch.v1.DispatchService.Undrain:output_type -> nixdispatch.v1.UndrainResponse
+	54, // 84: nixdispatch.v1.DispatchService.Reload:output_type -> nixdispatch.v1.ReloadResponse
+	56, // 85: nixdispatch.v1.DispatchService.Ping:output_type -> nixdispatch.v1.PingResponse
+	58, // 86: nixdispatch.v1.DispatchService.History:output_type -> nixdispatch.v1.FinishedBuild
+	60, // 87: nixdispatch.v1.DispatchService.Log:output_type -> nixdispatch.v1.LogResponse
+	75, // [75:88] is the sub-list for method output_type
+	62, // [62:75] is the sub-list for method input_type
+	62, // [62:62] is the sub-list for extension type_name
+	62, // [62:62] is the sub-list for extension extendee
+	0,  // [0:62] is the sub-list for field type_name
 }
 
 func init() { file_dispatch_v1_dispatch_proto_init() }
@@ -5168,14 +5363,14 @@ func file_dispatch_v1_dispatch_proto_init() {
 		(*HookResponse_Event)(nil),
 		(*HookResponse_HandOver)(nil),
 	}
-	file_dispatch_v1_dispatch_proto_msgTypes[30].OneofWrappers = []any{}
+	file_dispatch_v1_dispatch_proto_msgTypes[31].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_dispatch_v1_dispatch_proto_rawDesc), len(file_dispatch_v1_dispatch_proto_rawDesc)),
 			NumEnums:      6,
-			NumMessages:   54,
+			NumMessages:   55,
 			NumExtensions: 0,
 			NumServices:   1,
 		},
