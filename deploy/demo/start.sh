@@ -31,9 +31,9 @@ esac
 [ "$(id -u)" = 0 ] || fail "it needs root, for namespaces and mounts" \
 	"Run: sudo env \"PATH=\$PATH\" make demo"
 command -v go >/dev/null || fail "the program go is not in PATH" \
-	"Install any Go from 1.21 on (https://go.dev/dl): it downloads the Go that go.mod names."
+	"Install any Go from 1.21 on: it downloads the Go that go.mod names."
 go list -m >/dev/null || fail "go cannot use go.mod, for the reason above" \
 	"Go from 1.21 on downloads the Go that go.mod names, unless GOTOOLCHAIN=local forbids it." \
-	"Run: GOTOOLCHAIN=auto make demo, or install that Go (https://go.dev/dl)."
+	"Run: GOTOOLCHAIN=auto make demo, or install that Go."
 
 echo "Compiling the programs (the first time: a minute or more)"

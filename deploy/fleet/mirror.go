@@ -57,7 +57,7 @@ func mirrorFromSources(dir string) (mirror, error) {
 			}
 		}
 	}
-	return mirror{}, fmt.Errorf("the apt sources below %s have no Debian mirror: name one, as in NIX_DISPATCH_FLEET_MIRROR=https://deb.debian.org/debian", dir)
+	return mirror{}, fmt.Errorf("the apt sources below %s have no Debian mirror: name one with NIX_DISPATCH_FLEET_MIRROR=URL", dir)
 }
 
 func defaultKeyring() string {
