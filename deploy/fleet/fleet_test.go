@@ -203,6 +203,29 @@ func TestFrozenHostAnswersAgainAfterThaw(t *testing.T) {
 	}
 }
 
+// TestFreezeOfACommandThatStartsOthers freezes a shell that starts one program after
+// the other, by vfork: now and then in the moment in which the shell waits for a
+// child that is stopped before it executes the program.
+func TestFreezeOfACommandThatStartsOthers(t *testing.T) {
+	h := hosts(t, newFleet(t), fleet.HostConfig{Name: "a"})[0]
+	ctx, cancel := context.WithCancel(t.Context())
+	running := h.Command(ctx, "root", "sh", "-c", "while :; do /bin/true; done")
+	if err := running.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer running.Wait() //nolint:errcheck // it is killed
+	defer cancel()
+	for range 30 {
+		if err := h.Freeze(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		if err := h.Thaw(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	run(t, h, "root", "true")
+}
+
 func TestKilledHostKeepsItsDisk(t *testing.T) {
 	f := newFleet(t)
 	h := hosts(t, f, fleet.HostConfig{Name: "a", Suite: fleet.Bookworm})[0]

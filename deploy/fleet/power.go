@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -282,10 +283,25 @@ func waitStopped(ctx context.Context, inside string) error {
 	defer cancel()
 	return poll(ctx, "commands to stop", func() (bool, error) {
 		for _, p := range entrances(inside) {
-			if stat, err := readStat(p.PID); err == nil && stat.state != 'T' && len(children(p.PID)) > 0 {
+			stat, err := readStat(p.PID)
+			if err != nil || stat.state == 'T' {
+				continue
+			}
+			if started := children(p.PID); len(started) > 0 && !slices.ContainsFunc(started, inVfork) {
 				return false, nil
 			}
 		}
 		return true, nil
+	})
+}
+
+// inVfork tells whether a process waits for a child of its vfork that was stopped
+// before it executed its program. It takes no signal before that, and so neither
+// stops nor has its entrance stop, but can do nothing either until its host thaws.
+func inVfork(p process) bool {
+	stat, err := readStat(p.PID)
+	return err == nil && stat.state == 'D' && slices.ContainsFunc(children(p.PID), func(c process) bool {
+		stat, err := readStat(c.PID)
+		return err == nil && stat.state == 'T'
 	})
 }
