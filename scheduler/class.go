@@ -204,18 +204,39 @@ func (c *class) others() int {
 
 // ok tells whether m is one of the machines that c's builds may go to now.
 func (c *class) ok(m *machine) bool {
-	return m.index >= 0 && c.reach.ok[m.index] && !(slices.Contains(c.excluded, m) && c.avoids())
+	return m.index >= 0 && c.reach.ok[m.index] && !(slices.Contains(c.excluded, m) && c.avoids()) &&
+		!(m.state == Suspect && c.doubts())
 }
 
 // free counts the machines that have a place of a kind, or a better one, for c's builds.
 func (c *class) free(k placeKind) int {
+	doubts := c.doubts()
 	n := c.reach.free[k]
+	if !doubts {
+		n += c.reach.doubtful[k]
+	}
 	if n > 0 && c.avoids() {
 		for _, m := range c.excluded {
-			n -= count(m.has(k))
+			n -= count(m.has(k) && !(doubts && m.doubted))
 		}
 	}
 	return n
+}
+
+// doubts tells whether c's builds keep away from suspect machines: they do as long
+// as another that is up or coming can take them.
+func (c *class) doubts() bool { return c.reach.suspects > 0 && c.well() > 0 }
+
+// well counts the machines that are up or coming, not suspect, and may be given c's
+// builds.
+func (c *class) well() int {
+	well := c.reach.coming - c.reach.suspects
+	if c.avoids() {
+		for _, m := range c.excluded {
+			well -= count(m.coming() && m.state != Suspect)
+		}
+	}
+	return well
 }
 
 func count(b bool) int {

@@ -23,6 +23,7 @@ const (
 	OutOfReach
 	BeingDrained
 	IsParked
+	IsSuspect // and others can take it
 	FailedBefore
 	SlotsTaken
 )
@@ -125,6 +126,8 @@ func (n *requirement) judge(m *machine, c *class) Verdict {
 		v.Reason = BeingDrained
 	case m.state == Parked:
 		v.Reason = IsParked
+	case m.state == Suspect && c.doubts():
+		v.Reason = IsSuspect
 	case !c.ok(m):
 		v.Reason = FailedBefore
 	case !m.has(slotPlace):
@@ -158,6 +161,8 @@ func (m *machine) words(reason Reason, n *requirement) string {
 		return "is drained" + because(m.reason)
 	case IsParked:
 		return "is parked" + because(m.reason)
+	case IsSuspect:
+		return "is suspect" + because(m.reason) + ", and others can take it"
 	case FailedBefore:
 		return "failed this build before, and others can take it"
 	case SlotsTaken:
@@ -225,6 +230,7 @@ const (
 	whyGrant    = "its inputs are there and a slot is free"
 	whyMove     = "a slot is free there, and its machine has none for it"
 	whyWithdraw = "the machines changed, and the machine may not build it any more"
+	whySuspect  = "its machine does not answer, and others can take it"
 )
 
 // text says why m was chosen.
@@ -300,6 +306,8 @@ func (t tally) full() string {
 		return "no matching machine is up"
 	case t.up == 0:
 		return "no matching machine is up, but some are still connecting"
+	case t.suspect > 0 && t.suspect < t.coming:
+		return "all matching machines that answer are full or still connecting"
 	case t.up < t.coming:
 		return "all matching machines are full or still connecting"
 	default:

@@ -103,7 +103,7 @@ func (w *world) event() {
 		w.did(fmt.Sprintf("SetMachines(%+v)", w.listed),
 			w.q.SetMachines(w.listed), w.twin.SetMachines(w.listed), w.naive.SetMachines(w.listed))
 	case 1, 2:
-		id, state := w.machineID(), pick(w, Up, Up, Up, Down, Draining, Connecting, Parked)
+		id, state := w.machineID(), pick(w, Up, Up, Up, Down, Draining, Connecting, Parked, Suspect, Suspect)
 		w.did(fmt.Sprintf("SetState(%s, %s)", id, state),
 			w.q.SetState(id, state, ""), w.twin.SetState(id, state, ""), w.naive.SetState(id, state))
 	case 3, 4, 5, 6:

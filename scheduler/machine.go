@@ -57,6 +57,9 @@ const (
 	Draining
 	// Parked is as Draining, but for a while only: the machine is short of something.
 	Parked
+	// Suspect is connected and does not answer. It is up for builds that no other
+	// machine that is up or coming can take. The others that have no slot there leave it.
+	Suspect
 )
 
 // String returns the state as status shows it.
@@ -72,6 +75,8 @@ func (s MachineState) String() string {
 		return "draining"
 	case Parked:
 		return "parked"
+	case Suspect:
+		return "suspect"
 	default:
 		return fmt.Sprintf("state %d", int(s))
 	}
@@ -99,6 +104,7 @@ type machine struct {
 	// Derived by Queue.refresh, which counts them in the reaches:
 	load    int       // how many of its slots are spoken for; see pool.free
 	place   placeKind // the best that it has for another build; noPlace if it takes none
+	doubted bool      // it is suspect: place counts in reach.doubtful, else in reach.free
 	movable bool      // the builds in line may go elsewhere
 }
 
@@ -129,15 +135,18 @@ func (m *machine) configure(conf Machine) {
 }
 
 // takes tells whether new builds may be placed on m, room permitting.
-func (m *machine) takes() bool { return m.index >= 0 && m.state == Up }
+func (m *machine) takes() bool { return m.index >= 0 && m.up() }
+
+// up tells whether m is connected to and takes builds.
+func (m *machine) up() bool { return m.state == Up || m.state == Suspect }
 
 // grants tells whether builds on m may be given a slot.
 func (m *machine) grants() bool {
-	return (m.state == Up || m.state == Draining || m.state == Parked) && m.pool.free(m, m.pool.busy) > 0
+	return (m.up() || m.state == Draining || m.state == Parked) && m.pool.free(m, m.pool.busy) > 0
 }
 
 // coming tells whether m is up or on its first connection attempt.
-func (m *machine) coming() bool { return m.state == Up || m.state == Connecting }
+func (m *machine) coming() bool { return m.up() || m.state == Connecting }
 
 // mismatch returns the first reason why m could never run a build that needs
 // system and features (sorted), or Eligible.
@@ -224,9 +233,9 @@ func (c *class) choose(turn bool) (best *machine, rule choiceRule) {
 	default:
 		return nil, ruleOnly
 	}
-	avoids := c.avoids()
+	avoids, doubts := c.avoids(), c.doubts()
 	for _, m := range c.reach.machines {
-		if !m.has(kind) || avoids && slices.Contains(c.excluded, m) {
+		if !m.has(kind) || doubts && m.doubted || avoids && slices.Contains(c.excluded, m) {
 			continue
 		}
 		if best == nil {

@@ -108,7 +108,11 @@ func (n *naive) load(m *naiveMachine) int { return n.slots(m) - n.free(m, n.own)
 
 func (n *naive) relativeLoad(m *naiveMachine) float64 { return float64(n.load(m)) / m.SpeedFactor }
 
-func (n *naive) takes(m *naiveMachine) bool { return slices.Contains(n.listed, m) && m.state == Up }
+func (n *naive) takes(m *naiveMachine) bool { return slices.Contains(n.listed, m) && isUp(m) }
+
+func isUp(m *naiveMachine) bool { return m.state == Up || m.state == Suspect }
+
+func isWell(m *naiveMachine) bool { return m.state == Up || m.state == Connecting }
 
 func (n *naive) slotFree(m *naiveMachine) bool { return n.takes(m) && n.load(m) < m.MaxJobs }
 
@@ -134,6 +138,15 @@ func could(m Machine, r Request) bool {
 
 // eligible returns the listed machines that r may go to, whatever is on them.
 func (n *naive) eligible(r Request) []*naiveMachine {
+	list := n.unfailed(r)
+	if slices.ContainsFunc(list, isWell) {
+		list = slices.DeleteFunc(list, func(m *naiveMachine) bool { return m.state == Suspect })
+	}
+	return list
+}
+
+// unfailed leaves out those that r failed on, if it may.
+func (n *naive) unfailed(r Request) []*naiveMachine {
 	var all, rest []*naiveMachine
 	hope := false
 	for _, m := range n.listed {
@@ -143,7 +156,7 @@ func (n *naive) eligible(r Request) []*naiveMachine {
 		all = append(all, m)
 		if !slices.ContainsFunc(r.Exclude, func(id MachineID) bool { return id.URI() == m.ID.URI() }) {
 			rest = append(rest, m)
-			hope = hope || m.state == Up || m.state == Connecting
+			hope = hope || isUp(m) || m.state == Connecting
 		}
 	}
 	if hope || r.Rest != "" {
@@ -239,6 +252,7 @@ func (n *naive) settle() []Order {
 		for n.grant(n.sharers(m)) {
 		}
 	}
+	n.leaveSuspects()
 	for n.place(n.choose) || n.move() || n.place(n.chooseByTurn) {
 	}
 	n.removed = slices.DeleteFunc(n.removed, func(m *naiveMachine) bool { return n.own(m) == 0 })
@@ -247,11 +261,26 @@ func (n *naive) settle() []Order {
 	return orders
 }
 
+// leaveSuspects withdraws what has no slot on suspect machines and may go elsewhere.
+func (n *naive) leaveSuspects() {
+	for _, m := range slices.Concat(n.listed, n.removed) {
+		if m.state != Suspect {
+			continue
+		}
+		for _, b := range n.line(m) {
+			if slices.ContainsFunc(n.eligible(b.Request), isWell) {
+				b.phase, b.on = Queued, nil
+				n.orders = append(n.orders, Order{Kind: Withdraw, Build: b.ID, From: m.ID})
+			}
+		}
+	}
+}
+
 // grant gives a slot to one of the builds on machines with the same URI.
 func (n *naive) grant(machines []*naiveMachine) bool {
 	var ready []*naiveBuild
 	for _, m := range machines {
-		if (m.state == Up || m.state == Draining || m.state == Parked) && n.free(m, n.busy) > 0 {
+		if (isUp(m) || m.state == Draining || m.state == Parked) && n.free(m, n.busy) > 0 {
 			ready = append(ready, n.line(m)...)
 		}
 	}
@@ -334,9 +363,9 @@ func (n *naive) Offer(r Request, amWilling bool) (Reply, MachineID) {
 	for _, m := range n.listed {
 		if could(m.Machine, r) {
 			matching++
-			if m.state == Up || m.state == Connecting {
+			if isUp(m) || m.state == Connecting {
 				alive++
-				if m.state == Up {
+				if isUp(m) {
 					up++
 				}
 				uri := m.ID.URI()

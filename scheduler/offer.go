@@ -139,6 +139,7 @@ type tally struct {
 	up       int
 	coming   int // up, or on the first connection attempt
 	parked   int
+	suspect  int
 	slots    int // of those coming
 }
 
@@ -146,9 +147,10 @@ func (r *reach) tally() tally {
 	t := tally{matching: len(r.machines)}
 	for _, m := range r.machines {
 		t.parked += count(m.state == Parked)
+		t.suspect += count(m.state == Suspect)
 		if m.coming() {
 			t.coming++
-			t.up += count(m.state == Up)
+			t.up += count(m.up())
 			t.slots += r.moreSlots(m)
 		}
 	}

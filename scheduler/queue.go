@@ -73,8 +73,8 @@ const (
 	Grant
 	// Move: the build leaves From for Machine; start copying its inputs there.
 	Move
-	// Withdraw: the build leaves From, which may not build it any more since the
-	// machines changed, and is queued again. A Place may follow at once.
+	// Withdraw: the build leaves From and is queued again, because From may not build
+	// it any more since the machines changed, or is suspect. A Place may follow at once.
 	Withdraw
 )
 
@@ -151,6 +151,8 @@ type Queue struct {
 	reaches          map[reachKey]*reach
 	waiting          []*reach // those with queued builds, in no order that matters
 
+	suspects int // machines that are suspect, listed or not
+
 	open    int // machines with a free slot
 	lastSeq uint64
 	turns   uint64
@@ -221,7 +223,7 @@ func (q *Queue) list(ms []Machine) {
 		case m.own() > 0:
 			q.removed = append(q.removed, m)
 		default:
-			delete(q.byID, m.ID)
+			q.forget(m)
 		}
 	}
 	q.repool()
@@ -229,6 +231,12 @@ func (q *Queue) list(ms []Machine) {
 	for _, m := range slices.Concat(q.machines, q.removed) {
 		m.place, m.reaches = noPlace, nil
 	}
+}
+
+// forget drops m, which has nothing on it.
+func (q *Queue) forget(m *machine) {
+	q.suspects -= count(m.state == Suspect)
+	delete(q.byID, m.ID)
 }
 
 // SetState tells that the machine is now in state, for reason (such as the last
@@ -244,12 +252,14 @@ func (q *Queue) SetState(id MachineID, state MachineState, reason string) []Orde
 	if m.state == state {
 		return nil
 	}
-	comes := -count(m.coming())
+	comes, doubted := -count(m.coming()), -count(m.state == Suspect)
 	m.state = state
-	comes += count(m.coming())
+	comes, doubted = comes+count(m.coming()), doubted+count(m.state == Suspect)
 	for _, r := range m.reaches {
 		r.coming += comes
+		r.suspects += doubted
 	}
+	q.suspects += doubted
 	q.refresh(m)
 	return q.settle(m)
 }

@@ -23,15 +23,28 @@ type reach struct {
 	ok       []bool     // by machine index
 	machines []*machine // those that are ok, in list order
 
-	coming  int             // those of machines that are coming
-	free    [placeKinds]int // those that have a place of a kind, or a better one; kept by Queue.refresh
-	movable int             // builds that may be moved away from where they are; kept there, too
+	coming   int    // those of machines that are coming
+	suspects int    // those of them that are suspect
+	free     places // of those that are not suspect; kept by Queue.refresh
+	doubtful places // of those that are; kept there, too
+	movable  int    // builds that may be moved away from where they are; kept there, too
 
 	requirements []*requirement
 	plain        *class               // the builds that have failed on no machine
 	failed       map[failedKey]*class // the others
 	waiting      []*class             // those with queued builds, in no order that matters
 	index        int                  // in Queue.waiting, -1 when nothing is queued
+}
+
+// places counts machines that have a place of a kind, or a better one.
+type places [placeKinds]int
+
+// places is where m's place counts.
+func (r *reach) places(m *machine) *places {
+	if m.doubted {
+		return &r.doubtful
+	}
+	return &r.free
 }
 
 // A reachKey tells reaches apart.
@@ -103,7 +116,7 @@ func (q *Queue) join(n *requirement, ok []bool) {
 
 // set makes the machines that are ok those of r, which is in the list of none.
 func (r *reach) set(ok []bool, machines []*machine) {
-	r.ok, r.machines, r.coming, r.free = ok, nil, 0, [placeKinds]int{}
+	r.ok, r.machines, r.coming, r.suspects, r.free, r.doubtful = ok, nil, 0, 0, places{}, places{}
 	for i, m := range machines {
 		if !ok[i] {
 			continue
@@ -111,8 +124,9 @@ func (r *reach) set(ok []bool, machines []*machine) {
 		r.machines = append(r.machines, m)
 		m.reaches = append(m.reaches, r)
 		r.coming += count(m.coming())
-		for k := range r.free {
-			r.free[k] += count(m.has(placeKind(k)))
+		r.suspects += count(m.state == Suspect)
+		for k := range placeKinds {
+			r.places(m)[k] += count(m.has(k))
 		}
 	}
 	for _, c := range r.failed {

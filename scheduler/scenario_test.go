@@ -99,7 +99,7 @@ func (s *scenario) event(line string) (answer string) {
 		ms := s.machines
 		s.machines = nil
 		return orders(s.q.SetMachines(ms))
-	case "up", "down", "draining", "parked", "connecting":
+	case "up", "down", "draining", "parked", "suspect", "connecting":
 		return s.state(arg(0), arg(1), strings.Join(words[2:], " "))
 	case "enqueue":
 		return orders(s.q.Enqueue(s.request(s.id(arg(1)), words[2:])))
@@ -142,7 +142,7 @@ func (s *scenario) event(line string) (answer string) {
 }
 
 func (s *scenario) state(state, name, reason string) string {
-	states := map[string]MachineState{"up": Up, "down": Down, "draining": Draining, "parked": Parked, "connecting": Connecting}
+	states := map[string]MachineState{"up": Up, "down": Down, "draining": Draining, "parked": Parked, "suspect": Suspect, "connecting": Connecting}
 	var all []Order
 	for n := range strings.SplitSeq(name, ",") {
 		all = append(all, s.q.SetState(uri(n), states[state], reason)...)

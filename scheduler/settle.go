@@ -15,12 +15,34 @@ func (q *Queue) settle(touched ...*machine) []Order {
 		for q.grantNext(m.pool) {
 		}
 	}
+	if q.suspects > 0 {
+		q.leaveSuspects()
+	}
 	for q.placeNext() || q.moveNext() || q.placeHungry() {
 	}
 	q.forgetRemoved()
 	orders := q.orders
 	q.orders = nil
 	return orders
+}
+
+// leaveSuspects queues the builds again that have no slot yet on suspect machines and
+// that others can take, at once or in time. They are as old as they were.
+func (q *Queue) leaveSuspects() {
+	for _, list := range [][]*machine{q.machines, q.removed} {
+		for _, m := range list {
+			if m.state != Suspect {
+				continue
+			}
+			for _, b := range slices.Clone(m.line) {
+				if b.class.well() > 0 {
+					q.unplace(b)
+					q.enqueue(b)
+					q.order(Order{Kind: Withdraw, Build: b.req.ID, From: m.ID, Why: whySuspect})
+				}
+			}
+		}
+	}
 }
 
 func (q *Queue) order(o Order) { q.orders = append(q.orders, o) }
@@ -70,7 +92,7 @@ func grantedBefore(a, b *build) bool {
 func (q *Queue) placeNext() bool {
 	var next *build
 	for _, r := range q.waiting {
-		if r.free[stagingPlace] == 0 {
+		if r.free[stagingPlace]+r.doubtful[stagingPlace] == 0 {
 			continue
 		}
 		for _, c := range r.waiting {
@@ -87,7 +109,7 @@ func (q *Queue) placeNext() bool {
 func (q *Queue) placeHungry() bool {
 	var next *build
 	for _, r := range q.waiting {
-		if r.free[turnPlace] == 0 {
+		if r.free[turnPlace]+r.doubtful[turnPlace] == 0 {
 			continue
 		}
 		for _, c := range r.waiting {
@@ -145,7 +167,7 @@ func (q *Queue) canMove() bool {
 		return false
 	}
 	for _, r := range q.reaches {
-		if r.movable > 0 && r.free[slotPlace] > 0 {
+		if r.movable > 0 && r.free[slotPlace]+r.doubtful[slotPlace] > 0 {
 			return true
 		}
 	}
@@ -264,6 +286,17 @@ func (q *Queue) refresh(m *machine) {
 	}
 }
 
+// countPlace adds n to the counts that m's place belongs to.
+func (m *machine) countPlace(n int) {
+	for k := range placeKinds {
+		if m.has(k) {
+			for _, r := range m.reaches {
+				r.places(m)[k] += n
+			}
+		}
+	}
+}
+
 // offers is the best place that m has for another build by its state and its load.
 func (m *machine) offers() placeKind {
 	switch {
@@ -282,15 +315,11 @@ func (m *machine) offers() placeKind {
 
 func (q *Queue) refreshOne(m *machine) {
 	m.load = m.slots() - m.pool.free(m, m.pool.own)
-	if place := m.offers(); m.place != place {
-		for k := range placeKinds {
-			n := count(place <= k) - count(m.place <= k)
-			for _, r := range m.reaches {
-				r.free[k] += n
-			}
-		}
+	if place, doubted := m.offers(), m.state == Suspect; m.place != place || m.doubted != doubted {
+		m.countPlace(-1)
 		q.open += count(place == slotPlace) - count(m.place == slotPlace)
-		m.place = place
+		m.place, m.doubted = place, doubted
+		m.countPlace(1)
 	}
 	movable := len(m.line) > 0 && (!m.takes() || m.load > m.MaxJobs)
 	if m.movable != movable {
@@ -308,7 +337,7 @@ func (q *Queue) forgetRemoved() {
 		if m.own() > 0 {
 			return false
 		}
-		delete(q.byID, m.ID)
+		q.forget(m)
 		q.leave(m)
 		return true
 	})
