@@ -101,6 +101,7 @@ var verdictReasons = map[scheduler.Reason]dispatchv1.VerdictReason{
 	scheduler.OutOfReach:           dispatchv1.VerdictReason_VERDICT_REASON_DOWN,
 	scheduler.BeingDrained:         dispatchv1.VerdictReason_VERDICT_REASON_DRAINED,
 	scheduler.IsParked:             dispatchv1.VerdictReason_VERDICT_REASON_PARKED,
+	scheduler.IsSuspect:            dispatchv1.VerdictReason_VERDICT_REASON_SUSPECT,
 	scheduler.FailedBefore:         dispatchv1.VerdictReason_VERDICT_REASON_FAILED_BEFORE,
 	scheduler.SlotsTaken:           dispatchv1.VerdictReason_VERDICT_REASON_FULL,
 }

@@ -226,6 +226,9 @@ func (m *machine) open(ctx context.Context, fresh bool, local *localStore) (*rem
 	return r, nil
 }
 
+// suspect tells whether the machine is connected to and does not answer.
+func (m *machine) suspect() bool { return m.host != nil && !m.host.Status().SuspectSince.IsZero() }
+
 func (m *machine) fault(doing string, err error) error {
 	return &machineError{machine: m.line.StoreURI, doing: doing, err: err}
 }

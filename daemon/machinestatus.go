@@ -160,4 +160,5 @@ var machineStates = map[scheduler.MachineState]dispatchv1.MachineState{
 	scheduler.Down:       dispatchv1.MachineState_MACHINE_STATE_DOWN,
 	scheduler.Draining:   dispatchv1.MachineState_MACHINE_STATE_DRAINING,
 	scheduler.Parked:     dispatchv1.MachineState_MACHINE_STATE_PARKED,
+	scheduler.Suspect:    dispatchv1.MachineState_MACHINE_STATE_SUSPECT,
 }

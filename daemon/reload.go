@@ -236,6 +236,9 @@ func (e *entry) state(drained map[string]drain) (scheduler.MachineState, string)
 		if parked != "" {
 			return scheduler.Parked, reason
 		}
+		if !st.SuspectSince.IsZero() {
+			return scheduler.Suspect, "it does not answer since " + moment(st.SuspectSince)
+		}
 		return scheduler.Up, reason
 	default:
 		return scheduler.Connecting, ""

@@ -185,7 +185,11 @@ func (r *remote) alive() bool {
 // have ended.
 func (r *remote) hangUp() bool {
 	_ = r.session.Stdin.Close() // what counts is the end of the process
-	impatient := time.AfterFunc(hangUpGrace, func() { _ = r.session.Close() })
+	grace := hangUpGrace
+	if r.machine.suspect() {
+		grace = 0 // it would not be heard of
+	}
+	impatient := time.AfterFunc(grace, func() { _ = r.session.Close() })
 	defer impatient.Stop()
 	err := r.session.Wait()
 	<-r.stderr.ended

@@ -15,7 +15,8 @@ import (
 type stateCollector struct {
 	d *Daemon
 
-	up, down, drained, parked, connects     *prometheus.Desc
+	up, down, drained, parked, suspect      *prometheus.Desc
+	connects                                *prometheus.Desc
 	slots, inUse, held, staging             *prometheus.Desc
 	queued, unplaceable, builds, oldestWait *prometheus.Desc
 	ended                                   *prometheus.Desc
@@ -34,6 +35,7 @@ func newStateCollector(d *Daemon) *stateCollector {
 		down:        desc("machine_down", "1 for each machine that is down, with the reason.", "machine", "reason"),
 		drained:     desc("machine_drained", "Whether the machine was drained.", "machine"),
 		parked:      desc("machine_parked", "1 for each machine that is parked, with what it is short of.", "machine", "reason"),
+		suspect:     desc("machine_suspect", "Whether the machine does not answer though it is connected to.", "machine"),
 		slots:       desc("machine_slots", "Builds the machine may run at once (max-jobs).", "machine"),
 		inUse:       desc("machine_slots_in_use", "Build slots in use.", "machine"),
 		held:        desc("machine_slots_held", "Slots in use by builds whose connection was lost and that may still run there.", "machine"),
@@ -56,7 +58,7 @@ func newStateCollector(d *Daemon) *stateCollector {
 // Describe implements prometheus.Collector.
 func (c *stateCollector) Describe(ch chan<- *prometheus.Desc) {
 	for _, d := range []*prometheus.Desc{
-		c.up, c.down, c.drained, c.parked, c.connects,
+		c.up, c.down, c.drained, c.parked, c.suspect, c.connects,
 		c.slots, c.inUse, c.held, c.staging,
 		c.queued, c.unplaceable, c.builds, c.oldestWait, c.ended,
 		c.reloads, c.reloadOK, c.reloadTime,
@@ -83,7 +85,8 @@ func (c *stateCollector) Collect(ch chan<- prometheus.Metric) {
 		counter(c.ended, float64(n), l.machine, l.system, l.result)
 	}
 	for _, m := range c.labelled(c.d.machineStatuses(load.machines)) {
-		gauge(c.up, oneIf(m.state == scheduler.Up && !m.removed), m.uri)
+		gauge(c.up, oneIf((m.state == scheduler.Up || m.state == scheduler.Suspect) && !m.removed), m.uri)
+		gauge(c.suspect, oneIf(m.state == scheduler.Suspect && !m.removed), m.uri)
 		gauge(c.drained, oneIf(m.drained), m.uri)
 		gauge(c.slots, float64(m.slots), m.uri)
 		gauge(c.inUse, float64(m.inUse), m.uri)

@@ -90,7 +90,8 @@ func cut(lines []line, most, untold int) []line {
 func (o *overview) head(onMachines int) []line {
 	up, inUse, slots := 0, uint32(0), uint32(0)
 	for _, m := range o.status.GetMachines() {
-		if m.GetState() == dispatchv1.MachineState_MACHINE_STATE_UP {
+		switch m.GetState() {
+		case dispatchv1.MachineState_MACHINE_STATE_UP, dispatchv1.MachineState_MACHINE_STATE_SUSPECT:
 			up++
 			slots += m.GetSlots()
 		}

@@ -198,6 +198,8 @@ func (v *view) why(st *dispatchv1.MachineStatus, m machine, now time.Time) strin
 		return since + strings.ReplaceAll(words(st.GetDown()), "_", " ")
 	case st.GetParked() != "":
 		return "short of " + words(st.GetParked())
+	case m.State == "suspect":
+		return "it does not answer"
 	default:
 		return ""
 	}

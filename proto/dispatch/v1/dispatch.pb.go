@@ -139,6 +139,10 @@ const (
 	// It is connected to and takes no new builds for a while, for want of disk space
 	// for example. It takes them again by itself.
 	MachineState_MACHINE_STATE_PARKED MachineState = 6
+	// It is connected to and does not answer. It takes no new builds while others can
+	// take them. It is up again with the first byte that is received from it, and down
+	// if none comes.
+	MachineState_MACHINE_STATE_SUSPECT MachineState = 7
 )
 
 // Enum value maps for MachineState.
@@ -151,6 +155,7 @@ var (
 		4: "MACHINE_STATE_DRAINING",
 		5: "MACHINE_STATE_UNSUPPORTED",
 		6: "MACHINE_STATE_PARKED",
+		7: "MACHINE_STATE_SUSPECT",
 	}
 	MachineState_value = map[string]int32{
 		"MACHINE_STATE_UNSPECIFIED": 0,
@@ -160,6 +165,7 @@ var (
 		"MACHINE_STATE_DRAINING":    4,
 		"MACHINE_STATE_UNSUPPORTED": 5,
 		"MACHINE_STATE_PARKED":      6,
+		"MACHINE_STATE_SUSPECT":     7,
 	}
 )
 
@@ -276,6 +282,9 @@ const (
 	VerdictReason_VERDICT_REASON_UNSUPPORTED VerdictReason = 11
 	// It takes no new builds for a while: see MACHINE_STATE_PARKED.
 	VerdictReason_VERDICT_REASON_PARKED VerdictReason = 12
+	// It does not answer, and other machines can take the build: see
+	// MACHINE_STATE_SUSPECT.
+	VerdictReason_VERDICT_REASON_SUSPECT VerdictReason = 13
 )
 
 // Enum value maps for VerdictReason.
@@ -294,6 +303,7 @@ var (
 		10: "VERDICT_REASON_FULL",
 		11: "VERDICT_REASON_UNSUPPORTED",
 		12: "VERDICT_REASON_PARKED",
+		13: "VERDICT_REASON_SUSPECT",
 	}
 	VerdictReason_value = map[string]int32{
 		"VERDICT_REASON_UNSPECIFIED":       0,
@@ -309,6 +319,7 @@ var (
 		"VERDICT_REASON_FULL":              10,
 		"VERDICT_REASON_UNSUPPORTED":       11,
 		"VERDICT_REASON_PARKED":            12,
+		"VERDICT_REASON_SUSPECT":           13,
 	}
 )
 
@@ -5104,7 +5115,7 @@ const file_dispatch_v1_dispatch_proto_rawDesc = "" +
 	"\x1eBUILD_STATUS_NOT_DETERMINISTIC\x10\r\x12*\n" +
 	"&BUILD_STATUS_RESOLVES_TO_ALREADY_VALID\x10\x0e\x12 \n" +
 	"\x1cBUILD_STATUS_NO_SUBSTITUTERS\x10\x0f\x12\x1a\n" +
-	"\x16BUILD_STATUS_CANCELLED\x10\x10*\xce\x01\n" +
+	"\x16BUILD_STATUS_CANCELLED\x10\x10*\xe9\x01\n" +
 	"\fMachineState\x12\x1d\n" +
 	"\x19MACHINE_STATE_UNSPECIFIED\x10\x00\x12\x1c\n" +
 	"\x18MACHINE_STATE_CONNECTING\x10\x01\x12\x14\n" +
@@ -5112,14 +5123,15 @@ const file_dispatch_v1_dispatch_proto_rawDesc = "" +
 	"\x12MACHINE_STATE_DOWN\x10\x03\x12\x1a\n" +
 	"\x16MACHINE_STATE_DRAINING\x10\x04\x12\x1d\n" +
 	"\x19MACHINE_STATE_UNSUPPORTED\x10\x05\x12\x18\n" +
-	"\x14MACHINE_STATE_PARKED\x10\x06*}\n" +
+	"\x14MACHINE_STATE_PARKED\x10\x06\x12\x19\n" +
+	"\x15MACHINE_STATE_SUSPECT\x10\a*}\n" +
 	"\x05Phase\x12\x15\n" +
 	"\x11PHASE_UNSPECIFIED\x10\x00\x12\x10\n" +
 	"\fPHASE_QUEUED\x10\x01\x12\x11\n" +
 	"\rPHASE_COPYING\x10\x02\x12\x10\n" +
 	"\fPHASE_STAGED\x10\x03\x12\x12\n" +
 	"\x0ePHASE_BUILDING\x10\x04\x12\x12\n" +
-	"\x0ePHASE_FETCHING\x10\x05*\x98\x03\n" +
+	"\x0ePHASE_FETCHING\x10\x05*\xb4\x03\n" +
 	"\rVerdictReason\x12\x1e\n" +
 	"\x1aVERDICT_REASON_UNSPECIFIED\x10\x00\x12\x1b\n" +
 	"\x17VERDICT_REASON_ELIGIBLE\x10\x01\x12\x19\n" +
@@ -5134,7 +5146,8 @@ const file_dispatch_v1_dispatch_proto_rawDesc = "" +
 	"\x13VERDICT_REASON_FULL\x10\n" +
 	"\x12\x1e\n" +
 	"\x1aVERDICT_REASON_UNSUPPORTED\x10\v\x12\x19\n" +
-	"\x15VERDICT_REASON_PARKED\x10\f*s\n" +
+	"\x15VERDICT_REASON_PARKED\x10\f\x12\x1a\n" +
+	"\x16VERDICT_REASON_SUSPECT\x10\r*s\n" +
 	"\vPingVerdict\x12\x1c\n" +
 	"\x18PING_VERDICT_UNSPECIFIED\x10\x00\x12\x13\n" +
 	"\x0fPING_VERDICT_OK\x10\x01\x12\x18\n" +
