@@ -73,24 +73,25 @@ func TestCallerGone(t *testing.T) {
 		start := time.Now()
 		for _, c := range callers {
 			for c.builderRuns(s) {
-				if time.Since(start) > 10*time.Second {
-					t.Fatalf("%s over %s: the builder still runs on the machine 10 s later", c.name, c.protocol)
+				if time.Since(start) > time.Minute {
+					t.Fatalf("%s over %s: the builder still runs on the machine a minute later", c.name, c.protocol)
 				}
 				time.Sleep(50 * time.Millisecond)
 			}
 		}
-		s.eventually(10*time.Second-time.Since(start), "all slots but one are free", func() bool {
+		t.Logf("the builders were gone after %v", time.Since(start).Round(time.Millisecond))
+		s.eventually(time.Minute, "all slots but one are free", func() bool {
 			r := s.status()
 			return len(r.Builds) == 1 && r.Machines[0].Running == 1 && r.Machines[1].Running == 0
 		})
 		for _, c := range callers {
-			if code := c.run.wait(10 * time.Second); code == 0 {
+			if code := c.run.wait(time.Minute); code == 0 {
 				t.Errorf("%s over %s: exit 0, though it was ended", c.name, c.protocol)
 			}
 		}
 		s.openGate(bystander)
-		s.verify(stays.succeed(30 * time.Second)...)
-		s.idle(10 * time.Second)
+		s.verify(stays.succeed(time.Minute)...)
+		s.idle(time.Minute)
 	})
 }
 
@@ -114,9 +115,9 @@ func TestCancel(t *testing.T) {
 	s := newSite(t, siteConfig{machines: protocolMachines(1, 1)})
 	for n, protocol := range protocols {
 		c := s.doom(cancelCase{name: "cancelled"}, protocol, fmt.Sprintf("sleep 8100%d", n))
-		s.eventually(30*time.Second, "the build runs", func() bool { return c.builderRuns(s) })
+		s.eventually(time.Minute, "the build runs", func() bool { return c.builderRuns(s) })
 		second := s.launch("alice", recipe{name: "cancelled-" + protocol, feature: protocol, script: "echo waiting; " + c.marker}.expr())
-		s.eventually(30*time.Second, "the second caller is accepted", func() bool {
+		s.eventually(time.Minute, "the second caller is accepted", func() bool {
 			return strings.Contains(second.out().Stderr, "waiting\n")
 		})
 		builds := s.status().Builds
@@ -126,13 +127,13 @@ func TestCancel(t *testing.T) {
 		if out, err := s.dispatch("cancel", builds[0].ID.String()); err != nil {
 			t.Fatalf("nix-dispatch cancel: %v\n%s", err, out.Stderr)
 		}
-		s.eventually(10*time.Second, "the builder is gone from the machine", func() bool { return !c.builderRuns(s) })
+		s.eventually(time.Minute, "the builder is gone from the machine", func() bool { return !c.builderRuns(s) })
 		for _, run := range []*launched{c.run, second} {
-			if code := run.wait(10 * time.Second); code != 1 || !strings.Contains(run.out().Stderr, "cancelled") {
+			if code := run.wait(time.Minute); code != 1 || !strings.Contains(run.out().Stderr, "cancelled") {
 				t.Errorf("%s: %s: exit %d, want 1 and to be told:\n%s", protocol, run.what, code, run.out().Stderr)
 			}
 		}
-		s.idle(10 * time.Second)
+		s.idle(time.Minute)
 	}
 	if out, err := s.dispatch("cancel", "4711"); err == nil || !strings.Contains(out.Stderr, "no such build") {
 		t.Errorf("cancelling a build that is not there: %v, %q; want to be told so", err, out.Stderr)

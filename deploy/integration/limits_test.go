@@ -58,7 +58,7 @@ func TestLimits(t *testing.T) {
 			}
 		}
 		for _, c := range trials {
-			code, printed := c.run.wait(90*time.Second), c.run.out().Stderr
+			code, printed := c.run.wait(patience), c.run.out().Stderr
 			if c.says == "" {
 				if code != 0 {
 					t.Errorf("%s: exit %d, want success:\n%s", c.name, code, clip(printed))

@@ -19,7 +19,7 @@ func lockSite(t *testing.T, suite, scheme string) *site {
 	t.Helper()
 	s := newSite(t, siteConfig{client: suite, jobs: 1, machines: []machineConfig{{name: "near", scheme: scheme}}})
 	_, err := s.fleet.Far(t.Context(), "far", s.machines["near"], fleet.ProxyConfig{
-		Delay: 150 * time.Millisecond, BytesPerSecond: 4 << 20,
+		Delay: 300 * time.Millisecond, BytesPerSecond: 4 << 20,
 	})
 	if err != nil {
 		t.Fatal(err)

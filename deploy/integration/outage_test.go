@@ -187,18 +187,16 @@ func TestMachinesOutOfReach(t *testing.T) {
 	if err := s.machines["ssh-ng-1"].Kill(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	took := s.startUnready()
-	t.Logf("nix-dispatchd answers after %v", took.Round(time.Millisecond))
-	if took > 10*time.Second { // reaching for one of them takes 15
-		t.Errorf("nix-dispatchd answers after %v, with its machines out of reach", took)
-	}
+	// It answers while it still tries to reach them, for longer than any start takes.
+	s.write("/root/.ssh/config", "Host *\n\tConnectTimeout 30\n")
+	s.startUnready()
 	for _, m := range s.status().Machines {
 		if m.State != "connecting" {
 			t.Errorf("machine %s is %s, want connecting", m.URI, m.State)
 		}
 	}
 	s.builtLocally("while-connecting", outageCost)
-	s.eventually(time.Minute, "both machines are down, with the reason", func() bool {
+	s.eventually(patience, "both machines are down, with the reason", func() bool {
 		for _, m := range s.status().Machines {
 			if m.State != "down" || !strings.Contains(m.Reason, "connect") && !strings.Contains(m.Reason, "dial") {
 				return false
@@ -214,19 +212,17 @@ func TestMachinesOutOfReach(t *testing.T) {
 		t.Fatal(err)
 	}
 	r := recipe{name: "restored", feature: "ssh", script: "uname -n > $out"}
-	s.launch("alice", r.expr()).succeed(2 * time.Minute)
+	s.launch("alice", r.expr()).succeed(patience)
 	s.gets(s.outputOf(s.drvOf(r.expr())), "ssh-1")
 }
 
-// startUnready starts nix-dispatchd and returns how long it took until its socket
-// could be connected to.
-func (s *site) startUnready() time.Duration {
+// startUnready starts nix-dispatchd and waits until its socket can be connected to.
+func (s *site) startUnready() {
 	s.t.Helper()
 	d := &daemonProcess{gone: make(chan struct{})}
 	d.cmd = s.client.Command(context.WithoutCancel(s.t.Context()), "root",
 		programs+"/nix-dispatchd", "--log-level", "debug")
 	d.cmd.Stdout, d.cmd.Stderr = &d.log, &d.log
-	start := time.Now()
 	if err := d.cmd.Start(); err != nil {
 		s.t.Fatalf("start nix-dispatchd: %v", err)
 	}
@@ -243,5 +239,4 @@ func (s *site) startUnready() time.Duration {
 		}
 		return err == nil
 	})
-	return time.Since(start)
 }

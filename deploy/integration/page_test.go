@@ -93,7 +93,10 @@ func TestPageInABrowser(t *testing.T) {
 			s.onHost(s.machines["mac"], "rm "+hold)
 			_ = cmd.Wait() // a derivation of it fails
 			s.idle(time.Minute)
-			time.Sleep(2 * time.Second) // until the history has it
+			s.eventually(patience, "the page has all that has ended", func() bool {
+				page := visible(httpGet(t, target.String()+"/"))
+				return strings.Contains(page, "tests-1.0 permanent failure") && strings.Contains(page, "gcc-13.2 built")
+			})
 		}
 		proxy.ServeHTTP(w, r)
 	}))

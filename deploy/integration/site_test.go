@@ -250,7 +250,7 @@ func (s *site) stopDaemon(sig syscall.Signal) {
 	}
 	select {
 	case <-s.daemon.gone:
-	case <-time.After(30 * time.Second):
+	case <-time.After(time.Minute):
 		s.t.Errorf("nix-dispatchd does not end after %v", sig)
 	}
 }

@@ -55,7 +55,7 @@ type logReader struct {
 // nothing is missing when the callers go on.
 func TestCallersThatDoNotRead(t *testing.T) {
 	t.Parallel()
-	log, stopped := heavyLog{lines: shortOr(200_000, 500_000)}, shortOr(5*time.Second, time.Minute)
+	log, stopped := heavyLog{lines: shortOr(150_000, 500_000)}, shortOr(5*time.Second, time.Minute)
 	s := newSite(t, siteConfig{machines: protocolMachines(1, 3)})
 	readers := []*logReader{
 		{name: "stopped-root", feature: "ssh", user: "root", stopped: true},
