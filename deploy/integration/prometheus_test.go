@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"io"
 	"math"
-	"net"
 	"net/http"
 	"net/url"
 	"os"
@@ -56,10 +55,8 @@ func (s *site) watch(target, certificate, password string) *watcher {
 		}
 	}
 	w := &watcher{t: s.t}
-	address := freeAddress(s.t)
-	w.base = "http://" + address
 	cmd := exec.Command(program, "--config.file="+filepath.Join(dir, "scrape.yml"),
-		"--storage.tsdb.path="+filepath.Join(dir, "data"), "--web.listen-address="+address)
+		"--storage.tsdb.path="+filepath.Join(dir, "data"), "--web.listen-address=127.0.0.1:0")
 	cmd.Stdout, cmd.Stderr = &w.log, &w.log
 	if err := cmd.Start(); err != nil {
 		s.t.Fatal(err)
@@ -71,6 +68,15 @@ func (s *site) watch(target, certificate, password string) *watcher {
 			s.t.Logf("Prometheus's log:\n%s", w.log.String())
 		}
 	})
+	// It chooses the port itself, so that no other program can take it first.
+	listening := regexp.MustCompile(`msg="Listening on" address=(127\.0\.0\.1:\d+)`)
+	s.eventually(time.Minute, "Prometheus says where it listens", func() bool {
+		m := listening.FindStringSubmatch(w.log.String())
+		if m != nil {
+			w.base = "http://" + m[1]
+		}
+		return m != nil
+	})
 	return w
 }
 
@@ -81,18 +87,6 @@ func readFile(t *testing.T, name string) string {
 		t.Fatal(err)
 	}
 	return string(text)
-}
-
-// freeAddress is a loopback address of this machine that nobody listens on, but for
-// a moment in which another could take it.
-func freeAddress(t *testing.T) string {
-	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer l.Close()
-	return l.Addr().String()
 }
 
 // query runs an expression, and gives its values by the label by, or "".
