@@ -5,9 +5,12 @@ import (
 	"io"
 	"math/rand/v2"
 	"os"
+	"os/exec"
+	"os/signal"
 	"path/filepath"
 	"strconv"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
 )
@@ -25,6 +28,48 @@ func makeTemp() (string, error) {
 			err = os.Chmod(dir, os.ModeSticky|0o777)
 		}
 		return dir, err
+	}
+}
+
+// A family knows which children of this process are commands, and not orphans.
+type family struct {
+	mu   sync.Mutex
+	pids map[int]bool
+}
+
+var commands = family{pids: make(map[int]bool)}
+
+func (f *family) start(cmd *exec.Cmd) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	err := cmd.Start()
+	if err == nil {
+		f.pids[cmd.Process.Pid] = true
+	}
+	return err
+}
+
+// waitForOrphans waits for orphans that have ended, until stop is called, so that they
+// are not there as zombies for tests that look.
+func (f *family) waitForOrphans() (stop func()) {
+	ended := make(chan os.Signal, 1)
+	signal.Notify(ended, syscall.SIGCHLD)
+	var waiting sync.WaitGroup
+	waiting.Go(func() {
+		for range ended {
+			f.mu.Lock()
+			for _, pid := range children() {
+				if !f.pids[pid] {
+					_, _ = syscall.Wait4(pid, nil, syscall.WNOHANG, nil) // it may still run
+				}
+			}
+			f.mu.Unlock()
+		}
+	})
+	return func() {
+		signal.Stop(ended)
+		close(ended)
+		waiting.Wait()
 	}
 }
 

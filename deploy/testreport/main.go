@@ -86,6 +86,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 		}
 	}
 	started := time.Now()
+	stopWaiting := commands.waitForOrphans()
 	for _, group := range groups {
 		var running sync.WaitGroup
 		for _, s := range group {
@@ -93,6 +94,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 		}
 		running.Wait()
 	}
+	stopWaiting()
 	killOrphans(stdout)
 	if *finally != "" {
 		cmd := exec.Command("/bin/sh", "-c", *finally)
@@ -137,7 +139,7 @@ func (s *step) execute(ctx context.Context, stderr io.Writer) (processor time.Du
 	// Not a pipe to read to its end: what a command has left running may hold it.
 	lines := &lineWriter{each: s.line}
 	cmd.Stdout = lines
-	if err := cmd.Start(); err != nil {
+	if err := commands.start(cmd); err != nil {
 		return 0, err
 	}
 	err = cmd.Wait()

@@ -88,6 +88,17 @@ func TestUsage(t *testing.T) {
 	}
 }
 
+// What a command orphans and has ended is gone, as it is where init is the parent.
+func TestOrphansAreNoZombies(t *testing.T) {
+	out := filepath.Join(t.TempDir(), "pid")
+	command := fmt.Sprintf("step: sh -c 'sleep 0.3 & echo $! >%s'; n=0; while test -e /proc/$(cat %[1]s); do n=$((n+1)); test $n -lt 600 || exit 1; sleep 0.1; done", out)
+	cmd := exec.Command(os.Args[0], command)
+	cmd.Env = append(os.Environ(), "TESTREPORT_TEST_MAIN=1")
+	if said, err := cmd.CombinedOutput(); err != nil {
+		t.Errorf("%v: an orphan that has ended is still there after a minute:\n%s", err, said)
+	}
+}
+
 // Each of two steps ends only when the other has begun.
 func TestStepsBesideEachOther(t *testing.T) {
 	a, b := filepath.Join(t.TempDir(), "a"), filepath.Join(t.TempDir(), "b")
