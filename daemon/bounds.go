@@ -8,6 +8,7 @@ import (
 
 	"nixdispatch/daemon/usage"
 	dispatchv1 "nixdispatch/proto/dispatch/v1"
+	"nixdispatch/proto/nix"
 )
 
 // The bounds of what one user may have in progress, far above what anyone needs. They
@@ -21,6 +22,9 @@ const (
 	maxUserStreams     = 512
 	// maxUserRequests is four of the largest requests.
 	maxUserRequests = 4 * maxMessage
+	// maxUserDerivations bounds the texts of derivations that Build calls have read, for as
+	// long as they go on: 50,000 of Nixpkgs' and more.
+	maxUserDerivations = 256 << 20
 	// maxUserBuilds bounds the derivations that Build calls have in progress; the others
 	// of their graphs wait.
 	maxUserBuilds = 10_000
@@ -33,14 +37,16 @@ const (
 
 func newUsage(files int64) *usage.Ledger {
 	return usage.New(usage.Amounts{
-		usage.Connections:    min(files/8, maxUserConnections),
-		usage.Calls:          maxUserCalls,
-		usage.Streams:        maxUserStreams,
-		usage.RequestBytes:   maxUserRequests,
-		usage.Builds:         maxUserBuilds,
-		usage.Pings:          maxPings,
-		usage.DetachedBuilds: maxDetached,
-		usage.LogBytes:       maxUserLogs,
+		usage.Connections:     min(files/8, maxUserConnections),
+		usage.Calls:           maxUserCalls,
+		usage.Streams:         maxUserStreams,
+		usage.RequestBytes:    maxUserRequests,
+		usage.Builds:          maxUserBuilds,
+		usage.Pings:           maxPings,
+		usage.DetachedBuilds:  maxDetached,
+		usage.DetachedBytes:   maxDetachedSizes,
+		usage.DerivationBytes: maxUserDerivations,
+		usage.LogBytes:        maxUserLogs,
 	})
 }
 
@@ -162,6 +168,27 @@ func (s *countedStream) RecvMsg(m any) error {
 	return s.use.received(m)
 }
 
+// A derivationReader reads derivations for a caller, as many as one user may have.
+type derivationReader struct {
+	d      *Daemon
+	store  *localStore
+	caller caller
+	use    *usage.Use // whoever made the reader releases it when the derivations are gone
+}
+
+func (d *Daemon) derivationReader(s *localStore, c caller) *derivationReader {
+	return &derivationReader{d: d, store: s, caller: c, use: d.usage.Count(c.user(), usage.DerivationBytes, 0)}
+}
+
+func (r *derivationReader) read(p nix.StorePath) (*nix.Derivation, error) {
+	return r.store.derivationWithin(p, func(n int) error {
+		if r.use.Grow(int64(n), r.d.bounds(r.caller)) {
+			return nil
+		}
+		return &usage.BoundError{Resource: usage.DerivationBytes, Bound: r.d.usage.Bounds()[usage.DerivationBytes]}
+	})
+}
+
 // userUsage is what all users have in progress, and the bounds of one, for Status.
 func (d *Daemon) userUsage() (users []*dispatchv1.UserUsage, bounds *dispatchv1.UserUsage) {
 	for _, u := range d.usage.Users() {
@@ -185,5 +212,7 @@ func usageProto(user string, a usage.Amounts) *dispatchv1.UserUsage {
 		Detached:      uint64(a[usage.DetachedBuilds]), //nolint:gosec
 		DetachedBytes: uint64(a[usage.DetachedBytes]),  //nolint:gosec
 		LogBytes:      uint64(a[usage.LogBytes]),       //nolint:gosec
+
+		DerivationBytes: uint64(a[usage.DerivationBytes]), //nolint:gosec
 	}
 }

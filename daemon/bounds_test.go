@@ -1,17 +1,24 @@
 package daemon
 
 import (
+	"context"
+	"errors"
+	"fmt"
 	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
 
+	"github.com/google/go-cmp/cmp"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/testing/protocmp"
 
 	"nixdispatch/daemon/usage"
 	dispatchv1 "nixdispatch/proto/dispatch/v1"
+	"nixdispatch/proto/nix"
 )
 
 // A guest is a user in the group, with the bounds of one: a daemon in a test knows only
@@ -175,5 +182,146 @@ func TestLogsOfAUserAreBounded(t *testing.T) {
 	}
 	if n := l.Of(me, usage.LogBytes); n != 0 {
 		t.Errorf("%d bytes are counted after the end", n)
+	}
+}
+
+// TestSecurityManyNames has a Build request name one derivation very often, or more text of
+// derivations than one user may have read.
+func TestSecurityManyNames(t *testing.T) {
+	t.Parallel()
+	s := newSiteWith(t, siteConfig{
+		machines: []*fakeMachine{oneMachine("ssh")},
+		prepare:  func(s *site) { s.guest(usage.Amounts{usage.DerivationBytes: 2000}) },
+	})
+	r := s.drv("one", drvConfig{outputs: []string{"doc", "out"}})
+	var names []string
+	for n := range 1000 {
+		names = append(names, string(r.path)+[]string{"!out", "!doc,out", "!out,out"}[n%3])
+	}
+	read := 0
+	targets, err := s.d.stores.own.parseTargets(t.Context(), names, func(p nix.StorePath) (*nix.Derivation, error) {
+		read++
+		return s.d.stores.own.derivation(p)
+	})
+	if err != nil || len(targets) != 1 || targets[0].String() != string(r.path)+"!out,doc" || read != 1 {
+		t.Errorf("targets %v (%v), read %d times; want one that is read once", targets, err, read)
+	}
+	gone, leave := context.WithCancel(t.Context())
+	left := 0
+	for range 3 {
+		names = append(names, string(s.drv("another", drvConfig{}).path))
+	}
+	if _, err := s.d.stores.own.parseTargets(gone, names, func(p nix.StorePath) (*nix.Derivation, error) {
+		left++
+		leave()
+		return s.d.stores.own.derivation(p)
+	}); !errors.Is(err, context.Canceled) || left != 1 {
+		t.Errorf("the caller left at the first: %v after %d were read, want it to stop", err, left)
+	}
+	s.realise(&dispatchv1.BuildRequest{Derivations: names[:1000]}).mustSucceed(t)
+	for range 20 {
+		names = append(names, string(s.drv("more", drvConfig{}).path))
+	}
+	mustBeRefused(t, s.realise(&dispatchv1.BuildRequest{Derivations: names}).err, "bytes of derivations", "2000")
+	me := usage.User{UID: uint32(os.Geteuid())}
+	s.eventually("nothing is left", func() bool { return s.d.usage.Of(me, usage.DerivationBytes) == 0 })
+}
+
+// TestSecurityDetachedBytes has a member detach builds with more in their requests than is
+// needed, and then more than is kept.
+func TestSecurityDetachedBytes(t *testing.T) {
+	t.Parallel()
+	m := oneMachine("ssh")
+	m.build = untilGone
+	s := newSiteWith(t, siteConfig{
+		machines: []*fakeMachine{m},
+		prepare: func(s *site) {
+			s.guest(usage.Amounts{usage.DetachedBuilds: 10, usage.DetachedBytes: 3000})
+		},
+	})
+	detach := func(derivations ...string) (uint64, error) {
+		got := s.realise(&dispatchv1.BuildRequest{
+			Detach: true, Derivations: derivations, KeepGoing: true, Limits: &dispatchv1.Limits{MaxLogSize: 7},
+			Environment: append(s.hello().GetEnvironment(), "X="+strings.Repeat("x", 1<<20)),
+		})
+		return got.detached, got.err
+	}
+	one := string(s.drv("one", drvConfig{}).path)
+	id, err := detach(one, one, one)
+	if err != nil {
+		t.Fatal(err)
+	}
+	file := s.d.detached.file(id)
+	info, err := os.Stat(file)
+	if err != nil || info.Size() > 2000 {
+		t.Errorf("its file: %v, %v; want no more than what is needed", info, err)
+	}
+	j, err := s.d.readDetached(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff(s.d.detached.find(id).request, j.request, protocmp.Transform()); diff != "" || !j.request.GetKeepGoing() || j.request.GetLimits().GetMaxLogSize() != 7 {
+		t.Errorf("read back (-kept +read):\n%s", diff)
+	}
+	var many []string
+	for range 10 {
+		many = append(many, string(s.drv("many", drvConfig{}).path))
+	}
+	_, err = detach(many...)
+	mustBeRefused(t, err, "bytes of detached builds", "3000")
+	var huge []string
+	for n := range maxDetachedSize / 50 {
+		huge = append(huge, fmt.Sprintf("%s!out%d", one, n))
+	}
+	if _, err := detach(huge...); status.Code(err) != codes.InvalidArgument || !strings.Contains(err.Error(), "a detached build may have") {
+		t.Errorf("a huge one: %v, want InvalidArgument", err)
+	}
+	if got := s.status().GetDetached(); len(got) != 1 {
+		t.Errorf("%d are detached, want 1: %v", len(got), got)
+	}
+	if _, err := s.client.Cancel(t.Context(), &dispatchv1.CancelRequest{BuildId: id}); err != nil {
+		t.Error(err)
+	}
+	me := usage.User{UID: uint32(os.Geteuid())}
+	s.eventually("nothing is left", func() bool {
+		return s.d.usage.Of(me, usage.DetachedBytes) == 0 && s.d.usage.Of(me, usage.DetachedBuilds) == 0
+	})
+}
+
+// TestWhatIsWrittenCanBeReadBack is about files of the state directory that grow with what
+// callers ask for.
+func TestWhatIsWrittenCanBeReadBack(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	drained := map[string]drain{"ssh://a": {URI: "ssh://a", By: "root"}}
+	if err := writeDrained(dir, drained); err != nil {
+		t.Fatal(err)
+	}
+	before, _ := os.ReadFile(filepath.Join(dir, drainedFile))
+	drained["ssh://b"] = drain{URI: "ssh://b" + strings.Repeat("b", maxDrainedFile)}
+	if err := writeDrained(dir, drained); err == nil {
+		t.Error("more drained machines than can be read back were written")
+	}
+	if after, _ := os.ReadFile(filepath.Join(dir, drainedFile)); string(after) != string(before) {
+		t.Error("the file has changed")
+	}
+	builds := &detachedBuilds{dir: dir}
+	j := &detachedBuild{id: 1, request: &dispatchv1.BuildRequest{Store: strings.Repeat("x", maxDetachedFile)}}
+	if err := builds.write(j); err == nil {
+		t.Error("a larger file of a detached build than can be read back was written")
+	}
+	// What an ended build leaves is bounded whatever it said.
+	j = &detachedBuild{
+		id: 1, ended: time.Now(), request: new(dispatchv1.BuildRequest),
+		summary: &dispatchv1.Summary{Failed: make([]string, 10*maxFailed)},
+	}
+	for n := range 2 * maxInfoDerivations {
+		j.request.Derivations = append(j.request.Derivations, strings.Repeat("d", 200))
+		j.finished = append(j.finished, &dispatchv1.BuildEvent{DrvPath: fmt.Sprint(n), Event: &dispatchv1.BuildEvent_Finished{
+			Finished: &dispatchv1.Finished{Status: dispatchv1.BuildStatus_BUILD_STATUS_PERMANENT_FAILURE, Error: strings.Repeat("e", 1<<20)}}})
+	}
+	j.forgetDetails()
+	if n := j.size(); n > 1<<20 {
+		t.Errorf("%d bytes are kept of it, want 1 MiB at most", n)
 	}
 }

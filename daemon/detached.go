@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"slices"
 	"sync"
 	"time"
@@ -27,8 +28,18 @@ const (
 	// maxDetachedStarts bounds how many daemons may begin with one: it may be what
 	// they die of.
 	maxDetachedStarts = 20
-	// maxFailures bounds how many failures are kept with their messages.
-	maxFailures = 20
+	// maxFailures bounds how many failures are kept with their messages, and maxFailed of
+	// how many the names are.
+	maxFailures, maxFailed = 20, 1000
+	// maxDetachedSize bounds what is kept of one: its request, and the outputs that its
+	// summary will name. That is 15,000 derivations or more.
+	maxDetachedSize = 4 << 20
+	// maxDetachedSizes bounds the same of all of a user's that are in progress, and apart
+	// from these of all that have ended.
+	maxDetachedSizes = 4 * maxDetachedSize
+	// maxInfoDerivations is how many of its derivations Status names, and are kept once
+	// it has ended.
+	maxInfoDerivations = 100
 )
 
 // errEndedBadly is a detached build that came to no result.
@@ -58,6 +69,7 @@ type detachedBuild struct {
 	since   time.Time
 	starts  int        // how many daemons have begun with it
 	use     *usage.Use // while it goes on
+	bytes   *usage.Use // likewise
 
 	ctx    context.Context //nolint:containedctx // it is nobody's call
 	cancel context.CancelCauseFunc
@@ -99,8 +111,10 @@ func (d *Daemon) detach(req *dispatchv1.BuildRequest, by caller, send func(*disp
 	if req.Builders != nil {
 		return fmt.Errorf("%w: a detached build goes by the daemon's own list of machines", errBadRequest)
 	}
-	req = proto.CloneOf(req)
-	req.Detach, req.HoldRoots = false, false
+	req = keptRequest(req)
+	if n := proto.Size(req); n > maxDetachedSize {
+		return tooLargeToDetach(n)
+	}
 	use, err := d.usage.Take(by.user(), usage.DetachedBuilds, 1)
 	if err != nil {
 		return err
@@ -123,6 +137,54 @@ func (d *Daemon) detach(req *dispatchv1.BuildRequest, by caller, send func(*disp
 		return err
 	}
 	return send(&dispatchv1.BuildResponse{Message: &dispatchv1.BuildResponse_Detached{Detached: &dispatchv1.Detached{BuildId: j.id}}})
+}
+
+// keptRequest is what a detached build needs of its request, and nothing else.
+func keptRequest(req *dispatchv1.BuildRequest) *dispatchv1.BuildRequest {
+	kept := &dispatchv1.BuildRequest{
+		Derivations:            unique(req.GetDerivations()),
+		Limits:                 limitsFrom(req.GetLimits()).proto(),
+		BuildersUseSubstitutes: req.GetBuildersUseSubstitutes(),
+		KeepGoing:              req.GetKeepGoing(),
+		Store:                  req.GetStore(),
+		Priority:               req.GetPriority(),
+	}
+	vars := storeVariables(req.GetEnvironment())
+	for _, name := range slices.Sorted(maps.Keys(vars)) {
+		kept.Environment = append(kept.Environment, name+"="+vars[name])
+	}
+	return kept
+}
+
+// unique is the list without repetitions.
+func unique(list []string) []string {
+	seen := make(map[string]bool, len(list))
+	var kept []string
+	for _, s := range list {
+		if !seen[s] {
+			seen[s] = true
+			kept = append(kept, s)
+		}
+	}
+	return kept
+}
+
+func tooLargeToDetach(n int) error {
+	return fmt.Errorf("%w: a detached build may have %d bytes of derivations and outputs, and this has %d; ask for fewer derivations at once, or one that needs them all",
+		errBadRequest, maxDetachedSize, n)
+}
+
+// takeBytes counts what will be kept of the build and its summary for its user.
+func (d *Daemon) takeBytes(j *detachedBuild, targets []target) (err error) {
+	n := proto.Size(j.request)
+	for _, t := range targets {
+		n += t.size
+	}
+	if n > maxDetachedSize {
+		return tooLargeToDetach(n)
+	}
+	j.bytes, err = d.usage.Take(j.caller.user(), usage.DetachedBytes, int64(n))
+	return err
 }
 
 // resumeDetached goes on with what an earlier daemon has left.
@@ -165,11 +227,18 @@ func (d *Daemon) runDetached(j *detachedBuild, began chan<- error) {
 	}
 	r, targets, err := d.newRealisation(j.ctx, j.request, j.caller, send)
 	if err == nil {
+		if err = d.takeBytes(j, targets); err != nil {
+			r.lease.release()
+		}
+	}
+	if err == nil {
 		r.keep = func(outputs []*dispatchv1.Output) error { return d.detached.keepOutputs(j, r.conn, outputs) }
 		err = r.run(j.ctx, targets)
 		r.lease.release()
 	}
-	j.use.Release() // before it is told, so that who waited for it can detach another
+	// Before it is told, so that who waited for it can detach another.
+	j.use.Release()
+	j.bytes.Release()
 	j.end(err)
 	d.detached.save(j)
 	d.detached.prune(time.Now())
@@ -209,7 +278,7 @@ func (j *detachedBuild) end(err error) {
 	defer j.mu.Unlock()
 	j.ended = time.Now()
 	if err != nil {
-		j.err = err.Error()
+		j.err = clipped(err.Error())
 	}
 	j.cut = errors.Is(err, errShutdown)
 	j.signalLocked()
@@ -239,7 +308,20 @@ func (j *detachedBuild) forgetDetails() {
 	failures := slices.DeleteFunc(slices.Clone(j.finished), func(e *dispatchv1.BuildEvent) bool {
 		return e.GetFinished().GetStatus().Succeeded()
 	})
-	j.finished = slices.Clip(failures[:min(len(failures), maxFailures)])
+	j.finished = nil
+	for _, e := range failures[:min(len(failures), maxFailures)] {
+		e = proto.CloneOf(e) // others may be reading it
+		e.GetFinished().Error = clipped(e.GetFinished().GetError())
+		j.finished = append(j.finished, e)
+	}
+	if drvs := j.request.GetDerivations(); len(drvs) > maxInfoDerivations {
+		j.request = proto.CloneOf(j.request)
+		j.request.Derivations = slices.Clone(drvs[:maxInfoDerivations])
+	}
+	if failed := j.summary.GetFailed(); len(failed) > maxFailed {
+		j.summary = proto.CloneOf(j.summary)
+		j.summary.Failed = failed[:maxFailed]
+	}
 	j.plan, j.began, j.seen = nil, nil, nil
 }
 
@@ -255,7 +337,7 @@ func (j *detachedBuild) info() *dispatchv1.DetachedBuild {
 	drvs := j.request.GetDerivations()
 	i := &dispatchv1.DetachedBuild{
 		Id:          j.id,
-		Derivations: drvs[:min(len(drvs), 100)],
+		Derivations: drvs[:min(len(drvs), maxInfoDerivations)],
 		User:        originOf(j.caller, nil).String(),
 		Since:       timestamppb.New(j.since),
 		Planned:     uint32(j.planned), //nolint:gosec // bounded by the message it came in
@@ -268,6 +350,17 @@ func (j *detachedBuild) info() *dispatchv1.DetachedBuild {
 		i.Ended = timestamppb.New(j.ended)
 	}
 	return i
+}
+
+// size is how many bytes there are of what is kept once the build has ended.
+func (j *detachedBuild) size() int {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	n := proto.Size(j.request) + proto.Size(j.summary)
+	for _, e := range j.finished {
+		n += proto.Size(e)
+	}
+	return n
 }
 
 // endedAt is when the build ended, zero while it goes on.
@@ -324,7 +417,7 @@ func (s *detachedBuilds) end(id uint64, by caller) error {
 }
 
 // prune forgets the builds that ended too long ago, or before too many others of
-// their user.
+// their user, or too large ones.
 func (s *detachedBuilds) prune(now time.Time) {
 	ended := make(map[uint32][]*detachedBuild)
 	for _, j := range s.list() {
@@ -334,8 +427,10 @@ func (s *detachedBuilds) prune(now time.Time) {
 	}
 	for _, list := range ended {
 		slices.SortFunc(list, func(a, b *detachedBuild) int { return b.endedAt().Compare(a.endedAt()) })
+		bytes := 0
 		for n, j := range list {
-			if n >= maxEndedDetached || now.Sub(j.endedAt()) > keepDetached {
+			bytes += j.size()
+			if n >= maxEndedDetached || n > 0 && bytes > maxDetachedSizes || now.Sub(j.endedAt()) > keepDetached {
 				s.forget(j)
 			}
 		}

@@ -17,7 +17,9 @@ import (
 	dispatchv1 "nixdispatch/proto/dispatch/v1"
 )
 
-// maxDetachedFile bounds the file of a detached build, in bytes.
+// maxDetachedFile bounds the file of a detached build, in bytes, when it is written and
+// when it is read. It holds maxDetachedSize in JSON, some failures, and what earlier
+// versions have written.
 const maxDetachedFile = 4 * maxMessage
 
 // A detachedFile is a detached build on disk.
@@ -66,6 +68,9 @@ func (s *detachedBuilds) write(j *detachedBuild) error {
 	data, err := j.marshal()
 	if err != nil {
 		return err
+	}
+	if len(data) > maxDetachedFile { // it could not be read back
+		return fmt.Errorf("it has %d bytes, more than %d", len(data), maxDetachedFile)
 	}
 	if err := os.MkdirAll(s.dir, 0o700); err != nil {
 		return err
@@ -166,7 +171,7 @@ func (d *Daemon) parseDetached(data []byte) (*detachedBuild, error) {
 	if err := protojson.Unmarshal(f.Request, req); err != nil {
 		return nil, err
 	}
-	j := d.newDetached(f.ID, req, caller{uid: f.UID, gid: f.GID}, f.Since)
+	j := d.newDetached(f.ID, keptRequest(req), caller{uid: f.UID, gid: f.GID}, f.Since)
 	j.starts = f.Starts
 	if f.Ended.IsZero() {
 		return j, nil

@@ -87,6 +87,9 @@ func writeDrained(stateDir string, drained map[string]drain) (err error) {
 	if err != nil {
 		return err
 	}
+	if len(data) >= maxDrainedFile { // it could not be read back
+		return fmt.Errorf("they take %d bytes, more than %d", len(data), maxDrainedFile)
+	}
 	f, err := os.CreateTemp(stateDir, drainedFile+".")
 	if err != nil {
 		return err

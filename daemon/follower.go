@@ -5,6 +5,8 @@ import (
 	"fmt"
 	"time"
 
+	"google.golang.org/protobuf/types/known/durationpb"
+
 	dispatchv1 "nixdispatch/proto/dispatch/v1"
 )
 
@@ -21,6 +23,18 @@ func limitsFrom(l *dispatchv1.Limits) limits {
 		maxSilent: max(0, l.GetMaxSilentTime().AsDuration()),
 		maxLog:    int64(min(l.GetMaxLogSize(), 1<<62)), //nolint:gosec // bounded here
 	}
+}
+
+// proto is what limitsFrom reads.
+func (l limits) proto() *dispatchv1.Limits {
+	p := &dispatchv1.Limits{MaxLogSize: uint64(l.maxLog)} //nolint:gosec // not negative
+	if l.timeout > 0 {
+		p.Timeout = durationpb.New(l.timeout)
+	}
+	if l.maxSilent > 0 {
+		p.MaxSilentTime = durationpb.New(l.maxSilent)
+	}
+	return p
 }
 
 // A follower is one caller's interest in a build.

@@ -140,7 +140,7 @@ func (g *goal) begin(ctx context.Context) (*build, *follower, outcome, error) {
 		}
 		return b, nil, o, err
 	}
-	inputs, err := g.inputs()
+	inputs, err := g.inputs(ctx)
 	if err != nil {
 		return b, nil, outcome{}, err
 	}
@@ -161,7 +161,7 @@ func (g *goal) awaitInputs(ctx context.Context) error {
 			return nil
 		default:
 		}
-		there, err := g.inputsThere()
+		there, err := g.inputsThere(ctx)
 		if there || err != nil {
 			return err
 		}
@@ -176,9 +176,12 @@ func (g *goal) awaitInputs(ctx context.Context) error {
 
 // inputsThere tells whether all inputs are valid. What they refer to is so with
 // them.
-func (g *goal) inputsThere() (bool, error) {
+func (g *goal) inputsThere(ctx context.Context) (bool, error) {
 	r := g.r
 	for input := range g.drv.InputDrvs {
+		if ctx.Err() != nil {
+			return false, context.Cause(ctx)
+		}
 		drv, err := r.store.derivation(input)
 		if err != nil || !drv.AllOutputsKnown() {
 			return false, err // the store may learn its paths yet
@@ -186,7 +189,7 @@ func (g *goal) inputsThere() (bool, error) {
 	}
 	r.rootsMu.Lock()
 	defer r.rootsMu.Unlock()
-	roots, err := inputRoots(g.drv, r.outputsLocked)
+	roots, err := inputRoots(g.drv, func(p nix.StorePath) (map[string]nix.StorePath, error) { return r.outputsLocked(ctx, p) })
 	if err != nil {
 		return false, err
 	}
@@ -255,11 +258,11 @@ func (g *goal) askLocalNix(ctx context.Context, b *build) outcome {
 }
 
 // inputs is the closure of what the derivation needs, all of it valid by now.
-func (g *goal) inputs() ([]nix.StorePath, error) {
+func (g *goal) inputs(ctx context.Context) ([]nix.StorePath, error) {
 	r := g.r
 	r.rootsMu.Lock()
 	defer r.rootsMu.Unlock()
-	roots, err := inputRoots(g.drv, r.outputsLocked)
+	roots, err := inputRoots(g.drv, func(p nix.StorePath) (map[string]nix.StorePath, error) { return r.outputsLocked(ctx, p) })
 	if err != nil {
 		return nil, err
 	}
@@ -271,7 +274,10 @@ func (g *goal) inputs() ([]nix.StorePath, error) {
 }
 
 // outputsLocked are the paths of a derivation's outputs.
-func (r *realisation) outputsLocked(drvPath nix.StorePath) (map[string]nix.StorePath, error) {
+func (r *realisation) outputsLocked(ctx context.Context, drvPath nix.StorePath) (map[string]nix.StorePath, error) {
+	if ctx.Err() != nil {
+		return nil, context.Cause(ctx)
+	}
 	if known, ok := r.outputs[drvPath]; ok {
 		return known, nil
 	}

@@ -218,6 +218,12 @@ func (s *localStore) checkDerivationPath(p nix.StorePath) error {
 // that are links to such: only a regular file is read. Callers ask the store first
 // whether a path that somebody else named is valid; see checkValid.
 func (s *localStore) derivation(p nix.StorePath) (*nix.Derivation, error) {
+	return s.derivationWithin(p, func(int) error { return nil })
+}
+
+// derivationWithin is derivation, but asks allow, with the size of the text, before it
+// parses it.
+func (s *localStore) derivationWithin(p nix.StorePath, allow func(n int) error) (*nix.Derivation, error) {
 	if err := s.checkDerivationPath(p); err != nil {
 		return nil, err
 	}
@@ -229,6 +235,9 @@ func (s *localStore) derivation(p nix.StorePath) (*nix.Derivation, error) {
 		return nil, fmt.Errorf("derivation: %w", err)
 	case err != nil:
 		return nil, &localError{doing: "read derivation", err: err}
+	}
+	if err := allow(len(data)); err != nil {
+		return nil, err
 	}
 	drv, err := nix.ParseDerivation(data)
 	if err != nil {

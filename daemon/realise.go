@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"maps"
 	"runtime"
 	"slices"
 	"strings"
@@ -61,6 +60,7 @@ type realisation struct {
 type target struct {
 	drvPath nix.StorePath
 	outputs []string // empty: all
+	size    int      // at most, of what a Summary says of them, in bytes
 }
 
 // String is the target in the worker protocol's form.
@@ -101,7 +101,9 @@ func (d *Daemon) newRealisation(ctx context.Context, req *dispatchv1.BuildReques
 	if err != nil {
 		return nil, nil, err
 	}
-	targets, err := store.parseTargets(ctx, req.GetDerivations())
+	reader := d.derivationReader(store, c)
+	defer reader.use.Release() // nothing that is read here is kept
+	targets, err := store.parseTargets(ctx, req.GetDerivations(), reader.read)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -152,40 +154,83 @@ func parseTarget(text string) (target, error) {
 	return t, nil
 }
 
-// parseTargets checks what a caller asks for.
-func (s *localStore) parseTargets(ctx context.Context, texts []string) ([]target, error) {
+// parseTargets checks what a caller asks for. A derivation that is named several times is
+// one target. read is called once for each.
+func (s *localStore) parseTargets(ctx context.Context, texts []string, read func(nix.StorePath) (*nix.Derivation, error)) ([]target, error) {
+	targets, err := mergeTargets(ctx, texts)
+	if err != nil {
+		return nil, err
+	}
+	drvs := make([]nix.StorePath, len(targets))
+	for n, t := range targets {
+		drvs[n] = t.drvPath
+	}
+	if err := s.checkValid(ctx, drvs...); err != nil {
+		return nil, requestFault(err)
+	}
+	for n := range targets {
+		if ctx.Err() != nil {
+			return nil, context.Cause(ctx)
+		}
+		t := &targets[n]
+		drv, err := read(t.drvPath)
+		if err != nil {
+			return nil, requestFault(err)
+		}
+		if err := t.checkOutputs(drv); err != nil {
+			return nil, err
+		}
+		t.size = t.summarySize(drv)
+	}
+	return targets, nil
+}
+
+// mergeTargets reads targets, and opens nothing. Those of one derivation become one, where
+// the first of them is.
+func mergeTargets(ctx context.Context, texts []string) ([]target, error) {
 	if len(texts) == 0 {
 		return nil, fmt.Errorf("%w: no derivation given", errBadRequest)
 	}
-	targets := make([]target, len(texts))
-	drvs := make(map[nix.StorePath]*nix.Derivation)
-	for n, text := range texts {
+	var targets []target
+	at := make(map[nix.StorePath]int)
+	for _, text := range unique(texts) {
+		if ctx.Err() != nil {
+			return nil, context.Cause(ctx)
+		}
 		t, err := parseTarget(text)
 		if err != nil {
 			return nil, err
 		}
-		targets[n] = t
-		drvs[t.drvPath] = nil
+		n, known := at[t.drvPath]
+		if !known {
+			at[t.drvPath] = len(targets)
+			targets = append(targets, t)
+			continue
+		}
+		if first := &targets[n]; len(first.outputs) > 0 && len(t.outputs) > 0 {
+			first.outputs = append(first.outputs, t.outputs...)
+		} else {
+			first.outputs = nil // all of them
+		}
 	}
-	if err := s.checkValid(ctx, slices.Collect(maps.Keys(drvs))...); err != nil {
-		return nil, requestFault(err)
-	}
-	for _, t := range targets {
-		if ctx.Err() != nil {
-			return nil, context.Cause(ctx)
-		}
-		if drvs[t.drvPath] == nil {
-			drv, err := s.derivation(t.drvPath)
-			if err != nil {
-				return nil, requestFault(err)
-			}
-			drvs[t.drvPath] = drv
-		}
-		if err := t.checkOutputs(drvs[t.drvPath]); err != nil {
-			return nil, err
-		}
+	for n := range targets {
+		targets[n].outputs = unique(targets[n].outputs)
 	}
 	return targets, nil
+}
+
+// summarySize is how much a Summary says of the target, at most, in bytes.
+func (t target) summarySize(drv *nix.Derivation) int {
+	names := t.outputs
+	if len(names) == 0 {
+		names = drv.OutputNames()
+	}
+	const paths = 2 * 256 // the derivation's and the output's, with what is between them
+	n := 0
+	for _, name := range names {
+		n += paths + len(name)
+	}
+	return n
 }
 
 // readTarget reads a derivation that a caller named.
@@ -214,7 +259,7 @@ func (t target) checkOutputs(drv *nix.Derivation) error {
 // requestFault blames the request for a derivation that is not one of this store
 // or cannot be parsed.
 func requestFault(err error) error {
-	if _, local := errors.AsType[*localError](err); local || errors.Is(err, errNotInStore) || errors.Is(err, errBadRequest) || errors.Is(err, context.Canceled) {
+	if _, local := errors.AsType[*localError](err); local || errors.Is(err, errNotInStore) || errors.Is(err, errBadRequest) || errors.Is(err, context.Canceled) || isBound(err) {
 		return err
 	}
 	return fmt.Errorf("%w: %w", errBadRequest, err)
@@ -227,10 +272,13 @@ func (r *realisation) run(ctx context.Context, targets []target) error {
 		return err
 	}
 	defer r.conn.Close()
-	missing, err := r.plan(targets)
+	reader := r.d.derivationReader(r.store, r.caller)
+	defer reader.use.Release()
+	missing, err := r.plan(ctx, reader, targets)
 	if err != nil {
 		return err
 	}
+	calling := ctx
 	ctx, r.cancel = context.WithCancelCause(ctx)
 	defer r.cancel(nil)
 	defer context.AfterFunc(r.d.life, func() { r.cancel(errShutdown) })()
@@ -240,7 +288,7 @@ func (r *realisation) run(ctx context.Context, targets []target) error {
 	if err := context.Cause(ctx); err != nil && (len(r.failed) == 0 || errors.Is(err, errShutdown)) {
 		return err
 	}
-	outputs, err := r.sum(targets)
+	outputs, err := r.sum(calling, targets)
 	if err != nil || r.keep == nil {
 		return err
 	}
@@ -252,7 +300,7 @@ const rootsHeld = 10 * time.Minute
 
 // plan asks the local store what there is to do, keeps all of it from the
 // garbage collector, and makes a goal of each derivation to be built.
-func (r *realisation) plan(targets []target) (worker.Missing, error) {
+func (r *realisation) plan(ctx context.Context, reader *derivationReader, targets []target) (worker.Missing, error) {
 	var names []string
 	var drvs []nix.StorePath
 	for _, t := range targets {
@@ -275,7 +323,10 @@ func (r *realisation) plan(targets []target) (worker.Missing, error) {
 	}
 	roots := slices.Concat(missing.WillBuild, missing.WillSubstitute)
 	for _, p := range missing.WillBuild {
-		drv, err := r.store.derivation(p)
+		if ctx.Err() != nil {
+			return missing, context.Cause(ctx)
+		}
+		drv, err := reader.read(p)
 		if err != nil {
 			return missing, err
 		}
@@ -284,7 +335,7 @@ func (r *realisation) plan(targets []target) (worker.Missing, error) {
 			roots = append(roots, o)
 		}
 	}
-	inputs, err := r.validInputs()
+	inputs, err := r.validInputs(ctx)
 	if err != nil {
 		return missing, err
 	}
@@ -299,7 +350,7 @@ func (r *realisation) plan(targets []target) (worker.Missing, error) {
 
 // validInputs are the goals' inputs that are no goal's outputs, without their
 // closure: what a rooted path refers to is safe with it.
-func (r *realisation) validInputs() ([]nix.StorePath, error) {
+func (r *realisation) validInputs(ctx context.Context) ([]nix.StorePath, error) {
 	r.rootsMu.Lock()
 	defer r.rootsMu.Unlock()
 	var paths []nix.StorePath
@@ -309,7 +360,7 @@ func (r *realisation) validInputs() ([]nix.StorePath, error) {
 			if r.goals[input] != nil {
 				continue
 			}
-			outputs, err := r.outputsLocked(input)
+			outputs, err := r.outputsLocked(ctx, input)
 			if err != nil {
 				return nil, err
 			}
@@ -359,9 +410,12 @@ func (r *realisation) sendEvent(e *dispatchv1.BuildEvent) error {
 }
 
 // sum says how it all ended, by what is valid now, and returns the outputs.
-func (r *realisation) sum(targets []target) ([]*dispatchv1.Output, error) {
+func (r *realisation) sum(ctx context.Context, targets []target) ([]*dispatchv1.Output, error) {
 	sum := &dispatchv1.Summary{Success: len(r.failed) == 0, Failed: r.failed}
 	for _, t := range targets {
+		if ctx.Err() != nil {
+			return nil, context.Cause(ctx)
+		}
 		paths, err := r.conn.QueryDerivationOutputMap(t.drvPath)
 		if err != nil {
 			return nil, &localError{doing: "ask for outputs", err: err}

@@ -48,6 +48,7 @@ type (
 		Calls         uint64 `json:"calls"`
 		Streams       uint64 `json:"streams"`
 		RequestBytes  uint64 `json:"requestBytes"`
+		DrvBytes      uint64 `json:"derivationBytes"`
 		Hooks         uint64 `json:"hooks"`
 		HookBytes     uint64 `json:"hookBytes"`
 		Builds        uint64 `json:"builds"`
@@ -189,7 +190,7 @@ func statusOf(resp *dispatchv1.StatusResponse, now time.Time) statusJSON {
 
 func userOf(u *dispatchv1.UserUsage) userJSON {
 	return userJSON{
-		User: u.User, Connections: u.Connections, Calls: u.Calls, Streams: u.Streams, RequestBytes: u.RequestBytes,
+		User: u.User, Connections: u.Connections, Calls: u.Calls, Streams: u.Streams, RequestBytes: u.RequestBytes, DrvBytes: u.DerivationBytes,
 		Hooks: u.Hooks, HookBytes: u.HookBytes, Builds: u.Builds, Pings: u.Pings,
 		Detached: u.Detached, DetachedBytes: u.DetachedBytes, LogBytes: u.LogBytes,
 	}
@@ -198,11 +199,11 @@ func userOf(u *dispatchv1.UserUsage) userJSON {
 // printUsers writes what each user has in progress, and below it the bounds.
 func printUsers(w io.Writer, resp *dispatchv1.StatusResponse) {
 	tw := tabwriter.NewWriter(w, 0, 8, 2, ' ', 0)
-	fmt.Fprintln(tw, "USER\tCONNECTIONS\tCALLS\tSTREAMS\tREQUESTS\tHOOKS\tBUILDS\tPINGS\tDETACHED\tLOGS")
+	fmt.Fprintln(tw, "USER\tCONNECTIONS\tCALLS\tSTREAMS\tREQUESTS\tDERIVATIONS\tHOOKS\tBUILDS\tPINGS\tDETACHED\tLOGS")
 	row := func(u *dispatchv1.UserUsage, number, size func(uint64) string) {
-		fmt.Fprintf(tw, "%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", cmp.Or(cell(u.GetUser()), "(at most)"),
+		fmt.Fprintf(tw, "%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", cmp.Or(cell(u.GetUser()), "(at most)"),
 			number(u.GetConnections()), number(u.GetCalls()), number(u.GetStreams()), size(u.GetRequestBytes()+u.GetHookBytes()),
-			number(u.GetHooks()), number(u.GetBuilds()), number(u.GetPings()), number(u.GetDetached()), size(u.GetLogBytes()))
+			size(u.GetDerivationBytes()), number(u.GetHooks()), number(u.GetBuilds()), number(u.GetPings()), number(u.GetDetached()), size(u.GetLogBytes()))
 	}
 	number := func(n uint64) string { return strconv.FormatUint(n, 10) }
 	bound := func(format func(uint64) string) func(uint64) string {

@@ -27,9 +27,9 @@ func TestStatusOfUsers(t *testing.T) {
 		rows = append(rows, strings.Fields(line))
 	}
 	want := [][]string{
-		{"USER", "CONNECTIONS", "CALLS", "STREAMS", "REQUESTS", "HOOKS", "BUILDS", "PINGS", "DETACHED", "LOGS"},
-		{"alce", "3", "4", "0", "1.0", "MiB", "0", "0", "0", "0", "2.0", "GiB"},
-		{"(at", "most)", "256", "-", "-", "-", "-", "-", "-", "-", "4.0", "GiB"},
+		{"USER", "CONNECTIONS", "CALLS", "STREAMS", "REQUESTS", "DERIVATIONS", "HOOKS", "BUILDS", "PINGS", "DETACHED", "LOGS"},
+		{"alce", "3", "4", "0", "1.0", "MiB", "0.0", "KiB", "0", "0", "0", "0", "2.0", "GiB"},
+		{"(at", "most)", "256", "-", "-", "-", "-", "-", "-", "-", "-", "4.0", "GiB"},
 	}
 	if diff := cmp.Diff(want, rows); code != exitOK || diff != "" {
 		t.Errorf("status %d (-want +got):\n%s", code, diff)

@@ -42,6 +42,8 @@ const (
 	Streams
 	// RequestBytes are the bytes of the messages that calls in progress have brought.
 	RequestBytes
+	// DerivationBytes are the bytes of the derivations that builds in progress have read.
+	DerivationBytes
 	// Hooks are those calls that nix-daemon's hooks make for a user, and HookBytes what
 	// they have brought.
 	Hooks
@@ -71,17 +73,18 @@ func (r Resource) String() string {
 // words are the names of the resources, what they are called in messages, and what to do
 // when there are too many.
 var words = [Resources]struct{ name, noun, do string }{
-	Connections:    {"connections", "connections", "close some of them"},
-	Calls:          {"calls", "calls in progress", "wait until some of them have ended"},
-	Streams:        {"streams", "builds, hooks, logs and other streams open", "wait until some of them have ended"},
-	RequestBytes:   {"request_bytes", "bytes of requests in progress", "wait until some of them have ended, or ask for less at once"},
-	Hooks:          {"hooks", "builds through nix-daemon in progress", "wait until some of them have ended"},
-	HookBytes:      {"hook_bytes", "bytes of requests through nix-daemon in progress", "wait until some of them have ended"},
-	Builds:         {"builds", "builds in progress", "wait until some of them have ended"},
-	Pings:          {"pings", "pings in progress", "wait until one of them has ended"},
-	DetachedBuilds: {"detached_builds", "detached builds in progress", "wait for one, or cancel it"},
-	DetachedBytes:  {"detached_bytes", "bytes of detached builds in progress", "wait for one or cancel it, or ask for less at once"},
-	LogBytes:       {"log_bytes", "bytes of logs of builds in progress", "wait until some of these builds have ended"},
+	Connections:     {"connections", "connections", "close some of them"},
+	Calls:           {"calls", "calls in progress", "wait until some of them have ended"},
+	Streams:         {"streams", "builds, hooks, logs and other streams open", "wait until some of them have ended"},
+	RequestBytes:    {"request_bytes", "bytes of requests in progress", "wait until some of them have ended, or ask for less at once"},
+	DerivationBytes: {"derivation_bytes", "bytes of derivations that builds in progress consist of", "wait until some of them have ended, or ask for fewer derivations at once"},
+	Hooks:           {"hooks", "builds through nix-daemon in progress", "wait until some of them have ended"},
+	HookBytes:       {"hook_bytes", "bytes of requests through nix-daemon in progress", "wait until some of them have ended"},
+	Builds:          {"builds", "builds in progress", "wait until some of them have ended"},
+	Pings:           {"pings", "pings in progress", "wait until one of them has ended"},
+	DetachedBuilds:  {"detached_builds", "detached builds in progress", "wait for one, or cancel it"},
+	DetachedBytes:   {"detached_bytes", "bytes of detached builds in progress", "wait for one or cancel it, or ask for less at once"},
+	LogBytes:        {"log_bytes", "bytes of logs of builds in progress", "wait until some of these builds have ended"},
 }
 
 // Amounts are a number for each resource.

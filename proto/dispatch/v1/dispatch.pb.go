@@ -2605,9 +2605,12 @@ type UserUsage struct {
 	Detached      uint64 `protobuf:"varint,10,opt,name=detached,proto3" json:"detached,omitempty"`
 	DetachedBytes uint64 `protobuf:"varint,11,opt,name=detached_bytes,json=detachedBytes,proto3" json:"detached_bytes,omitempty"`
 	// Bytes on disk of logs of builds in progress.
-	LogBytes      uint64 `protobuf:"varint,12,opt,name=log_bytes,json=logBytes,proto3" json:"log_bytes,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	LogBytes uint64 `protobuf:"varint,12,opt,name=log_bytes,json=logBytes,proto3" json:"log_bytes,omitempty"`
+	// Bytes of the derivations that Build calls in progress have read. No bound for root and
+	// the daemon's user.
+	DerivationBytes uint64 `protobuf:"varint,13,opt,name=derivation_bytes,json=derivationBytes,proto3" json:"derivation_bytes,omitempty"`
+	unknownFields   protoimpl.UnknownFields
+	sizeCache       protoimpl.SizeCache
 }
 
 func (x *UserUsage) Reset() {
@@ -2720,6 +2723,13 @@ func (x *UserUsage) GetDetachedBytes() uint64 {
 func (x *UserUsage) GetLogBytes() uint64 {
 	if x != nil {
 		return x.LogBytes
+	}
+	return 0
+}
+
+func (x *UserUsage) GetDerivationBytes() uint64 {
+	if x != nil {
+		return x.DerivationBytes
 	}
 	return 0
 }
@@ -4910,7 +4920,7 @@ const file_dispatch_v1_dispatch_proto_rawDesc = "" +
 	"\x05users\x18\n" +
 	" \x03(\v2\x19.nixdispatch.v1.UserUsageR\x05users\x12:\n" +
 	"\vuser_bounds\x18\v \x01(\v2\x19.nixdispatch.v1.UserUsageR\n" +
-	"userBounds\"\xd9\x02\n" +
+	"userBounds\"\x84\x03\n" +
 	"\tUserUsage\x12\x12\n" +
 	"\x04user\x18\x01 \x01(\tR\x04user\x12 \n" +
 	"\vconnections\x18\x02 \x01(\x04R\vconnections\x12\x14\n" +
@@ -4925,7 +4935,8 @@ const file_dispatch_v1_dispatch_proto_rawDesc = "" +
 	"\bdetached\x18\n" +
 	" \x01(\x04R\bdetached\x12%\n" +
 	"\x0edetached_bytes\x18\v \x01(\x04R\rdetachedBytes\x12\x1b\n" +
-	"\tlog_bytes\x18\f \x01(\x04R\blogBytes\"\x8e\x01\n" +
+	"\tlog_bytes\x18\f \x01(\x04R\blogBytes\x12)\n" +
+	"\x10derivation_bytes\x18\r \x01(\x04R\x0fderivationBytes\"\x8e\x01\n" +
 	"\fReloadStatus\x12.\n" +
 	"\x04time\x18\x01 \x01(\v2\x1a.google.protobuf.TimestampR\x04time\x12\x18\n" +
 	"\asuccess\x18\x02 \x01(\bR\asuccess\x124\n" +

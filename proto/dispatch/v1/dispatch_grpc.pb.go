@@ -66,8 +66,9 @@ type DispatchServiceClient interface {
 	//	  why. Mend the host, then retry.
 	//	PERMISSION_DENIED: the caller names machines, or wants a priority above 0, and
 	//	  may not.
-	//	RESOURCE_EXHAUSTED: the caller has too many detached builds in progress. Wait
-	//	  for one, or cancel it.
+	//	RESOURCE_EXHAUSTED: the caller has as much in progress as one user may: detached
+	//	  builds, calls, bytes of requests or derivations. The message names the bound and
+	//	  what to do. Any other call may get that, too.
 	//	UNAVAILABLE: the daemon is shutting down. Retry with backoff, also after the
 	//	  call had begun: what is built is found there by the next one.
 	Build(ctx context.Context, in *BuildRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[BuildResponse], error)
@@ -381,8 +382,9 @@ type DispatchServiceServer interface {
 	//	  why. Mend the host, then retry.
 	//	PERMISSION_DENIED: the caller names machines, or wants a priority above 0, and
 	//	  may not.
-	//	RESOURCE_EXHAUSTED: the caller has too many detached builds in progress. Wait
-	//	  for one, or cancel it.
+	//	RESOURCE_EXHAUSTED: the caller has as much in progress as one user may: detached
+	//	  builds, calls, bytes of requests or derivations. The message names the bound and
+	//	  what to do. Any other call may get that, too.
 	//	UNAVAILABLE: the daemon is shutting down. Retry with backoff, also after the
 	//	  call had begun: what is built is found there by the next one.
 	Build(*BuildRequest, grpc.ServerStreamingServer[BuildResponse]) error
