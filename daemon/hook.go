@@ -129,7 +129,8 @@ type hookFollower struct{ *follower }
 // follow accepts and stays with the hook until its build has ended.
 func (h *hookConversation) follow(f *hookFollower, accept *dispatchv1.Reply) error {
 	defer f.leave(errCancelled)
-	defer h.d.usage.Count(h.origin().user(), usage.Builds, 1).Release()
+	use := h.d.usage.Count(h.origin().user(), usage.Builds, 1)
+	defer use.Release()
 	defer h.d.dispatcher.noLocks(f)
 	if err := h.sendReply(accept); err != nil {
 		return err
@@ -157,6 +158,7 @@ func (h *hookConversation) follow(f *hookFollower, accept *dispatchv1.Reply) err
 	if err != nil {
 		return err
 	}
+	use.Release() // before the hook is told
 	return send(finished(f.b, o))
 }
 

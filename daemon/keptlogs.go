@@ -29,8 +29,9 @@ const (
 // keptLogs are the logs of builds that have ended, each in a file named by the
 // build's id and the user id of who asked for it. Safe for concurrent use.
 type keptLogs struct {
-	dir string
-	log *slog.Logger
+	dir  string
+	log  *slog.Logger
+	most int // maxKeptFiles, but in tests
 
 	mu    sync.Mutex
 	byID  map[uint64]keptLog
@@ -64,7 +65,7 @@ func openKeptLogs(dir string, log *slog.Logger) (*keptLogs, error) {
 	if err != nil {
 		return nil, err
 	}
-	k := &keptLogs{dir: dir, log: log, byID: make(map[uint64]keptLog)}
+	k := &keptLogs{dir: dir, log: log, most: maxKeptFiles, byID: make(map[uint64]keptLog)}
 	var found []keptLog
 	for _, e := range entries {
 		l, ok := parseKeptLog(e.Name())
@@ -120,7 +121,7 @@ func (k *keptLogs) addLocked(l keptLog) {
 	k.byID[l.id] = l
 	k.order = append(k.order, l.id)
 	k.room += l.room()
-	for (k.room > maxKeptLogs || len(k.order) > maxKeptFiles) && len(k.order) > 1 {
+	for (k.room > maxKeptLogs || len(k.order) > k.most) && len(k.order) > 1 {
 		oldest := k.byID[k.order[0]]
 		_ = os.Remove(k.path(oldest)) // it counts no longer in any case
 		k.room -= oldest.room()

@@ -1,22 +1,15 @@
 package daemon
 
 import (
-	"errors"
 	"fmt"
-	"log/slog"
-	"os"
-	"path/filepath"
+	"io"
 	"strings"
 	"sync"
 	"testing"
 	"time"
 
-	"google.golang.org/protobuf/types/known/durationpb"
-
-	"nixdispatch/daemon/history"
 	dispatchv1 "nixdispatch/proto/dispatch/v1"
 	"nixdispatch/proto/nix"
-	"nixdispatch/scheduler"
 )
 
 // A sight is what one reader saw of builds, by id.
@@ -203,47 +196,6 @@ func TestWhoIsToldOfAnEndFindsItEverywhere(t *testing.T) {
 	watching.Wait()
 }
 
-// TestWhoEndsABuildFindsItEnded looks right after a limit was passed, or a
-// cancellation.
-func TestWhoEndsABuildFindsItEnded(t *testing.T) {
-	t.Parallel()
-	m := oneMachine("ssh-ng")
-	m.build = untilGone
-	s := newSite(t, m)
-	check := func(what string, id uint64) {
-		t.Helper()
-		if inProgressOf(s.status())[id] || !s.endedSoFar()[id] {
-			t.Errorf("build %d, %s: in progress %v, ended %v", id, what, s.status().GetBuilds(), s.endedSoFar())
-		}
-	}
-	for n := range 3 {
-		h := s.hook(func(h *dispatchv1.Hello) {
-			h.Limits = &dispatchv1.Limits{Timeout: durationpb.New(50 * time.Millisecond)}
-		})
-		id := h.accepted(s.drv(fmt.Sprintf("slow%d", n), drvConfig{})).GetBuildId()
-		h.finish().mustBe(t, dispatchv1.BuildStatus_BUILD_STATUS_TIMED_OUT)
-		check("which passed its limit", id)
-
-		h = s.hook()
-		id = h.accepted(s.drv(fmt.Sprintf("unwanted%d", n), drvConfig{})).GetBuildId()
-		if _, err := s.client.Cancel(t.Context(), &dispatchv1.CancelRequest{BuildId: id}); err != nil {
-			t.Fatal(err)
-		}
-		check("which was cancelled", id)
-		h.finish().mustBe(t, dispatchv1.BuildStatus_BUILD_STATUS_CANCELLED)
-
-		id, _ = s.detach(s.drv(fmt.Sprintf("detached%d", n), drvConfig{}))
-		if _, err := s.client.Cancel(t.Context(), &dispatchv1.CancelRequest{BuildId: id}); err != nil {
-			t.Fatal(err)
-		}
-		for _, b := range s.status().GetDetached() {
-			if b.GetId() == id && b.GetEnded() == nil {
-				t.Errorf("detached build %d, which was cancelled, is in progress", id)
-			}
-		}
-	}
-}
-
 // TestDetachedBuildIsToldOfRightAfterItsEnd attaches to a detached build, and looks at
 // it when that returns.
 func TestDetachedBuildIsToldOfRightAfterItsEnd(t *testing.T) {
@@ -272,76 +224,78 @@ func TestDetachedBuildIsToldOfRightAfterItsEnd(t *testing.T) {
 	}
 }
 
-// TestLogIsReadWhileItIsKept reads the log of a build that has ended before its file
-// is there, and after.
-func TestLogIsReadWhileItIsKept(t *testing.T) {
+// TestCallersHearOfAnEndLast holds up the moment in which callers hear of an end: by
+// then everything else tells so.
+func TestCallersHearOfAnEndLast(t *testing.T) {
+	t.Parallel()
+	s := newSiteWith(t, siteConfig{builders: "ssh://m1 x86_64-linux - 1"})
+	b := s.d.newBuild(s.d.stores.own, s.path("x.drv"),
+		&nix.Derivation{BasicDerivation: nix.BasicDerivation{Platform: "x86_64-linux"}}, false, caller{})
+	b.cancel = func(error) {}
+	s.d.dispatcher.mu.Lock()
+	s.d.dispatcher.submitLocked(b)
+	s.d.dispatcher.mu.Unlock()
+	_, _ = b.feed.Write([]byte("said\n"))
+	b.feed.mu.Lock()
+	var ending sync.WaitGroup
+	ending.Go(func() {
+		s.d.conclude(b, outcome{status: dispatchv1.BuildStatus_BUILD_STATUS_BUILT, machine: "ssh://m1"})
+	})
+	s.eventually("it is in progress no more", func() bool { return s.metric("nix_dispatch_builds_in_progress", nil) == 0 })
+	id := uint64(b.id)
+	if n := s.metric("nix_dispatch_builds_total", nil); n != 1 || !s.endedSoFar()[id] {
+		t.Errorf("callers are about to hear that it has ended: %v builds are counted, the history has %v", n, s.endedSoFar())
+	}
+	if text, err := s.logSoFar(b); err != nil || text != "said\n" {
+		t.Errorf("its log: %q, %v", text, err)
+	}
+	b.feed.mu.Unlock()
+	ending.Wait()
+	if text, err := s.log(&dispatchv1.LogRequest{BuildId: id}); err != nil || text != "said\n" {
+		t.Errorf("its log at last: %q, %v", text, err)
+	}
+}
+
+// logSoFar reads the log of a build as Log does, without asking for its outcome.
+func (s *site) logSoFar(b *build) (string, error) {
+	found, done := s.d.dispatcher.read(b.id, "")
+	if found == nil {
+		return "", errNoLog
+	}
+	defer done()
+	text, err := io.ReadAll(&spoolReader{s: found.feed.log})
+	return string(text), err
+}
+
+// TestEndIsOneMoment has what is in progress and what has ended change together.
+func TestEndIsOneMoment(t *testing.T) {
 	t.Parallel()
 	d, _ := bareDaemon()
 	defer d.end(nil)
-	b, other := bareBuild(d, 1), bareBuild(d, 1)
-	d.dispatcher.remove(other, func() {})
-	d.dispatcher.remove(b, func() {})
-	for _, id := range []scheduler.BuildID{b.id, 0} {
-		got, done := d.dispatcher.read(id, b.drvPath)
-		if want := max(b.id, other.id); got == nil || id != 0 && got != b || id == 0 && got.id != want {
-			t.Fatalf("read(%d) = %v, want a build that has ended", id, got)
+	d.metrics = newMetrics("")
+	b := bareBuild(d, 1)
+	d.metrics.mu.RLock() // which holds up the count of the builds that have ended
+	var ending sync.WaitGroup
+	ending.Go(func() { d.conclude(b, outcome{status: dispatchv1.BuildStatus_BUILD_STATUS_BUILT}) })
+	deadline := time.Now().Add(patience)
+	for held := 0; held < 100; time.Sleep(time.Millisecond) {
+		if !d.dispatcher.mu.TryLock() {
+			held++
+			continue
 		}
-		done()
-	}
-	d.dispatcher.ended(b)
-	d.dispatcher.ended(other)
-	if got, _ := d.dispatcher.read(b.id, b.drvPath); got != nil {
-		t.Error("a build whose log is kept is read from memory")
-	}
-}
-
-// TestKeptLogsAreBoundedByNumber keeps many logs that say little.
-func TestKeptLogsAreBoundedByNumber(t *testing.T) {
-	t.Parallel()
-	dir := t.TempDir()
-	for id := 1; id <= maxKeptFiles+50; id++ {
-		writeFile(t, filepath.Join(dir, fmt.Sprintf("%d-0", id)), "little")
-	}
-	k, err := openKeptLogs(dir, slog.New(slog.DiscardHandler))
-	if err != nil {
-		t.Fatal(err)
-	}
-	short := newSpool(t.TempDir())
-	_, _ = short.Write([]byte("little"))
-	k.keep(maxKeptFiles+51, 0, short)
-	files, err := os.ReadDir(dir)
-	if err != nil || len(files) != maxKeptFiles || k.room != maxKeptFiles*fileBlock {
-		t.Errorf("%d logs take %d bytes, %v; want %d of a block each", len(files), k.room, err, maxKeptFiles)
-	}
-	for id, want := range map[uint64]bool{51: false, 52: true, maxKeptFiles + 51: true} {
-		f, err := k.open(id, caller{})
-		if (err == nil) != want {
-			t.Errorf("log %d: %v, want it kept: %v", id, err, want)
-		}
-		if err == nil {
-			f.Close()
+		held = 0
+		gone := d.dispatcher.builds[b.id] == nil
+		d.dispatcher.mu.Unlock()
+		if gone || time.Now().After(deadline) {
+			t.Error("a build is in progress no more, and is not counted among those that have ended")
+			break
 		}
 	}
-}
-
-// TestWhoMayReadALogThatIsEmpty asks for logs that have no file.
-func TestWhoMayReadALogThatIsEmpty(t *testing.T) {
-	t.Parallel()
-	const owner, stranger = 4711, 4712
-	s := newSiteWith(t, siteConfig{})
-	s.d.record.rows.Add(history.Row{ID: 900, UID: owner, Silent: true, Ended: time.Now()})
-	s.d.record.rows.Add(history.Row{ID: 901, UID: owner, Ended: time.Now()}) // its log has been removed
-	for _, tt := range []struct {
-		id   uint64
-		by   uint32
-		want error
-	}{{900, 0, nil}, {900, owner, nil}, {900, stranger, errNotYours}, {901, owner, errNoLog}, {902, owner, errNoLog}} {
-		text, err := s.d.record.openLog(tt.id, caller{uid: tt.by})
-		if !errors.Is(err, tt.want) {
-			t.Errorf("the log of build %d, asked for by %d: %v, want %v", tt.id, tt.by, err, tt.want)
+	d.metrics.mu.RUnlock()
+	ending.Wait()
+	d.dispatcher.remove(bareBuild(d, 2), func() {
+		if d.dispatcher.mu.TryLock() {
+			t.Error("what has ended changes without the mutex")
 		}
-		if err == nil {
-			text.Close()
-		}
-	}
+	})
 }
