@@ -252,7 +252,8 @@ func TestLateConnectionIsProbedWhenItIsTheFirst(t *testing.T) {
 		if err := <-waiter; !errors.Is(err, ErrNotUp) {
 			t.Errorf("waiting for a place when the host was lost: %v", err)
 		}
-		awaitStatus(t, h, "up", func(st Status) bool { return st.State == Up })
+		// The waiter may hear of the loss before the state changes.
+		awaitStatus(t, h, "up again", func(st Status) bool { return st.State == Up && st.Connects == 2 })
 		if probes != 2 || dials != 2 {
 			t.Errorf("%d probes and %d dials, want 2 and 2", probes, dials)
 		}
