@@ -56,7 +56,7 @@ func (d *docs) forPage(t *testing.T, page string, commands []doctest.Command) *d
 	t.Helper()
 	p := &docs{site: d.site.within(t), deb: d.deb, numbers: make(map[string]string)}
 	if slices.ContainsFunc(commands, inCheckout) {
-		p.checkout, p.cache = checkoutOf(t), ownCache(t)
+		p.checkout, p.cache = checkoutOf(t, filepath.Dir(d.deb)), ownCache(t)
 		t.Cleanup(func() { // what a script that failed has left
 			down := exec.Command(filepath.Join(p.checkout, "bin/tools/fleet"), "down")
 			down.Env = append(os.Environ(), "NIX_DISPATCH_FLEET_CACHE="+p.cache)
@@ -151,13 +151,22 @@ func removeOldCache(lockName string) {
 	}
 }
 
-// checkoutOf copies this repository's files.
-func checkoutOf(t *testing.T) string {
+// checkoutOf copies this repository's files. In "make test" what was built is there
+// already, the programs in the directory given, so that go links it only if it is stale.
+func checkoutOf(t *testing.T, programs string) string {
 	t.Helper()
 	dir := t.TempDir()
 	copied := exec.Command("sh", "-c", `cd ../.. && tar -c --exclude=./.git --exclude=./bin . | tar -x -C "$0"`, dir)
 	if out, err := copied.CombinedOutput(); err != nil {
 		t.Fatalf("copy the repository: %v\n%s", err, out)
+	}
+	if nightly {
+		return dir
+	}
+	copied = exec.Command("sh", "-ec", `mkdir -p "$0"/bin/tools; cp -p "$1"/nix-dispatch* "$0"/bin; rm -f "$0"/bin/*.deb
+		if test -d ../../bin/tools; then cp -p ../../bin/tools/* "$0"/bin/tools; fi`, dir, programs)
+	if out, err := copied.CombinedOutput(); err != nil {
+		t.Fatalf("copy what was built: %v\n%s", err, out)
 	}
 	return dir
 }
