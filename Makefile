@@ -91,7 +91,7 @@ test: prepare-tests ## Everything: checks, unit tests with the race detector, in
 		+'unit, race: $(RACE_RUN) -json $(RACED)' \
 		+'integration: $(INTEGRATION_RUN) -json $(INTEGRATION)'
 
-nightly: prepare-tests ## The long forms of make test: every Nix version, every mishap, what measures. An hour. Needs root.
+nightly: prepare-tests ## The long forms of make test: every Nix version, every mishap, what measures. Needs root.
 	@NIX_DISPATCH_NIGHTLY=1 $(REPORT) \
 		'measuring: $(INTEGRATION_RUN) -json -run "$(MEASURING)" $(INTEGRATION)' \
 		'unit, race: $(RACE_RUN) -json $(UNIT)' \
