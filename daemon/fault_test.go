@@ -64,6 +64,11 @@ func TestMachineFaultsMoveTheBuild(t *testing.T) {
 		{name: "an output of another size", twice: true, error: "copy outputs", harm: func(m *fakeMachine) {
 			spoil(m, func(info *nix.PathInfo, _ []byte) { info.NarSize -= 8 })
 		}},
+		{name: "an output that refers to what is not there", twice: true, error: "which is not an input", harm: func(m *fakeMachine) {
+			spoil(m, func(info *nix.PathInfo, _ []byte) {
+				info.References = append(info.References, wiretest.Path(999, "elsewhere"))
+			})
+		}},
 		{name: "an output that is not there", twice: true, error: "is not valid there", harm: func(m *fakeMachine) {
 			spoil(m, func(info *nix.PathInfo, _ []byte) { info.Path = "" })
 		}},
@@ -134,6 +139,38 @@ func TestMachineFaultsMoveTheBuild(t *testing.T) {
 					t.Errorf("the output is not what was built")
 				}
 			})
+		})
+	}
+}
+
+// TestMachineLiesAboutAnOutput has a machine say of outputs what the derivation says
+// otherwise, or what nix-daemon could not read.
+func TestMachineLiesAboutAnOutput(t *testing.T) {
+	t.Parallel()
+	for _, fixed := range []bool{false, true} {
+		eachScheme(t, func(t *testing.T, scheme string) {
+			m := oneMachine(scheme)
+			m.build = func(_ context.Context, req wiretest.BuildRequest) nix.BuildResult {
+				r := m.site.recipe(req.DrvPath)
+				result := r.build(m.store, req)
+				info, nar, _ := m.store.Get(r.out())
+				info.CA = "fixed:r:sha256:" + strings.Repeat("1", 52)
+				info.Deriver = wiretest.Path(998, "other.drv")
+				info.Ultimate = true
+				info.Sigs = []string{"no signature", ":c2ln", "key:", "key:?", "key:c2ln"}
+				m.store.Put(info, nar)
+				return result
+			}
+			s := newSite(t, m)
+			r := s.drv("thing", drvConfig{fixed: fixed})
+			s.mustBuild(r)
+			got := s.local.imports[0]
+			if want := r.drv.Outputs["out"].ContentAddress(); got.CA != want || (want != "") != fixed {
+				t.Errorf("content address %q, want the derivation's, %q", got.CA, want)
+			}
+			if got.Deriver != r.path || got.Ultimate || !slices.Equal(got.Sigs, []string{"key:c2ln"}) {
+				t.Errorf("imported as %+v", got)
+			}
 		})
 	}
 }

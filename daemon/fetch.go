@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"nixdispatch/proto/nix"
+	"nixdispatch/proto/nix/worker"
 	"nixdispatch/sshpool/plainfile"
 )
 
@@ -50,7 +51,7 @@ func (a *attempt) fetchOutputs(ctx context.Context) error {
 	if err != nil || len(lacking) == 0 {
 		return err
 	}
-	infos, err := a.outputInfos(lacking)
+	infos, err := a.outputInfos(conn, lacking)
 	if err != nil {
 		return err
 	}
@@ -68,39 +69,6 @@ func (a *attempt) fetchOutputs(ctx context.Context) error {
 	// Everything was in order, and there were round trips enough after the build.
 	a.r.clean, f.conn.clean = true, true
 	return nil
-}
-
-// outputInfos asks the machine about outputs it claims to have built and brings
-// them into an order in which they can be registered.
-func (a *attempt) outputInfos(paths []nix.StorePath) ([]nix.PathInfo, error) {
-	infos, err := a.r.store.pathInfos(paths)
-	if err != nil {
-		return nil, a.fault(doingOutputQuery, err)
-	}
-	for _, p := range paths {
-		if !slices.ContainsFunc(infos, func(i nix.PathInfo) bool { return i.Path == p }) {
-			return nil, a.fault(doingOutputQuery, fmt.Errorf("the build succeeded but its output %s is not valid there", p))
-		}
-	}
-	for n, i := range infos {
-		if !slices.Contains(paths, i.Path) {
-			return nil, a.fault(doingOutputQuery, fmt.Errorf("it answered with %s, which it was not asked for", i.Path))
-		}
-		// Built elsewhere: this store can vouch for nothing but what it was told.
-		infos[n].Ultimate = false
-		// What a fixed output must hold is the derivation's to say, not the machine's;
-		// the local Nix compares.
-		for _, o := range a.b.drv.Outputs {
-			if ca := o.ContentAddress(); o.Path == i.Path && ca != "" {
-				infos[n].CA = ca
-			}
-		}
-	}
-	sorted, err := nix.TopoSort(infos)
-	if err != nil {
-		return nil, a.fault(doingOutputQuery, err)
-	}
-	return sorted, nil
 }
 
 // takeOverLocks has the hooks that follow the build free the locks their Nix
@@ -260,10 +228,10 @@ func (f *fetch) importOnce(ctx context.Context, info nix.PathInfo) error {
 	}
 }
 
-// importFault tells whose fault a refused import is: what the machine sent may
-// not be what it announced.
+// importFault tells whose fault a refused import is. What the machine said of the path has
+// been checked, and the NAR was one: only its contents may not be those announced.
 func (f *fetch) importFault(info nix.PathInfo, err error) error {
-	if strings.Contains(err.Error(), "hash mismatch") || strings.Contains(err.Error(), "size mismatch") {
+	if remote, ok := errors.AsType[*worker.RemoteError](err); ok && strings.Contains(remote.Message, "mismatch importing path '"+string(info.Path)+"'") {
 		return f.fault(doingOutputs, err)
 	}
 	return &localError{doing: "import output " + string(info.Path), err: err}

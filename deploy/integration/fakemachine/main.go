@@ -77,6 +77,12 @@ func (m *machine) build(req wiretest.BuildRequest) nix.BuildResult {
 		info.NarSize += 8
 	case "more-than-said":
 		info.NarSize -= 8
+	case "false-reference":
+		info.References = []nix.StorePath{"/nix/store/00000000000000000000000000000000-nowhere"}
+	case "false-signature":
+		// Another hash, too, so that the build goes elsewhere.
+		info.Sigs, info.CA, info.Deriver = []string{"none"}, "fixed:r:sha256:"+info.NarHash.Base32(), "/nix/store/00000000000000000000000000000000-other.drv"
+		info.NarHash[0] ^= 1
 	case "climbs":
 		nar = directoryNAR("../../../../tmp/climbed")
 		info = wiretest.Info(m.out, nar)
