@@ -52,6 +52,7 @@ func (a *attempt) run(ctx context.Context) (outcome, error) {
 	if err := a.timed(&a.b.account.uploading, func() error { return a.copyInputs(ctx, paths) }); err != nil {
 		return outcome{}, a.distrust(err)
 	}
+	a.b.feed.stopCopying()
 	if err := a.timed(&a.b.account.queued, func() error { return a.awaitSlot(ctx) }); err != nil {
 		return outcome{}, err
 	}

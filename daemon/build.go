@@ -230,6 +230,8 @@ func (d *Daemon) attempt(ctx context.Context, b *build) (outcome, error) {
 	defer d.machines.release(m)
 	b.at = place.machine
 	b.tally.begin(&m.absences)
+	b.feed.startCopying(time.Now())
+	defer b.feed.stopCopying()
 	ctx, stop := d.untilMoved(ctx, b, place)
 	defer stop()
 	// nix-store --serve substitutes nothing any more after its first build.

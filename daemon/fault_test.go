@@ -75,6 +75,15 @@ func TestMachineFaultsMoveTheBuild(t *testing.T) {
 		{name: "refuses an input", error: "copy inputs", after: func(_ *site, m *fakeMachine) {
 			m.onUpload(func(nix.PathInfo) error { return errors.New("disk full") })
 		}},
+		{name: "never says which inputs it lacks", error: "ask which inputs are missing: it stopped taking and giving data for 200ms", after: func(s *site, m *fakeMachine) {
+			s.inUse(m).copyStall = 200 * time.Millisecond
+			m.onQuestion(func() { <-s.t.Context().Done() })
+		}},
+		{name: "never says whether its store is another", error: "look at its store: it stopped taking and giving data for 200ms", after: func(s *site, m *fakeMachine) {
+			s.inUse(m).copyStall = 200 * time.Millisecond
+			s.inUse(m).others.forget()
+			m.onQuestion(func() { <-s.t.Context().Done() })
+		}},
 		{name: "stops during the upload", error: "copy inputs: it stopped taking and giving data for 200ms", after: func(s *site, m *fakeMachine) {
 			s.inUse(m).copyStall = 200 * time.Millisecond
 			m.onUpload(func(nix.PathInfo) error { <-s.t.Context().Done(); return nil })

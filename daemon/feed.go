@@ -20,6 +20,7 @@ type feed struct {
 	progress *dispatchv1.BuildEvent
 	version  uint64 // counts progress
 	building time.Time
+	copying  time.Time // since when the inputs are brought to a machine
 	handOver []string
 	outcome  *outcome
 	midLine  bool // the log does not end with a whole line
@@ -159,6 +160,31 @@ func (f *feed) startBuilding(now time.Time) {
 
 // stopBuilding ends what startBuilding began.
 func (f *feed) stopBuilding() { f.startBuilding(time.Time{}) }
+
+// startCopying notes that a machine was chosen and the inputs are brought there:
+// followers' timeouts count from here, apart from those of the build.
+func (f *feed) startCopying(now time.Time) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if !f.copying.Equal(now) {
+		f.copying = now
+		f.signalLocked()
+	}
+}
+
+// stopCopying ends what startCopying began.
+func (f *feed) stopCopying() { f.startCopying(time.Time{}) }
+
+// limited returns since when something runs that limits end, and which of l apply to it;
+// the zero time while nothing does.
+func (f *feed) limited(l limits) (since time.Time, apply limits, changed <-chan struct{}) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.building.IsZero() {
+		return f.copying, limits{timeout: l.timeout}, f.changed
+	}
+	return f.building, l, f.changed
+}
 
 // buildingSince is zero while no remote build runs.
 func (f *feed) buildingSince() (since time.Time, changed <-chan struct{}) {

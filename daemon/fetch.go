@@ -44,7 +44,6 @@ func (a *attempt) fetchOutputs(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	defer a.r.stall.watch(a.m.copyStall)()
 	f := &fetch{attempt: a, conn: conn}
 	defer func() { f.conn.Close() }() // a stalled import replaces it
 	lacking, err := conn.invalid(slices.Sorted(maps.Values(a.b.drv.OutputPaths())))
@@ -200,7 +199,7 @@ func (f *fetch) importOnce(ctx context.Context, info nix.PathInfo) error {
 	var remoteErr error
 	err := f.conn.AddToStoreNar(&info, true, func(_ *nix.PathInfo, w io.Writer) error {
 		out := f.progress.begin(info, &watchedWriter{importWatch: watch, w: w})
-		err := f.r.store.dump(info, out)
+		err := f.r.dump(info, out)
 		f.r.heard = time.Now()
 		if err != nil && out.err == nil {
 			remoteErr = err // reading failed, not writing

@@ -153,19 +153,19 @@ type limitError struct {
 
 func (e *limitError) Error() string { return e.text }
 
-// enforce watches the caller's limits while the remote build runs and ends the
-// following when one is passed. It looks at the build itself, not at what the
+// enforce watches the caller's limits while the remote build runs, and the timeout also
+// while its inputs are copied, and ends the following when one is passed. It looks at the build itself, not at what the
 // caller has read of it.
 func (f *follower) enforce(ctx context.Context, cancel context.CancelCauseFunc) {
 	if f.limits == (limits{}) {
 		return
 	}
 	for {
-		since, changed := f.b.feed.buildingSince()
+		since, limits, changed := f.b.feed.limited(f.limits)
 		wait := time.Duration(1<<63 - 1)
 		if !since.IsZero() {
 			var over *limitError
-			if wait, over = f.limits.check(since, f.b.feed.log, time.Now()); over != nil {
+			if wait, over = limits.check(since, f.b.feed.log, time.Now()); over != nil {
 				// At once, for the caller may read nothing for a long time.
 				f.leave(over)
 				cancel(over)

@@ -38,7 +38,7 @@ func (s *localStore) startDaemon() (io.ReadWriteCloser, error) {
 	if err := cmd.Start(); err != nil {
 		return nil, fmt.Errorf("nix-daemon does not listen for store %s, and starting it failed: %w", s.RealDir, err)
 	}
-	return &childDaemon{Reader: stdout, WriteCloser: stdin, cmd: cmd, stderr: newStderrReader(stderr)}, nil
+	return &childDaemon{Reader: stdout, WriteCloser: stdin, cmd: cmd, stderr: newStderrReader(stderr, func() {})}, nil
 }
 
 // SyscallConn is what can be waited on for something to read.

@@ -218,7 +218,10 @@ func (m *machine) open(ctx context.Context, fresh bool, local *localStore) (*rem
 		_ = s.Close() // the handshake's error says more
 		return nil, m.fault("start "+m.command, contextCause(ctx, err))
 	}
-	if err := m.checkStore(ctx, r, local); err != nil {
+	stop := context.AfterFunc(ctx, func() { _ = s.Close() })
+	err = m.checkStore(ctx, r, local)
+	stop()
+	if err != nil {
 		_ = s.Close() // nothing is under way in it
 		return nil, m.fault(doingStoreLook, contextCause(ctx, err))
 	}

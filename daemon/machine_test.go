@@ -66,6 +66,9 @@ type fakeMachine struct {
 	uploads  []nix.StorePath
 	// beforeAdd is called before an upload is read, if it is not nil.
 	beforeAdd func(nix.PathInfo) error
+	// beforeValid is called before a question which paths are valid is answered, if it is
+	// not nil.
+	beforeValid func()
 }
 
 func oneMachine(scheme string) *fakeMachine { return namedMachine(scheme, "m1") }
@@ -101,6 +104,14 @@ func (m *fakeMachine) start(s *site) {
 			return before(info)
 		}
 		return nil
+	}
+	m.store.BeforeValid = func([]nix.StorePath) {
+		m.mu.Lock()
+		before := m.beforeValid
+		m.mu.Unlock()
+		if before != nil {
+			before()
+		}
 	}
 	m.ssh = sshtest.NewServer(sshtest.ServerOptions{Run: m.run})
 	s.machines[m.name] = m
@@ -225,6 +236,12 @@ func (m *fakeMachine) processes() (started, running int) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	return m.started, m.running
+}
+
+func (m *fakeMachine) onQuestion(f func()) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.beforeValid = f
 }
 
 func (m *fakeMachine) onUpload(f func(nix.PathInfo) error) {

@@ -16,7 +16,7 @@ import (
 // like a fault of this host. So what the derivation says is not taken from the machine,
 // and the rest is checked here. conn is to the local store.
 func (a *attempt) outputInfos(conn *localConn, paths []nix.StorePath) ([]nix.PathInfo, error) {
-	infos, err := a.r.store.pathInfos(paths)
+	infos, err := a.r.pathInfos(paths)
 	if err != nil {
 		return nil, a.fault(doingOutputQuery, err)
 	}

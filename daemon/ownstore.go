@@ -66,7 +66,7 @@ func hasMark(ctx context.Context, r *remote, local *localStore, mark storeMark) 
 		return false, &localError{doing: "add a path", err: err}
 	}
 	conn.clean = true
-	missing, err := r.store.missing([]nix.StorePath{info.Path}, false)
+	missing, err := r.missing([]nix.StorePath{info.Path}, false)
 	return err == nil && len(missing) == 0, err
 }
 

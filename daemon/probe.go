@@ -278,7 +278,7 @@ func (p *probe) store(ctx context.Context, r *remote) bool {
 // anyStore asks the machine's store for something that no store has. Whose it is
 // matters to single builds.
 func (p *probe) anyStore(r *remote) bool {
-	if _, err := r.store.missing([]nix.StorePath{newMark(nix.DefaultStoreDir).info.Path}, false); err != nil {
+	if _, err := r.missing([]nix.StorePath{newMark(nix.DefaultStoreDir).info.Path}, false); err != nil {
 		p.fail(stepStore, explain(r.stderr, err))
 		return false
 	}

@@ -87,8 +87,9 @@ func (m *machine) startRemote(ctx context.Context, s *sshpool.Session) (*remote,
 	ctx, cancel := context.WithTimeout(ctx, handshakeTimeout)
 	defer cancel()
 	defer context.AfterFunc(ctx, func() { _ = s.Close() })()
-	r := &remote{machine: m, session: s, stderr: newStderrReader(s.Stderr), started: time.Now()}
+	r := &remote{machine: m, session: s, started: time.Now()}
 	r.stall = newStallWatch(func() { _ = s.Close() })
+	r.stderr = newStderrReader(s.Stderr, r.stall.life)
 	in, out := r.stall.reader(s.Stdout), r.stall.writer(s.Stdin)
 	var err error
 	if m.ng {
@@ -106,6 +107,39 @@ func (m *machine) startRemote(ctx context.Context, s *sshpool.Session) (*remote,
 		return nil, m.explainHandshake(ctx, s, r, err)
 	}
 	return r, nil
+}
+
+// The questions to a machine, and the copying of paths, have a bound each: how long it may
+// be silent. Nothing but a build itself is asked of the store otherwise.
+
+// missing is [remoteStore.missing], bounded.
+func (r *remote) missing(paths []nix.StorePath, substitute bool) ([]nix.StorePath, error) {
+	limit := r.machine.copyStall
+	if substitute {
+		limit = max(limit, substituteStall)
+	}
+	defer r.stall.watch(limit)()
+	missing, err := r.store.missing(paths, substitute)
+	return missing, r.stall.explain(err)
+}
+
+// upload is [remoteStore.upload], bounded.
+func (r *remote) upload(infos []nix.PathInfo, nar func(nix.PathInfo, io.Writer) error) error {
+	defer r.stall.watch(r.machine.copyStall)()
+	return r.stall.explain(r.store.upload(infos, nar))
+}
+
+// pathInfos is [remoteStore.pathInfos], bounded.
+func (r *remote) pathInfos(paths []nix.StorePath) ([]nix.PathInfo, error) {
+	defer r.stall.watch(r.machine.copyStall)()
+	infos, err := r.store.pathInfos(paths)
+	return infos, r.stall.explain(err)
+}
+
+// dump is [remoteStore.dump], bounded.
+func (r *remote) dump(info nix.PathInfo, w io.Writer) error {
+	defer r.stall.watch(r.machine.copyStall)()
+	return r.stall.explain(r.store.dump(info, w))
 }
 
 // bind gives the process to a build until close. The end of ctx ends the process.
@@ -208,8 +242,8 @@ type stderrReader struct {
 	tail []byte
 }
 
-// newStderrReader reads until the session ends.
-func newStderrReader(src io.Reader) *stderrReader {
+// newStderrReader reads until the session ends, and calls heard when something came.
+func newStderrReader(src io.Reader, heard func()) *stderrReader {
 	s := &stderrReader{ended: make(chan struct{})}
 	go func() {
 		defer close(s.ended)
@@ -217,6 +251,7 @@ func newStderrReader(src io.Reader) *stderrReader {
 		for {
 			n, err := src.Read(buf)
 			s.take(buf[:n])
+			heard()
 			if err != nil {
 				return
 			}

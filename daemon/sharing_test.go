@@ -142,6 +142,27 @@ func TestWhoMayCancel(t *testing.T) {
 	}
 }
 
+// TestTimeoutCountsWhileInputsAreCopied has a machine that never says which inputs it
+// lacks.
+func TestTimeoutCountsWhileInputsAreCopied(t *testing.T) {
+	t.Parallel()
+	eachScheme(t, func(t *testing.T, scheme string) {
+		m := oneMachine(scheme)
+		s := newSite(t, m)
+		m.onQuestion(func() { <-t.Context().Done() })
+		h := s.hook(func(h *dispatchv1.Hello) {
+			h.Limits = &dispatchv1.Limits{Timeout: durationpb.New(time.Second), MaxSilentTime: durationpb.New(time.Millisecond)}
+		})
+		h.accepted(s.drv("stuck", drvConfig{srcs: []nix.StorePath{s.source("src")}}))
+		st := h.finish()
+		st.mustBe(t, dispatchv1.BuildStatus_BUILD_STATUS_TIMED_OUT)
+		if got := st.finished.GetError(); got != "timed out after 1 seconds" {
+			t.Errorf("ended with %q", got)
+		}
+		s.idle()
+	})
+}
+
 func TestLimitsAreEachFollowersOwn(t *testing.T) {
 	t.Parallel()
 	limit := func(l *dispatchv1.Limits) func(*dispatchv1.Hello) {
@@ -172,6 +193,7 @@ func TestLimitsAreEachFollowersOwn(t *testing.T) {
 				r := s.drv("long", drvConfig{})
 				patient, strict := s.hook(), s.hook(limit(tt.limits))
 				patient.accepted(r)
+				s.eventually("it is being built", func() bool { return m.building() == 1 })
 				strict.accepted(r)
 				st := strict.finish()
 				st.mustBe(t, tt.want)

@@ -8,19 +8,25 @@ import (
 	"time"
 )
 
-// copyStall is how long a machine may neither take nor give a byte while paths
-// are copied, before the remote process is given up. The connection may be in
-// the best of health meanwhile: the process may be stopped, or its disk. A
-// machine that writes a large path to a slow disk stays below it.
-const copyStall = 5 * time.Minute
+const (
+	// copyStall is how long a machine may neither take nor give a byte while it is asked
+	// something, or paths are copied, before the remote process is given up. The
+	// connection may be in order: the process may be stopped, or its disk. A machine that
+	// writes a large path to a slow disk stays below it.
+	copyStall = 5 * time.Minute
+	// substituteStall is the same while the machine fetches paths from its substituters.
+	// What it prints of that counts, but there is nothing to print while a large path
+	// travels.
+	substituteStall = time.Hour
+)
 
 // errCopyStalled says that a machine moved nothing for its time.
 var errCopyStalled = errors.New("it stopped taking and giving data")
 
 // A stallWatch ends a remote process that stops moving data in either direction
-// while somebody waits for it to. It watches only between watch and its end:
-// builds and substitutions on the machine are silent for as long as they like.
-// Safe for concurrent use.
+// while somebody waits for it to. It watches only between watch and its end, for which
+// [remote] sees: everything but the build itself, which may be silent for as long as it
+// likes. Safe for concurrent use.
 type stallWatch struct {
 	abort func()
 
@@ -49,6 +55,15 @@ func (w *stallWatch) watch(limit time.Duration) (end func()) {
 		defer w.mu.Unlock()
 		w.limit = 0
 		w.timer.Stop()
+	}
+}
+
+// life notes that the machine showed life in another way than by the watched streams.
+func (w *stallWatch) life() {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.limit > 0 && w.waiting > 0 {
+		w.timer.Reset(w.limit)
 	}
 }
 
@@ -83,7 +98,7 @@ func (w *stallWatch) wait(n int) {
 func (w *stallWatch) explain(err error) error {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	if w.stalled == 0 {
+	if w.stalled == 0 || err == nil || errors.Is(err, errCopyStalled) {
 		return err
 	}
 	return fmt.Errorf("%w for %v", errCopyStalled, w.stalled)

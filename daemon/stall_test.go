@@ -35,6 +35,24 @@ func TestStallWatchEndsAProcessThatStops(t *testing.T) {
 	})
 }
 
+// TestStallWatchHearsStderr has a machine that only prints on stderr.
+func TestStallWatchHearsStderr(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w, in, machine, aborted, end := stalling(time.Minute)
+		defer end()
+		go func() {
+			for range 5 {
+				time.Sleep(50 * time.Second)
+				w.life()
+			}
+			machine.Write([]byte("x"))
+		}()
+		if _, err := io.ReadFull(in, make([]byte, 1)); err != nil || aborted.Load() {
+			t.Errorf("a machine that tells what it does was given up: %v", err)
+		}
+	})
+}
+
 func TestStallWatchSparesWhatMoves(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w, in, machine, aborted, end := stalling(time.Minute)

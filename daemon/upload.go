@@ -47,9 +47,9 @@ func (a *attempt) inputs(ctx context.Context) ([]nix.StorePath, error) {
 // builds that need it carries it.
 func (a *attempt) copyInputs(ctx context.Context, paths []nix.StorePath) error {
 	asked := a.m.uploads.moment()
-	lacking, err := a.r.store.missing(paths, a.b.substitute)
+	lacking, err := a.r.missing(paths, a.b.substitute)
 	if err == nil && len(paths) == 0 && a.r.builds > 1 {
-		_, err = a.r.store.pathInfos([]nix.StorePath{a.b.drvPath}) // does it still answer?
+		_, err = a.r.pathInfos([]nix.StorePath{a.b.drvPath}) // does it still answer?
 	}
 	if err != nil && a.r.builds > 1 {
 		return errStale
@@ -145,7 +145,7 @@ func (u *upload) run(ctx context.Context, infos []nix.PathInfo) error {
 // askAgain leaves out of infos what somebody has brought between the last
 // question and our claim.
 func (u *upload) askAgain(infos []nix.PathInfo, t taking) ([]nix.PathInfo, error) {
-	missing, err := u.r.store.missing(t.mine, false)
+	missing, err := u.r.missing(t.mine, false)
 	if err != nil {
 		return nil, u.fault(doingMissing, err)
 	}
@@ -213,8 +213,7 @@ func (u *upload) inTurn(ctx context.Context, infos []nix.PathInfo) error {
 // send uploads paths in one go.
 func (u *upload) send(infos []nix.PathInfo) error {
 	var local error
-	defer u.r.stall.watch(u.m.copyStall)()
-	err := u.r.store.upload(infos, func(i nix.PathInfo, w io.Writer) error {
+	err := u.r.upload(infos, func(i nix.PathInfo, w io.Writer) error {
 		out := u.progress.begin(i, w)
 		_, err := u.conn.NarFromPath(i.Path, i.NarSize, out)
 		if err != nil && out.err == nil {

@@ -265,7 +265,7 @@ func TestUploadsNeverWaitForEachOther(t *testing.T) {
 					store.failures = 1
 				}
 				b := &build{feed: newFeed("")}
-				a := &attempt{d: &Daemon{}, b: b, m: m, r: &remote{store: store, stderr: &stderrReader{}, stall: newStallWatch(nil)}}
+				a := &attempt{d: &Daemon{}, b: b, m: m, r: &remote{machine: m, store: store, stderr: &stderrReader{}, stall: newStallWatch(nil)}}
 				builds.Go(func() {
 					u := &upload{attempt: a, held: make(map[nix.StorePath]*claim), asked: m.uploads.moment(),
 						progress: newTransfer(b, prometheus.NewCounter(prometheus.CounterOpts{Name: "x"}), uploading, infos)}

@@ -67,6 +67,8 @@ type Store struct {
 	// Substitute is asked for a path that is not valid, where the client asks for
 	// substitution; it may add it with Put.
 	Substitute func(nix.StorePath)
+	// BeforeValid is called when a client asks which of paths are valid.
+	BeforeValid func(paths []nix.StorePath)
 	// BeforeAdd is called when a client has sent the info of a path and before
 	// its NAR is read; an error refuses the path.
 	BeforeAdd func(nix.PathInfo) error
@@ -117,6 +119,9 @@ func (s *Store) Get(path nix.StorePath) (info nix.PathInfo, nar []byte, ok bool)
 // Valid returns those of paths that are valid, after an attempt to substitute
 // the others if that is asked for.
 func (s *Store) Valid(paths []nix.StorePath, substitute bool) []nix.StorePath {
+	if s.BeforeValid != nil {
+		s.BeforeValid(paths)
+	}
 	var valid []nix.StorePath
 	for _, p := range paths {
 		_, _, ok := s.Get(p)
