@@ -15,7 +15,6 @@ import (
 	"golang.org/x/sys/unix"
 
 	"nixdispatch/proto/nix"
-	"nixdispatch/proto/nix/worker"
 	"nixdispatch/sshpool/plainfile"
 )
 
@@ -230,7 +229,7 @@ func (f *fetch) importOnce(ctx context.Context, info nix.PathInfo) error {
 // importFault tells whose fault a refused import is. What the machine said of the path has
 // been checked, and the NAR was one: only its contents may not be those announced.
 func (f *fetch) importFault(info nix.PathInfo, err error) error {
-	if remote, ok := errors.AsType[*worker.RemoteError](err); ok && strings.Contains(remote.Message, "mismatch importing path '"+string(info.Path)+"'") {
+	if strings.Contains(nix.PlainText(err.Error()), "mismatch importing path '"+string(info.Path)+"'") {
 		return f.fault(doingOutputs, err)
 	}
 	return &localError{doing: "import output " + string(info.Path), err: err}

@@ -140,7 +140,7 @@ func (s *Store) Valid(paths []nix.StorePath, substitute bool) []nix.StorePath {
 // references must be valid. The store keeps nar.
 func (s *Store) Add(info nix.PathInfo, nar []byte) error {
 	if sha256.Sum256(nar) != info.NarHash {
-		return fmt.Errorf("hash mismatch importing path '%s'", info.Path)
+		return fmt.Errorf("hash mismatch importing path '\x1b[35;1m%s\x1b[0m'", info.Path) // in colour, as Nix says it
 	}
 	for _, ref := range info.References {
 		if _, _, ok := s.Get(ref); !ok && ref != info.Path {
