@@ -1,6 +1,7 @@
 package integration
 
 import (
+	"encoding/json"
 	"fmt"
 	"slices"
 	"strings"
@@ -20,18 +21,25 @@ import (
 // histogram, its count.
 type samples map[string]float64
 
-// scrape fetches /metrics as Prometheus does, from inside the client.
-func (s *site) scrape() (text string, got samples) {
+// served is what the daemon serves at a path, got from inside the client.
+func (s *site) served(path string) string {
 	s.t.Helper()
-	const get = `exec 3<>/dev/tcp/127.0.0.1/9747; printf 'GET /metrics HTTP/1.0\r\nAccept: text/plain\r\n\r\n' >&3; cat <&3`
+	get := `exec 3<>/dev/tcp/127.0.0.1/9747; printf 'GET ` + path + ` HTTP/1.0\r\nHost: localhost\r\nAccept: text/plain\r\n\r\n' >&3; cat <&3`
 	out, err := s.client.Run(s.t.Context(), "bash", "-c", get)
 	if err != nil {
 		s.t.Fatal(err)
 	}
 	head, text, ok := strings.Cut(out.Stdout, "\r\n\r\n")
 	if !ok || !strings.Contains(head, " 200 OK") {
-		s.t.Fatalf("/metrics answers %q", head)
+		s.t.Fatalf("%s answers %q", path, head)
 	}
+	return text
+}
+
+// scrape fetches /metrics as Prometheus does.
+func (s *site) scrape() (text string, got samples) {
+	s.t.Helper()
+	text = s.served("/metrics")
 	parser := expfmt.NewTextParser(model.UTF8Validation)
 	families, err := parser.TextToMetricFamilies(strings.NewReader(text))
 	if err != nil {
@@ -169,7 +177,48 @@ func TestMetrics(t *testing.T) {
 		s.idle(time.Minute)
 	})
 
+	t.Run("right after a build", func(t *testing.T) { s.within(t).tellsOfAnEndAtOnce() })
 	t.Run("after builds", func(t *testing.T) { s.within(t).countsWhatRan() })
+}
+
+// tellsOfAnEndAtOnce builds, and asks for the build wherever it is told of, without any
+// wait between.
+func (s *site) tellsOfAnEndAtOnce() {
+	t := s.t
+	for _, words := range []string{"what it says\n", ""} {
+		say := "true"
+		if words != "" {
+			say = "echo " + strings.TrimSpace(words)
+		}
+		_, before := s.scrape()
+		drv := s.derivations(shell("at-once", say+"; echo > $out", features("mac")))[0]
+		s.dispatchBuild(0, drv)
+		history, historyErr := s.dispatch("history", "--json")
+		log, logErr := s.dispatch("log", drv)
+		_, after := s.scrape()
+		page := s.served("/")
+		var last struct {
+			ID      uint64 `json:"id"`
+			DrvPath string `json:"drvPath"`
+		}
+		first, _, _ := strings.Cut(history.Stdout, "\n")
+		if err := json.Unmarshal([]byte(first), &last); historyErr != nil || err != nil || last.DrvPath != drv {
+			t.Errorf("the history lacks %s, which has just been built: it begins with %s; %v, %v", drv, first, historyErr, err)
+		}
+		if logErr != nil || log.Stdout != words {
+			t.Errorf("its log: %q, %v; want %q", log.Stdout, logErr, words)
+		}
+		const counter = "nix_dispatch_builds_total{machine=ssh://root@mac,result=built,system=x86_64-linux}"
+		if after[counter] != before[counter]+1 {
+			t.Errorf("%s: %v after the build and %v before", counter, after[counter], before[counter])
+		}
+		if want := fmt.Sprintf("build %d", last.ID); !strings.Contains(page, want) {
+			t.Errorf("the page lacks %q", want)
+		}
+		if builds := s.status().Builds; len(builds) > 0 {
+			t.Errorf("it is in progress, too: %v", builds)
+		}
+	}
 }
 
 // staged are the builds that wait for a slot on a machine of theirs.
