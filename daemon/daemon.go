@@ -120,7 +120,8 @@ type Daemon struct {
 	// These are the constants of the same names, but in tests.
 	helloWait, handOverWait, stopGrace, lastResort, hopeRetry time.Duration
 	// usage counts what each user has in progress.
-	usage *usage.Ledger
+	usage       *usage.Ledger
+	statusShare *statusShare
 	// bounded has all callers bounded, as tests need it.
 	bounded bool
 	// ssh says how connections to machines are made and kept.
@@ -171,6 +172,7 @@ func New(opts Options) (*Daemon, error) {
 		detached: &detachedBuilds{
 			dir: filepath.Join(opts.StateDir, "detached"), log: opts.Logger, all: make(map[uint64]*detachedBuild)},
 	}
+	d.statusShare = newStatusShare(d.status)
 	d.ssh = sshpool.Options{Logger: d.log, OnChange: d.hostChanged}
 	d.life, d.end = context.WithCancelCause(context.Background())
 	d.metrics = newMetrics(opts.Version)

@@ -55,7 +55,8 @@ func newGRPCServer(d *Daemon, g gate) (*grpc.Server, *health.Server) {
 		grpc.InitialConnWindowSize(window),
 		// Hooks look every half minute whether the daemon still answers.
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 10 * time.Second, PermitWithoutStream: true}),
-		grpc.ChainUnaryInterceptor(g.unary, d.unaryUse),
+		grpc.ChainUnaryInterceptor(g.unary, d.unaryUse, d.statusShare.unary(d.bounds)),
+		grpc.ForceServerCodecV2(newCodec()),
 		grpc.ChainStreamInterceptor(g.stream, d.streamUse),
 	)
 	dispatchv1.RegisterDispatchServiceServer(s, &server{d: d})
