@@ -115,10 +115,11 @@ type Daemon struct {
 	// drainFault is why the drained machines are not known, nil if they are.
 	drainFault  atomic.Pointer[error]
 	connections *connLimit
+	groups      *groupTable
 	// webConnections bounds those of the metrics listener.
 	webConnections *webLimit
 	// These are the constants of the same names, but in tests.
-	helloWait, handOverWait, stopGrace, lastResort, hopeRetry time.Duration
+	helloWait, handOverWait, callersGrace, lastResort, hopeRetry time.Duration
 	// usage counts what each user has in progress.
 	usage       *usage.Ledger
 	statusShare *statusShare
@@ -137,6 +138,8 @@ type Daemon struct {
 	// mutex, as realising is added to, which counts Build calls.
 	draining  atomic.Bool
 	realising sync.WaitGroup
+	// localWork is how many builds and substitutions the local Nix does for Build calls.
+	localWork atomic.Int64
 }
 
 // New makes a daemon. It connects to nothing yet.
@@ -160,7 +163,7 @@ func New(opts Options) (*Daemon, error) {
 		log:            opts.Logger,
 		handOverWait:   handOverWait,
 		helloWait:      helloWait,
-		stopGrace:      stopGrace,
+		callersGrace:   callersGrace,
 		lastResort:     lastResort,
 		hopeRetry:      hopeRetry,
 		connections:    newConnLimit(opts.Logger, files, users),
@@ -173,22 +176,38 @@ func New(opts Options) (*Daemon, error) {
 			dir: filepath.Join(opts.StateDir, "detached"), log: opts.Logger, all: make(map[uint64]*detachedBuild)},
 	}
 	d.statusShare = newStatusShare(d.status)
+	d.groups = newGroupTable(opts.Logger, d.group(), opts.MachinesGroup)
 	d.ssh = sshpool.Options{Logger: d.log, OnChange: d.hostChanged}
 	d.life, d.end = context.WithCancelCause(context.Background())
 	d.metrics = newMetrics(opts.Version)
 	d.metrics.registry.MustRegister(newStateCollector(d))
-	drained, err := readDrained(opts.StateDir)
+	return d, nil
+}
+
+// openState takes the state directory and reads what an earlier daemon left there.
+func (d *Daemon) openState(ctx context.Context) (*stateLock, error) {
+	lock, err := lockState(ctx, d.opts.StateDir, d.log)
+	if err != nil {
+		return nil, err
+	}
+	drained, err := readDrained(d.opts.StateDir)
 	if err != nil {
 		d.log.Error("cannot tell which machines are drained", "err", err)
 		d.drainFault.Store(&err)
 	}
 	d.machines.setDrains(drained)
-	return d, nil
+	return lock, nil
 }
 
 // Run serves until ctx ends, then stops everything it started and returns.
 func (d *Daemon) Run(ctx context.Context) error {
+	lock, err := d.openState(ctx)
+	if err != nil {
+		return err
+	}
+	defer lock.release()
 	d.started = time.Now()
+	d.groups.refresh(ctx)
 	listener, err := d.listen(ctx)
 	if err != nil {
 		return err
@@ -201,12 +220,13 @@ func (d *Daemon) Run(ctx context.Context) error {
 	pool := sshpool.New(d.ssh)
 	d.begin(pool)
 	d.resumeDetached()
-	server, healthServer := newGRPCServer(d, gate{own: uint32(os.Geteuid()), group: d.group()}) //nolint:gosec // a uid
+	server, healthServer := newGRPCServer(d, gate{uint32(os.Geteuid()), d.group(), d.groups}) //nolint:gosec // a uid
 	failed := make(chan error, 2)
 	var serving sync.WaitGroup
 	serving.Go(func() { failed <- server.Serve(limitedListener{listener, d.connections}) })
 	serving.Go(func() { d.dispatcher.watchStranded(d.life, d.opts.MachineWait) })
 	serving.Go(func() { d.watchHopes(d.life) })
+	serving.Go(func() { d.groups.watch(d.life, d.regroup) })
 	serving.Go(func() { watchClock(d.life, time.Now, func(by time.Duration) { d.wake(pool, by) }) })
 	serving.Go(func() { d.watchMachines(d.life, d.opts.ReloadPoll) })
 	serving.Go(func() { d.keepTelling(d.life, d.opts.Watchdog) })
@@ -219,12 +239,14 @@ func (d *Daemon) Run(ctx context.Context) error {
 		d.notify(notifyStopping)
 		d.log.Info("shutting down")
 		healthServer.SetServingStatus("", healthpb.HealthCheckResponse_NOT_SERVING)
+		if err := lock.stopping(); err != nil {
+			d.log.Warn("the next daemon does not know that this one is shutting down", "err", err)
+		}
 		d.drainBuilds()
 		err = nil
 	case err = <-failed:
 	}
-	d.shutDown(server, healthServer, web, pool)
-	serving.Wait()
+	d.shutDown(parts{server, healthServer, web, pool, lock, &serving})
 	return err
 }
 
@@ -235,6 +257,3 @@ func (d *Daemon) group() string {
 	}
 	return GroupName
 }
-
-// stopGrace bounds how long callers are given to hear how their builds ended.
-const stopGrace = 5 * time.Second

@@ -12,6 +12,8 @@ import (
 
 // Explain tells where a build can go, and why not elsewhere.
 func (s *server) Explain(ctx context.Context, req *dispatchv1.ExplainRequest) (*dispatchv1.ExplainResponse, error) {
+	ctx, cancel := s.d.whileAlive(ctx)
+	defer cancel()
 	r := scheduler.Request{System: req.GetSystem(), Features: req.GetFeatures()}
 	var drv *nix.Derivation
 	var asked drvKey

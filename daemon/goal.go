@@ -244,6 +244,8 @@ func (g *goal) buildLocally(ctx context.Context, b *build) (outcome, error) {
 }
 
 func (g *goal) askLocalNix(ctx context.Context, b *build) outcome {
+	g.r.d.localWork.Add(1)
+	defer g.r.d.localWork.Add(-1)
 	conn, err := g.r.store.connect(ctx, &workerLog{log: b.feed})
 	if err != nil {
 		return outcomeOf(err)

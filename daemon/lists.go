@@ -118,7 +118,14 @@ func relativeInclude(builders string) (string, bool) {
 // root: the daemon connects to them with root's keys, and imports what they
 // built without a signature.
 func (d *Daemon) mayName(c caller) bool {
-	return c.commands() || d.opts.MachinesGroup != "" && c.in(d.opts.MachinesGroup)
+	if c.commands() {
+		return true
+	}
+	if d.opts.MachinesGroup == "" {
+		return false
+	}
+	gid, ok := d.groups.gid(d.opts.MachinesGroup)
+	return ok && c.in(gid)
 }
 
 // use takes a lease on a list that is in use already.

@@ -186,6 +186,8 @@ func TestWhoMayNameMachines(t *testing.T) {
 	}
 	s := newListSite(t, oneMachine("ssh"), namedMachine("ssh", "m2"))
 	stranger, member := caller{uid: 4242, gid: 4242}, caller{uid: 4242, gid: uint32(gid)}
+	other := caller{uid: nobody(t), gid: 4242, groups: []uint32{4243}}
+	also := caller{uid: 4242, gid: 4242, groups: []uint32{4243, uint32(gid)}}
 	for _, tt := range []struct {
 		name, group string
 		caller      caller
@@ -197,6 +199,8 @@ func TestWhoMayNameMachines(t *testing.T) {
 		{"a member where no group is set", "", member, false},
 		{"a member of another group", "no-such-group", member, false},
 		{"a member", group.Name, member, true},
+		{"a member by a further group", group.Name, also, true},
+		{"a known user who is no member", group.Name, other, false},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			s.d.opts.MachinesGroup = tt.group

@@ -6,11 +6,11 @@ import (
 	"fmt"
 	"net"
 	"os"
-	"os/user"
 	"slices"
 	"strconv"
 	"strings"
 	"syscall"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
@@ -24,11 +24,13 @@ import (
 const GroupName = "nix-dispatch"
 
 // A caller is the process at the other end of a connection, as the kernel
-// vouched for it when it connected (SO_PEERCRED).
+// vouched for it when it connected (SO_PEERCRED, SO_PEERGROUPS).
 type caller struct {
 	uid uint32
 	gid uint32
 	pid int32
+	// groups are the process's supplementary groups.
+	groups []uint32
 }
 
 // String identifies the user, for logs.
@@ -45,23 +47,10 @@ func (c caller) commands() bool {
 // through nix-daemon, which shows its logs to everybody on the host.
 func (c caller) mayRead(uid uint32) bool { return c.commands() || uid == c.uid || uid == 0 }
 
-// in tells whether the caller is a member of a group. It looks that up each time,
-// so that adding a user to the group needs no restart.
-func (c caller) in(name string) bool {
-	group, err := user.LookupGroup(name)
-	if err != nil {
-		return false
-	}
-	if strconv.FormatUint(uint64(c.gid), 10) == group.Gid {
-		return true
-	}
-	u, err := user.LookupId(strconv.FormatUint(uint64(c.uid), 10))
-	if err != nil {
-		return false
-	}
-	ids, err := u.GroupIds()
-	return err == nil && slices.Contains(ids, group.Gid)
-}
+// in tells whether the caller's process has a group, which is not to be asked of the
+// list of users: services, containers and directory users have groups that are in no
+// file, and not every process has all groups of its user.
+func (c caller) in(gid uint32) bool { return c.gid == gid || slices.Contains(c.groups, gid) }
 
 // peerCredentials are transport credentials that learn who is calling from the
 // unix socket itself. Nothing is encrypted: the bytes never leave the host.
@@ -99,16 +88,38 @@ func callerOf(conn net.Conn) (caller, error) {
 		return caller{}, fmt.Errorf("peer credentials: %w", err)
 	}
 	var cred *unix.Ucred
+	var groups []uint32
 	var credErr error
 	if err := raw.Control(func(fd uintptr) {
-		cred, credErr = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED)
+		if cred, credErr = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED); credErr == nil {
+			groups, credErr = peerGroups(int(fd))
+		}
 	}); err != nil {
 		return caller{}, fmt.Errorf("peer credentials: %w", err)
 	}
 	if credErr != nil {
 		return caller{}, fmt.Errorf("peer credentials: %w", credErr)
 	}
-	return caller{uid: cred.Uid, gid: cred.Gid, pid: cred.Pid}, nil
+	return caller{uid: cred.Uid, gid: cred.Gid, pid: cred.Pid, groups: groups}, nil
+}
+
+// peerGroups asks the kernel for the peer's supplementary groups. The library has no
+// function for that: its text option ends at the first zero byte.
+func peerGroups(fd int) ([]uint32, error) {
+	groups := make([]uint32, 64)
+	for {
+		size := uint32(len(groups)) * 4 //nolint:gosec // 65,536 groups at most
+		_, _, errno := unix.Syscall6(unix.SYS_GETSOCKOPT, uintptr(fd), unix.SOL_SOCKET, unix.SO_PEERGROUPS,
+			uintptr(unsafe.Pointer(&groups[0])), uintptr(unsafe.Pointer(&size)), 0)
+		switch {
+		case errno == unix.ERANGE && int(size/4) > len(groups):
+			groups = make([]uint32, size/4) // the kernel has said how many there are
+		case errno != 0:
+			return nil, fmt.Errorf("SO_PEERGROUPS: %w", errno)
+		default:
+			return slices.Clone(groups[:size/4]), nil
+		}
+	}
 }
 
 // ClientHandshake is never used: the daemon is no client.
@@ -133,10 +144,11 @@ func callerFrom(ctx context.Context) (caller, bool) {
 }
 
 // A gate decides who may call: root, the daemon's own user and the members of
-// one group.
+// one group, if group is not "".
 type gate struct {
-	own   uint32
-	group string
+	own    uint32
+	group  string
+	groups *groupTable
 }
 
 // allows tells whether a caller is let in.
@@ -144,7 +156,11 @@ func (g gate) allows(c caller) bool {
 	if c.uid == 0 || c.uid == g.own {
 		return true
 	}
-	return c.in(g.group)
+	if g.group == "" {
+		return false
+	}
+	gid, ok := g.groups.gid(g.group)
+	return ok && c.in(gid)
 }
 
 // healthService is open to everyone who can reach the socket.

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"runtime"
 	"slices"
 	"strings"
@@ -81,7 +82,9 @@ func (s *server) Build(req *dispatchv1.BuildRequest, stream grpc.ServerStreaming
 	if req.GetDetach() {
 		return toStatus(s.d.detach(req, c, stream.Send))
 	}
-	r, targets, err := s.d.newRealisation(stream.Context(), req, c, stream.Send)
+	ctx, cancel := s.d.whileAlive(stream.Context())
+	defer cancel()
+	r, targets, err := s.d.newRealisation(ctx, req, c, stream.Send)
 	if err != nil {
 		return toStatus(err)
 	}
@@ -92,7 +95,7 @@ func (s *server) Build(req *dispatchv1.BuildRequest, stream grpc.ServerStreaming
 			return nil
 		}
 	}
-	return toStatus(r.run(stream.Context(), targets))
+	return toStatus(r.run(ctx, targets))
 }
 
 // newRealisation makes one of a request. The caller must release its lease.
@@ -276,12 +279,11 @@ func (r *realisation) run(ctx context.Context, targets []target) error {
 	defer reader.use.Release()
 	missing, err := r.plan(ctx, reader, targets)
 	if err != nil {
-		return err
+		return contextCause(ctx, err)
 	}
 	calling := ctx
 	ctx, r.cancel = context.WithCancelCause(ctx)
 	defer r.cancel(nil)
-	defer context.AfterFunc(r.d.life, func() { r.cancel(errShutdown) })()
 	r.work.Go(func() { r.substituteAll(ctx, missing.WillSubstitute) })
 	r.start(ctx)
 	r.work.Wait()
@@ -353,8 +355,23 @@ func (r *realisation) plan(ctx context.Context, reader *derivationReader, target
 func (r *realisation) validInputs(ctx context.Context) ([]nix.StorePath, error) {
 	r.rootsMu.Lock()
 	defer r.rootsMu.Unlock()
+	// The goals are valid, or Nix would not build them.
+	others := make(map[nix.StorePath]bool)
+	for _, g := range r.goals {
+		for input := range g.drv.InputDrvs {
+			if r.goals[input] == nil {
+				others[input] = true
+			}
+		}
+	}
+	if err := r.conn.checkValid(slices.Collect(maps.Keys(others))...); err != nil {
+		return nil, err
+	}
 	var paths []nix.StorePath
 	for _, g := range r.goals {
+		if ctx.Err() != nil {
+			return nil, context.Cause(ctx)
+		}
 		paths = append(paths, g.drv.InputSrcs...)
 		for input, names := range g.drv.InputDrvs {
 			if r.goals[input] != nil {
@@ -381,6 +398,8 @@ func (r *realisation) substituteAll(ctx context.Context, paths []nix.StorePath) 
 	if len(paths) == 0 {
 		return
 	}
+	r.d.localWork.Add(1)
+	defer r.d.localWork.Add(-1)
 	conn, err := r.store.open(ctx)
 	if err != nil {
 		r.substitution = err

@@ -58,7 +58,7 @@ func TestShutdownEndsBuildsAndTellsTheirCallers(t *testing.T) {
 		m := oneMachine(scheme)
 		m.build = untilGone
 		// It does not wait out what callers are given to hear the end.
-		s := newSiteWith(t, siteConfig{machines: []*fakeMachine{m}, prepare: func(s *site) { s.d.stopGrace = time.Hour }})
+		s := newSiteWith(t, siteConfig{machines: []*fakeMachine{m}, prepare: func(s *site) { s.d.callersGrace = time.Hour }})
 		building, staged := s.hook(), s.hook()
 		r := s.drv("building", drvConfig{})
 		building.accepted(r)
@@ -116,7 +116,7 @@ func TestShutdownEndsBuildsAndTellsTheirCallers(t *testing.T) {
 func TestShutdownDoesNotWaitForAClientThatDoesNotRead(t *testing.T) {
 	t.Parallel()
 	m := oneMachine("ssh-ng")
-	s := newSiteWith(t, siteConfig{machines: []*fakeMachine{m}, prepare: func(s *site) { s.d.stopGrace = 50 * time.Millisecond }})
+	s := newSiteWith(t, siteConfig{machines: []*fakeMachine{m}, prepare: func(s *site) { s.d.callersGrace = 50 * time.Millisecond }})
 	r := s.drv("chatty", drvConfig{})
 	for range 750 {
 		r.log = append(r.log, strings.Repeat("log ", 1024))
@@ -155,6 +155,7 @@ func TestRunWithoutItsAddresses(t *testing.T) {
 	s := newSite(t)
 	opts := s.d.opts
 	opts.Socket += "2"
+	opts.StateDir += "2"
 	opts.MetricsListen = taken.Addr().String()
 	d, err := New(opts)
 	if err != nil {

@@ -3,16 +3,20 @@ package daemon
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io/fs"
+	"log/slog"
 	"net"
 	"os"
 	"os/user"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/google/go-cmp/cmp/cmpopts"
 	"google.golang.org/grpc/codes"
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/peer"
@@ -50,11 +54,15 @@ func TestGate(t *testing.T) {
 		{"a stranger", group.Name, caller{uid: stranger, gid: stranger}, false},
 		{"the group where there is none", "no-such-group", caller{uid: stranger, gid: number(me.Gid)}, false},
 		{"whose group it is", group.Name, caller{uid: stranger, gid: number(me.Gid)}, true},
-		{"who is a member", group.Name, caller{uid: number(me.Uid), gid: stranger}, true},
+		{"who is a member", group.Name, caller{uid: stranger, gid: stranger, groups: []uint32{7, number(me.Gid)}}, true},
+		{"a member of others", group.Name, caller{uid: stranger, gid: stranger, groups: []uint32{7, 8}}, false},
+		// That the user is known, and a member by the files, gives the process nothing.
+		{"a user's process without the group", group.Name, caller{uid: number(me.Uid), gid: stranger}, number(me.Uid) == 0},
+		{"nobody's process without the group", group.Name, caller{uid: nobody(t), gid: stranger}, false},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
-			g := gate{own: own, group: tt.group}
+			g := gate{own: own, group: tt.group, groups: newGroupTable(slog.New(slog.DiscardHandler), tt.group)}
 			if got := g.allows(tt.caller); got != tt.want {
 				t.Errorf("allows(%+v) = %v, want %v", tt.caller, got, tt.want)
 			}
@@ -75,6 +83,20 @@ func TestGate(t *testing.T) {
 	if err := (gate{}).check(t.Context(), dispatchv1.DispatchService_Status_FullMethodName); status.Code(err) != codes.PermissionDenied {
 		t.Errorf("check without credentials = %v, want PermissionDenied", err)
 	}
+}
+
+// nobody is a user with an entry in /etc/passwd, and without rights.
+func nobody(t *testing.T) uint32 {
+	t.Helper()
+	u, err := user.Lookup("nobody")
+	if err != nil {
+		t.Skipf("there is no user nobody: %v", err)
+	}
+	uid, err := strconv.ParseUint(u.Uid, 10, 32)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return uint32(uid)
 }
 
 func TestPeerCredentialsAreTheKernels(t *testing.T) {
@@ -98,8 +120,17 @@ func TestPeerCredentialsAreTheKernels(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	groups, err := os.Getgroups()
+	if err != nil {
+		t.Fatal(err)
+	}
 	want := caller{uid: uint32(os.Getuid()), gid: uint32(os.Getgid()), pid: int32(os.Getpid())}
-	if got := info.(peerInfo).caller; got != want {
+	for _, gid := range groups {
+		want.groups = append(want.groups, uint32(gid))
+	}
+	slices.Sort(want.groups)
+	got := info.(peerInfo).caller
+	if slices.Sort(got.groups); !cmp.Equal(got, want, cmp.AllowUnexported(caller{}), cmpopts.EquateEmpty()) {
 		t.Errorf("caller = %+v, want %+v", got, want)
 	}
 	a, b := net.Pipe()
@@ -114,7 +145,7 @@ func TestStrangersAreTurnedAway(t *testing.T) {
 	t.Parallel()
 	s := newSite(t, oneMachine("ssh"))
 	// The gate of a daemon that belongs to nobody here.
-	server, _ := newGRPCServer(s.d, gate{own: 1 << 30, group: "no-such-group"})
+	server, _ := newGRPCServer(s.d, gate{own: 1 << 30, group: "no-such-group", groups: s.d.groups})
 	if os.Geteuid() == 0 {
 		t.Log("root is never turned away: only the gate's table is tested")
 		server.Stop()
@@ -148,7 +179,7 @@ func TestListenUnix(t *testing.T) {
 	}
 	defer os.RemoveAll(dir)
 	path := filepath.Join(dir, "run", "socket")
-	listen := func() (net.Listener, error) { return listenUnix(t.Context(), path, "no-such-group") }
+	listen := func() (net.Listener, error) { return listenUnix(t.Context(), path, socketAccess{group: true}) }
 	first, err := listen()
 	if err != nil {
 		t.Fatalf("in a directory that is not there yet: %v", err)
@@ -188,7 +219,7 @@ func TestListenUnixOnWhatIsNoSocket(t *testing.T) {
 	if err := os.WriteFile(path, []byte("precious"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	l, err := listenUnix(t.Context(), path, "no-such-group")
+	l, err := listenUnix(t.Context(), path, socketAccess{group: true})
 	if err == nil {
 		l.Close()
 	}
@@ -204,8 +235,16 @@ func TestSecondDaemonLeavesTheFirstAlone(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	if err := second.Run(t.Context()); err == nil || !strings.Contains(err.Error(), fmt.Sprintf("another nix-dispatchd (process %d) uses it", os.Getpid())) {
+		t.Errorf("Run of a second daemon = %v, want an error that names the process", err)
+	}
+	opts := s.d.opts
+	opts.StateDir += "2"
+	if second, err = New(opts); err != nil {
+		t.Fatal(err)
+	}
 	if err := second.Run(t.Context()); err == nil || !strings.Contains(err.Error(), s.d.opts.Socket) {
-		t.Errorf("Run of a second daemon = %v, want an error that names the socket", err)
+		t.Errorf("Run of a second daemon with a directory of its own = %v, want an error that names the socket", err)
 	}
 	if got := s.status().GetVersion(); got == "" {
 		t.Error("the first daemon does not answer any more")

@@ -2,6 +2,7 @@ package daemon
 
 import (
 	"context"
+	"strings"
 	"testing"
 	"time"
 
@@ -74,4 +75,79 @@ func TestDrainIsBounded(t *testing.T) {
 			st.mustBe(t, dispatchv1.BuildStatus_BUILD_STATUS_CANCELLED)
 		})
 	}
+}
+
+// SIGTERM ends every wait that is no build, whatever callers do, though builds might go
+// on for an hour.
+func TestStopEndsWaits(t *testing.T) {
+	t.Parallel()
+	// stopsIn is less than any of the waits takes by itself.
+	const stopsIn = startWait * 3 / 4
+	chatty := func(s *site) *recipe {
+		r := s.drv("chatty", drvConfig{})
+		for range 750 {
+			r.log = append(r.log, strings.Repeat("log ", 1024))
+		}
+		return r
+	}
+	for name, wait := range map[string]func(t *testing.T, s *site){
+		"nothing": func(*testing.T, *site) {},
+		"a caller that holds roots": func(t *testing.T, s *site) {
+			req := asked(s.drv("rooted", drvConfig{}))
+			req.HoldRoots = true
+			stream, err := s.client.Build(t.Context(), req)
+			if err != nil {
+				t.Fatal(err)
+			}
+			for m := new(dispatchv1.BuildResponse); m.GetSummary() == nil; {
+				if m, err = stream.Recv(); err != nil {
+					t.Fatal(err)
+				}
+			}
+		},
+		"a hook that never says Start": func(t *testing.T, s *site) {
+			wantReply(t, s.hook().try(s.drv("unstarted", drvConfig{}), false), accept, "")
+		},
+		"a Build call that is not read": func(t *testing.T, s *site) {
+			if _, err := s.client.Build(t.Context(), asked(chatty(s), s.drv("after", drvConfig{}))); err != nil {
+				t.Fatal(err)
+			}
+			s.idle()
+		},
+		"a history that is not read": func(t *testing.T, s *site) {
+			s.mustBuild(s.drv("ended", drvConfig{}))
+			s.ended(1, &dispatchv1.HistoryRequest{})
+			if _, err := s.client.History(t.Context(), &dispatchv1.HistoryRequest{}); err != nil {
+				t.Fatal(err)
+			}
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			s := newSiteWith(t, siteConfig{machines: []*fakeMachine{oneMachine("ssh-ng")}, options: func(o *Options) {
+				o.DrainTimeout = time.Hour
+			}})
+			wait(t, s)
+			begin := time.Now()
+			s.stop()
+			took := time.Since(begin)
+			if t.Logf("it took %v", took); took > stopsIn {
+				t.Errorf("the daemon took %v to stop, though nothing was being built", took)
+			}
+		})
+	}
+}
+
+// A machine that does not confirm the end of a build, and parts that do not end, do not
+// keep the daemon.
+func TestStopIsBounded(t *testing.T) {
+	t.Parallel()
+	s := newSite(t, oneMachine("ssh"))
+	held := make(chan struct{})
+	t.Cleanup(func() { close(held) })
+	s.d.leftovers.Go(func() { <-held })
+	s.d.builds.Go(func() { <-held })
+	begin := time.Now()
+	s.stop()
+	t.Logf("it took %v", time.Since(begin))
 }

@@ -7,9 +7,7 @@ import (
 	"io/fs"
 	"net"
 	"os"
-	"os/user"
 	"path/filepath"
-	"strconv"
 	"syscall"
 	"time"
 )
@@ -20,7 +18,7 @@ func (d *Daemon) listen(ctx context.Context) (net.Listener, error) {
 	if d.opts.Listener != nil {
 		return d.opts.Listener, nil
 	}
-	return listenUnix(ctx, d.opts.Socket, d.group())
+	return listenUnix(ctx, d.opts.Socket, d.access())
 }
 
 // listenUnix binds the daemon's socket. A socket that a dead daemon left behind
@@ -29,7 +27,7 @@ func (d *Daemon) listen(ctx context.Context) (net.Listener, error) {
 // The socket is made under a name of its own, given its mode and group there
 // and only then renamed into place: there is no moment at which it answers to
 // the wrong people, nor one at which the path is missing during a restart.
-func listenUnix(ctx context.Context, path, group string) (net.Listener, error) {
+func listenUnix(ctx context.Context, path string, who socketAccess) (net.Listener, error) {
 	if err := makeSocketDir(filepath.Dir(path)); err != nil {
 		return nil, fmt.Errorf("listen on %s: %w", path, err)
 	}
@@ -46,7 +44,7 @@ func listenUnix(ctx context.Context, path, group string) (net.Listener, error) {
 	}
 	// The listener knows only the name it was made under.
 	l.SetUnlinkOnClose(false)
-	if err := giveToGroup(making, group); err != nil {
+	if err := who.apply(making); err != nil {
 		return nil, errors.Join(fmt.Errorf("listen on %s: %w", path, err), l.Close())
 	}
 	if err := os.Rename(making, path); err != nil {
@@ -83,8 +81,12 @@ func refuseLiveSocket(ctx context.Context, path string) error {
 	conn, err := d.DialContext(ctx, "unix", path)
 	switch {
 	case err == nil:
+		holder, credErr := callerOf(conn)
 		_ = conn.Close()
-		return fmt.Errorf("listen on %s: another daemon answers there; stop it first, or choose another socket with --socket", path)
+		if credErr != nil {
+			return fmt.Errorf("listen on %s: %w", path, credErr)
+		}
+		return fmt.Errorf("listen on %s: another daemon (process %d) answers there; stop it first, or choose another socket with --socket", path, holder.pid)
 	case errors.Is(err, fs.ErrNotExist), errors.Is(err, syscall.ECONNREFUSED):
 		return nil
 	default:
@@ -92,25 +94,45 @@ func refuseLiveSocket(ctx context.Context, path string) error {
 	}
 }
 
-// giveToGroup opens the socket to the group where it exists; else it is for the
-// daemon's user alone.
-func giveToGroup(path, group string) error {
-	if group == "" {
+// A socketAccess is who may connect to a socket, beside root and the daemon's user.
+type socketAccess struct {
+	// group is whether there may be a group of users; has is whether it is known, by
+	// the number gid.
+	group, has bool
+	gid        uint32
+}
+
+func (d *Daemon) access() socketAccess {
+	a := socketAccess{group: d.group() != ""}
+	if a.group {
+		a.gid, a.has = d.groups.gid(d.group())
+	}
+	return a
+}
+
+// apply gives a socket its mode and group. Without a group it is for the daemon's user
+// and root only.
+func (a socketAccess) apply(path string) error {
+	if !a.group {
 		return os.Chmod(path, 0o600)
 	}
 	if err := os.Chmod(path, 0o660); err != nil {
 		return err
 	}
-	g, err := user.LookupGroup(group)
-	if err != nil {
-		return nil //nolint:nilerr // no such group: root only, as documented
+	if !a.has {
+		return nil // root only, as documented
 	}
-	gid, err := strconv.Atoi(g.Gid)
-	if err != nil {
-		return fmt.Errorf("group %s has the odd id %q", group, g.Gid)
-	}
-	if err := os.Chown(path, -1, gid); err != nil && os.Geteuid() == 0 {
+	if err := os.Lchown(path, -1, int(a.gid)); err != nil && os.Geteuid() == 0 {
 		return err
 	}
 	return nil
+}
+
+// regroup gives the socket to the group once its number is known, or another.
+func (d *Daemon) regroup() {
+	if a := d.access(); d.opts.Listener == nil && a.has {
+		if err := os.Lchown(d.opts.Socket, -1, int(a.gid)); err != nil {
+			d.log.Warn("cannot give the socket to its group", "group", d.group(), "err", err)
+		}
+	}
 }

@@ -13,6 +13,8 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
+
+	"nixdispatch/deploy/fleet"
 )
 
 const socket = "/run/nix-dispatch/socket"
@@ -153,5 +155,51 @@ func (s *site) healthy() {
 	answer, err := healthpb.NewHealthClient(cc).Check(ctx, &healthpb.HealthCheckRequest{})
 	if err != nil || answer.Status != healthpb.HealthCheckResponse_SERVING {
 		t.Errorf("health: %v, %v, want SERVING", answer, err)
+	}
+}
+
+// TestGroupsOfTheProcess has processes call whose groups are not those of a user in
+// /etc/group: a service with DynamicUser and SupplementaryGroups, a member by LDAP, and
+// a member's process that has given its groups up.
+func TestGroupsOfTheProcess(t *testing.T) {
+	t.Parallel()
+	s := newSite(t, siteConfig{machines: []machineConfig{{name: "mac"}}})
+	s.stopDaemon(syscall.SIGTERM)
+	s.run("groupadd", "--system", "nix-dispatch")
+	s.run("groupadd", "--system", "naming")
+	s.run("usermod", "--append", "--groups", "nix-dispatch,naming", "alice")
+	s.args = append(s.args, "--machines-group", "naming")
+	s.startDaemon()
+	s.run("chmod", "666", socket) // so that it is the daemon that decides
+	gid := func(name string) string { return strings.Split(s.run("getent", "group", name), ":")[2] }
+	members, naming := gid("nix-dispatch"), gid("naming")
+	alice := s.run("id", "-u", "alice")
+	drv := s.derivations("[" + shell("thing", "echo thing > $out", "") + "]")[0]
+	for _, tt := range []struct {
+		name       string
+		setpriv    []string
+		may, names bool
+	}{
+		{"a number without a name, in the group", []string{"--reuid", "4711", "--regid", "4711", "--groups", members}, true, false},
+		{"with it as its own group", []string{"--reuid", "4711", "--regid", members, "--clear-groups"}, true, false},
+		{"in both groups", []string{"--reuid", "4711", "--regid", "4711", "--groups", "7," + members + "," + naming}, true, true},
+		{"in other groups", []string{"--reuid", "4711", "--regid", "4711", "--groups", "4712,4713"}, false, false},
+		{"a member's process without the groups", []string{"--reuid", alice, "--regid", "4711", "--clear-groups"}, false, false},
+		{"a user who is no member", []string{"--reuid", "nix", "--regid", "nix", "--init-groups"}, false, false},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			as := func(args ...string) (fleet.Output, error) {
+				return s.client.Run(t.Context(), append(append([]string{"setpriv"}, tt.setpriv...), args...)...)
+			}
+			out, err := as(programs+"/nix-dispatch", "status")
+			if (err == nil) != tt.may || !tt.may && !strings.Contains(out.Stderr, "may not use nix-dispatch") {
+				t.Errorf("status: %v, %q, want it allowed: %v", err, out.Stderr, tt.may)
+			}
+			out, _ = as(programs+"/mallory", "hook", "--drv", drv, "--builders", "ssh://root@mac x86_64-linux - 3")
+			if said := out.Stdout + out.Stderr; tt.may && strings.Contains(said, "may not name machines") == tt.names ||
+				tt.names && !strings.Contains(said, "ACTION_ACCEPT") {
+				t.Errorf("names a machine: %q, want it allowed: %v", said, tt.names)
+			}
+		})
 	}
 }

@@ -57,8 +57,10 @@ in
     systemd.sockets.nix-dispatchd.wantedBy = [ "sockets.target" ];
     systemd.services.nix-dispatchd = {
       wantedBy = [ "multi-user.target" ];
-      # ssh -G reads the SSH configuration, nix-daemon --stdio opens stores.
+      # ssh -G reads the SSH configuration, nix-daemon --stdio opens stores, getent knows
+      # groups that are not in /etc/group.
       path = [
+        pkgs.getent
         config.nix.package
         config.programs.ssh.package
       ];

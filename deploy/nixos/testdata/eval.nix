@@ -29,6 +29,7 @@ let
 
   # What is built is a name here.
   pkgs = {
+    getent = "/nix/store/0-getent";
     callPackage = file: args: import file ({ inherit lib; buildGoModule = attrs: attrs // { outPath = "/nix/store/0-nix-dispatch"; }; } // args);
   };
 
