@@ -18,7 +18,7 @@ func (s *server) Attach(req *dispatchv1.AttachRequest, stream grpc.ServerStreami
 	c, _ := callerFrom(stream.Context())
 	a := &attached{d: s.d, stream: stream}
 	if j := s.d.detached.find(req.GetBuildId()); j != nil {
-		if !c.mayRead(j.caller.uid) {
+		if !c.mayRead(owners{j.caller.uid}) {
 			return toStatus(errNotYours)
 		}
 		return toStatus(a.watch(stream.Context(), j))
@@ -244,10 +244,10 @@ func (q *dispatcher) joinByID(id scheduler.BuildID, by caller) (*follower, error
 	switch {
 	case b == nil || q.shared[b.key()] != b: // it is about to end
 		return nil, errNoSuchBuild
-	case !by.mayRead(b.caller.uid):
+	case !by.mayRead(b.owners):
 		return nil, errNotYours
 	}
 	f := new(follower)
-	q.joinLocked(f, b)
+	q.joinLocked(f, b, by) // root may look at a build without making it everybody's
 	return f, nil
 }

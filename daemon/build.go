@@ -55,8 +55,10 @@ type build struct {
 	priority  int
 	waiting   time.Time // since when it has had no machine; zero while it has one
 	rest      *time.Timer
+	owners    owners // who asked for it; those who attached have not
 	followers int
-	readers   int // of the log, who do not follow
+	following map[uint32]int // the followers, by user id
+	readers   int            // of the log, who do not follow
 	ended     bool
 	// hooks are the followers whose Nix still holds output locks.
 	hooks           map[*hookFollower]struct{}

@@ -40,6 +40,7 @@ func (l limits) proto() *dispatchv1.Limits {
 // A follower is one caller's interest in a build.
 type follower struct {
 	b      *build
+	uid    uint32 // whose it is
 	limits limits
 	// leave ends the interest; the build's last follower to leave cancels it, for
 	// the reason given. It may be called more than once.

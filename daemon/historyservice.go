@@ -35,7 +35,7 @@ func (s *server) History(req *dispatchv1.HistoryRequest, stream grpc.ServerStrea
 	c, _ := callerFrom(stream.Context())
 	sent := uint32(0)
 	err := s.d.record.rows.Each(q, func(r history.Row) error {
-		if !c.mayRead(r.UID) {
+		if !c.mayRead(ownersOf(r)) {
 			r.Error = firstLine(r.Error) // the end of the log follows
 		}
 		if err := stream.Send(finishedBuild(r)); err != nil {
@@ -93,7 +93,7 @@ func (s *server) Log(req *dispatchv1.LogRequest, stream grpc.ServerStreamingServ
 	}
 	if b, done := s.d.dispatcher.read(scheduler.BuildID(req.GetBuildId()), drvPath); b != nil {
 		defer done()
-		if !c.mayRead(b.caller.uid) {
+		if !c.mayRead(s.d.dispatcher.ownersOf(b)) {
 			return toStatus(errNotYours)
 		}
 		return b.sendLog(stream, req.GetFollow())
@@ -149,7 +149,7 @@ func (r *record) openLog(id uint64, c caller) (io.ReadCloser, error) {
 		return nil, errNoLog
 	case err != nil:
 		return nil, err
-	case !c.mayRead(row.UID):
+	case !c.mayRead(ownersOf(row)):
 		return nil, errNotYours
 	case !row.Silent:
 		return nil, errNoLog

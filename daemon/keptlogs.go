@@ -10,6 +10,8 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
+	"strings"
 	"sync"
 
 	"nixdispatch/scheduler"
@@ -27,7 +29,7 @@ const (
 )
 
 // keptLogs are the logs of builds that have ended, each in a file named by the
-// build's id and the user id of who asked for it. Safe for concurrent use.
+// build's id and the user ids of those who asked for it. Safe for concurrent use.
 type keptLogs struct {
 	dir  string
 	log  *slog.Logger
@@ -41,19 +43,22 @@ type keptLogs struct {
 
 type keptLog struct {
 	id   uint64
-	uid  uint32
+	of   owners
 	size int64
 }
 
-func (l keptLog) name() string { return fmt.Sprintf("%d-%d", l.id, l.uid) }
+func (l keptLog) name() string { return fmt.Sprintf("%d-%s", l.id, l.of) }
 
 // room is what the file takes on the disk, in bytes: whole blocks.
 func (l keptLog) room() int64 { return (l.size + fileBlock - 1) / fileBlock * fileBlock }
 
 // parseKeptLog reads a file's name.
 func parseKeptLog(name string) (l keptLog, ok bool) {
-	_, err := fmt.Sscanf(name, "%d-%d", &l.id, &l.uid)
-	return l, err == nil && l.name() == name
+	id, of, _ := strings.Cut(name, "-")
+	var err, ofErr error
+	l.id, err = strconv.ParseUint(id, 10, 64)
+	l.of, ofErr = parseOwners(of)
+	return l, err == nil && ofErr == nil && l.name() == name
 }
 
 // openKeptLogs finds the logs that are kept in dir.
@@ -100,11 +105,11 @@ func (k *keptLogs) path(l keptLog) string { return filepath.Join(k.dir, l.name()
 
 // keep writes down what a build has printed. A build that printed nothing leaves
 // no file.
-func (k *keptLogs) keep(id scheduler.BuildID, uid uint32, s *spool) {
+func (k *keptLogs) keep(id scheduler.BuildID, of owners, s *spool) {
 	if s.length() == 0 {
 		return
 	}
-	l := keptLog{id: uint64(id), uid: uid}
+	l := keptLog{id: uint64(id), of: of}
 	var err error
 	if l.size, err = k.write(l, s); err != nil {
 		k.log.Warn("the log of a build is not kept", "build_id", id, "err", err)
@@ -165,7 +170,7 @@ func (k *keptLogs) open(id uint64, c caller) (*os.File, error) {
 	switch {
 	case !ok:
 		return nil, fs.ErrNotExist
-	case !c.mayRead(l.uid):
+	case !c.mayRead(l.of):
 		return nil, errNotYours
 	default:
 		return os.Open(k.path(l))

@@ -47,7 +47,7 @@ func TestKeptLogsAreBoundedByNumber(t *testing.T) {
 	short := newSpool(t.TempDir())
 	_, _ = short.Write([]byte("little"))
 	for id := range scheduler.BuildID(most + 5) {
-		k.keep(id+1, 0, short)
+		k.keep(id+1, owners{0}, short)
 	}
 	files, err := os.ReadDir(dir)
 	if err != nil || len(files) != most || k.room != most*fileBlock {

@@ -42,11 +42,6 @@ func (c caller) commands() bool {
 	return c.uid == 0 || c.uid == uint32(os.Geteuid()) //nolint:gosec // a uid
 }
 
-// mayRead tells whether the caller may read what a build has printed that was
-// asked for by uid: one's own, and what root asked for. That is also what goes
-// through nix-daemon, which shows its logs to everybody on the host.
-func (c caller) mayRead(uid uint32) bool { return c.commands() || uid == c.uid || uid == 0 }
-
 // in tells whether the caller's process has a group, which is not to be asked of the
 // list of users: services, containers and directory users have groups that are in no
 // file, and not every process has all groups of its user.

@@ -62,8 +62,11 @@ func (d *Daemon) conclude(b *build, o outcome) {
 		b.account.queued += time.Since(b.queued)
 	}
 	row := finishedRow(b, o)
+	var of owners
 	d.dispatcher.remove(b, func() {
 		row.Ended = time.Now()
+		of = b.owners // nobody joins any more
+		row.Sharers = of[1:]
 		if d.record.rows != nil {
 			d.record.rows.Add(row)
 		}
@@ -71,7 +74,7 @@ func (d *Daemon) conclude(b *build, o outcome) {
 	})
 	b.feed.finish(o)
 	if d.record.logs != nil {
-		d.record.logs.keep(b.id, b.caller.uid, b.feed.log)
+		d.record.logs.keep(b.id, of, b.feed.log)
 	}
 	d.dispatcher.ended(b) // the log is read from its file now
 }
@@ -99,6 +102,9 @@ func finishedRow(b *build, o outcome) history.Row {
 		Silent:        b.feed.log.length() == 0,
 	}
 }
+
+// ownersOf are those who asked for a build that has ended.
+func ownersOf(r history.Row) owners { return append(owners{r.UID}, r.Sharers...) }
 
 // statusWords is a status in words, such as "permanent failure".
 func statusWords(s dispatchv1.BuildStatus) string {

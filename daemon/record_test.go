@@ -192,10 +192,10 @@ func TestKeptLogsAreBounded(t *testing.T) {
 		long.Write(line)
 	}
 	long.Write([]byte("the end\n"))
-	k.keep(1, 1000, newSpool(t.TempDir())) // says nothing
+	k.keep(1, owners{1000}, newSpool(t.TempDir())) // says nothing
 	const logs = maxKeptLogs/maxKeptLog + 2
 	for id := range scheduler.BuildID(logs) {
-		k.keep(id+2, 1000, long)
+		k.keep(id+2, owners{1000}, long)
 	}
 	if k.room > maxKeptLogs || k.lastID() != logs+1 {
 		t.Errorf("%d bytes of logs are kept, the last of build %d", k.room, k.lastID())

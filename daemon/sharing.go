@@ -3,6 +3,7 @@ package daemon
 import (
 	"cmp"
 	"context"
+	"slices"
 	"sync"
 	"time"
 
@@ -18,6 +19,8 @@ func (d *Daemon) newBuild(store *localStore, drvPath nix.StorePath, drv *nix.Der
 		drvPath:         drvPath,
 		drv:             drv,
 		caller:          by,
+		owners:          owners{by.uid},
+		following:       make(map[uint32]int),
 		substitute:      substitute,
 		lease:           new(lease),
 		since:           now,
@@ -60,7 +63,7 @@ func (d *Daemon) offerHook(b *build, f *hookFollower, amWilling bool) scheduler.
 	defer q.mu.Unlock()
 	if flying := q.shared[b.key()]; flying != nil {
 		q.joinTurnLocked(flying, b)
-		q.joinHookLocked(f, flying)
+		q.joinHookLocked(f, flying, b.caller)
 		return scheduler.Decision{Reply: scheduler.Accept, Machine: flying.place.machine, Why: "it is being built for another caller"}
 	}
 	if d.refusing() {
@@ -69,7 +72,7 @@ func (d *Daemon) offerHook(b *build, f *hookFollower, amWilling bool) scheduler.
 	decision := q.queue.Offer(b.request(), amWilling)
 	if decision.Reply == scheduler.Accept || decision.Reply == scheduler.AcceptQueued {
 		q.submitLocked(b)
-		q.joinHookLocked(f, b)
+		q.joinHookLocked(f, b, b.caller)
 		d.startLocked(b)
 	}
 	return decision
@@ -87,12 +90,13 @@ func (d *Daemon) submit(b *build, l limits, inputs []nix.StorePath) (*follower, 
 	switch flying := q.shared[b.key()]; {
 	case flying != nil:
 		q.joinTurnLocked(flying, b)
-		q.joinLocked(f, flying)
+		flying.owners = flying.owners.with(b.caller.uid)
+		q.joinLocked(f, flying, b.caller)
 	case d.stopping():
 		return nil, errShutdown
 	default:
 		q.submitLocked(b)
-		q.joinLocked(f, b)
+		q.joinLocked(f, b, b.caller)
 		d.startLocked(b)
 	}
 	f.b.inputs.provide(inputs)
@@ -107,15 +111,19 @@ func (d *Daemon) logAccepted(b *build) {
 	}
 }
 
-func (q *dispatcher) joinLocked(f *follower, b *build) {
-	f.b = b
+// joinLocked makes f, a caller's, one of those who wait for a build.
+func (q *dispatcher) joinLocked(f *follower, b *build, by caller) {
+	f.b, f.uid = b, by.uid
 	b.followers++
+	b.following[f.uid]++
 	var once sync.Once
 	f.leave = func(why error) { once.Do(func() { q.leave(f, why) }) }
 }
 
-func (q *dispatcher) joinHookLocked(f *hookFollower, b *build) {
-	q.joinLocked(f.follower, b)
+// joinHookLocked is joinLocked for a hook, whose Nix has asked for the build.
+func (q *dispatcher) joinHookLocked(f *hookFollower, b *build, by caller) {
+	b.owners = b.owners.with(by.uid)
+	q.joinLocked(f.follower, b, by)
 	b.hooks[f] = struct{}{}
 }
 
@@ -124,6 +132,9 @@ func (q *dispatcher) leave(f *follower, why error) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	f.b.followers--
+	if f.b.following[f.uid]--; f.b.following[f.uid] == 0 {
+		delete(f.b.following, f.uid)
+	}
 	if f.b.followers == 0 {
 		f.last = true
 		q.forgetLocked(f.b)
@@ -184,6 +195,22 @@ func (b *build) freeLocked() {
 	}
 }
 
+// onlyForLocked tells whether a user, and nobody else, waits for the build. One that
+// nobody waits for is its owners'.
+func (b *build) onlyForLocked(uid uint32) bool {
+	if len(b.following) == 0 {
+		return slices.Contains(b.owners, uid)
+	}
+	return len(b.following) == 1 && b.following[uid] > 0
+}
+
+// ownersOf are those who have asked for a build so far.
+func (q *dispatcher) ownersOf(b *build) owners {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	return b.owners
+}
+
 // cancel ends a build on purpose. It is returned, for its end may take a while.
 func (d *Daemon) cancel(id scheduler.BuildID, by caller) (*build, error) {
 	q := d.dispatcher
@@ -193,8 +220,7 @@ func (d *Daemon) cancel(id scheduler.BuildID, by caller) (*build, error) {
 	if b == nil {
 		return nil, errNoSuchBuild
 	}
-	owner := by.uid == b.caller.uid && b.followers <= 1
-	if !by.commands() && !owner {
+	if !by.commands() && !b.onlyForLocked(by.uid) {
 		return nil, errNotYours
 	}
 	q.forgetLocked(b)

@@ -129,7 +129,7 @@ func TestWhoMayCancel(t *testing.T) {
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			cause := errors.New("not cancelled")
-			b := &build{id: 7, store: new(localStore), lease: new(lease), caller: caller{uid: owner}, cancel: func(err error) { cause = err }}
+			b := &build{id: 7, store: new(localStore), lease: new(lease), owners: owners{owner}, cancel: func(err error) { cause = err }}
 			d := &Daemon{dispatcher: newDispatcher(nil)}
 			d.dispatcher.builds[b.id] = b
 			if _, err := d.cancel(b.id, tt.by); !errors.Is(err, tt.want) {

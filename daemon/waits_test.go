@@ -168,7 +168,7 @@ func TestHooksThatKeepTheirLocksAreNotWaitedForLong(t *testing.T) {
 			f := &hookFollower{follower: &follower{}}
 			d.dispatcher.mu.Lock()
 			defer d.dispatcher.mu.Unlock()
-			d.dispatcher.joinHookLocked(f, b)
+			d.dispatcher.joinHookLocked(f, b, caller{})
 			return f
 		}
 		quick, stopped := join(), join()

@@ -31,6 +31,9 @@ type Row struct {
 	Caller string `json:"caller"`
 	// UID is that of the process which did, by the kernel's word.
 	UID uint32 `json:"uid"`
+	// Sharers are the user ids of the others who asked for it; rows of earlier versions
+	// have none.
+	Sharers []uint32 `json:"sharers,omitempty"`
 	// Machine is the store URI of the last machine; "" if there was none.
 	Machine string `json:"machine,omitempty"`
 	// Status is Nix's name of the status, such as "built".
