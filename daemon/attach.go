@@ -240,7 +240,7 @@ func (d *Daemon) holdRoots(ctx context.Context) {
 func (q *dispatcher) joinByID(id scheduler.BuildID, by caller) (*follower, error) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	b := q.builds[id]
+	b := q.findLocked(id)
 	switch {
 	case b == nil || q.shared[b.key()] != b: // it is about to end
 		return nil, errNoSuchBuild

@@ -21,6 +21,8 @@ type attempt struct {
 	b *build
 	m *machine
 	r *remote
+	// race has the attempts at the build that run at the same time.
+	race *race
 	// place is what the scheduler decided; running is set while the build has its
 	// slot and may be running.
 	place   placement
@@ -67,7 +69,14 @@ func (a *attempt) run(ctx context.Context) (outcome, error) {
 		return outcome{}, errDistrusted
 	}
 	if !result.Status.Success() {
-		return a.failed(result, took)
+		o, err := a.failed(result, took)
+		if err == nil && !a.race.win(a.b) {
+			return outcome{}, errOutrun
+		}
+		return o, err
+	}
+	if !a.race.win(a.b) {
+		return outcome{}, errOutrun
 	}
 	a.d.dispatcher.do(func(q *scheduler.Queue) []scheduler.Order { return q.Built(a.b.id) })
 	if err := a.timed(&a.b.account.downloading, func() error { return a.fetchOutputs(ctx) }); err != nil {
@@ -126,14 +135,15 @@ func (a *attempt) awaitSlot(ctx context.Context) error {
 	return err
 }
 
-// lostOrDistrusted says what the failure of a running build means for its slot.
+// lostOrDistrusted says what the failure of a running build means for its slot. It
+// stays running unless the end of the remote process is confirmed.
 func (a *attempt) lostOrDistrusted(err error) error {
 	if _, lost := errors.AsType[*sshpool.LostError](err); lost {
 		a.loseSlot()
 		return err
 	}
-	a.running = false
 	if err = a.distrust(err); errors.Is(err, errDistrusted) {
+		a.running = false
 		a.d.dispatcher.restart(a.b)
 	}
 	return err
@@ -164,6 +174,7 @@ func (a *attempt) build() (nix.BuildResult, time.Duration, error) {
 	start := time.Now()
 	a.b.feed.startBuilding(start)
 	defer a.b.feed.stopBuilding()
+	defer a.d.hedges.add(a)()
 	running := a.d.metrics.running(a.m.line.StoreURI)
 	running.Inc()
 	defer running.Dec()

@@ -40,6 +40,9 @@ type build struct {
 	// inputs is set once, by the first follower that knows them.
 	inputs inputs
 
+	// first is set for a second attempt beside a build: that build. See hedge.
+	first *build
+
 	// queued is when the build began to wait for a machine; zero once it has
 	// one. Its goroutine's own.
 	queued time.Time
@@ -108,7 +111,7 @@ func (b *build) setPlaceLocked(p placement) {
 
 // event wraps news of this build for its followers.
 func (b *build) event() *dispatchv1.BuildEvent {
-	return &dispatchv1.BuildEvent{BuildId: uint64(b.id), DrvPath: string(b.drvPath)}
+	return &dispatchv1.BuildEvent{BuildId: uint64(cmp.Or(b.first, b).id), DrvPath: string(b.drvPath)}
 }
 
 func (b *build) infoLocked(s scheduler.BuildStatus) *dispatchv1.BuildInfo {
@@ -208,9 +211,11 @@ func (d *Daemon) run(ctx context.Context, b *build) {
 	d.conclude(b, o)
 }
 
-// attempt tries the build on the machine the scheduler chooses. It returns the
-// machine's verdict, or why there is none.
-func (d *Daemon) attempt(ctx context.Context, b *build) (outcome, error) {
+// try tries the build on the machine the scheduler chooses, as one of r's attempts. It
+// returns the machine's verdict, or why there is none.
+func (d *Daemon) try(ctx context.Context, b *build, r *race) (outcome, error) {
+	ctx, leave := r.enter(ctx, b)
+	defer leave()
 	if _, err := b.inputs.await(ctx); err != nil {
 		return outcome{}, err
 	}
@@ -237,14 +242,14 @@ func (d *Daemon) attempt(ctx context.Context, b *build) (outcome, error) {
 	ctx, stop := d.untilMoved(ctx, b, place)
 	defer stop()
 	// nix-store --serve substitutes nothing any more after its first build.
-	r, err := m.open(ctx, b.substitute && !m.ng, b.store)
+	process, err := m.open(ctx, b.substitute && !m.ng, b.store)
 	if err != nil {
 		return outcome{}, m.blamed(ctx, err)
 	}
 	b.account.attempts++
-	a := &attempt{d: d, b: b, m: m, r: r, place: place}
+	a := &attempt{d: d, b: b, m: m, r: process, race: r, place: place}
 	defer func() {
-		if confirmed := r.close(); !confirmed && a.running {
+		if confirmed := process.close(); !confirmed && a.running {
 			a.loseSlot()
 		}
 	}()

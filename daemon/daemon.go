@@ -69,6 +69,9 @@ type Options struct {
 	// MachineWait is how long a build waits while no machine that could run it
 	// is up or coming. Zero means five minutes.
 	MachineWait time.Duration
+	// NoHedge keeps a build from being started on a second machine while the first
+	// does not answer.
+	NoHedge bool
 	// MachinesGroup is a group whose members may name machines in their requests,
 	// as root and the daemon's user may; "" for none. It is as good as being root.
 	MachinesGroup string
@@ -119,7 +122,7 @@ type Daemon struct {
 	// webConnections bounds those of the metrics listener.
 	webConnections *webLimit
 	// These are the constants of the same names, but in tests.
-	helloWait, handOverWait, callersGrace, lastResort, hopeRetry time.Duration
+	helloWait, handOverWait, callersGrace, lastResort, hopeRetry, hedgeAfter time.Duration
 	// usage counts what each user has in progress.
 	usage       *usage.Ledger
 	statusShare *statusShare
@@ -129,6 +132,8 @@ type Daemon struct {
 	ssh sshpool.Options
 
 	// life is the context of all builds; it ends with errShutdown.
+	hedges hedges
+
 	life   context.Context //nolint:containedctx // a build outlives the call that asked for it
 	end    context.CancelCauseFunc
 	builds sync.WaitGroup
@@ -166,6 +171,7 @@ func New(opts Options) (*Daemon, error) {
 		callersGrace:   callersGrace,
 		lastResort:     lastResort,
 		hopeRetry:      hopeRetry,
+		hedgeAfter:     hedgeAfter,
 		connections:    newConnLimit(opts.Logger, files, users),
 		webConnections: &webLimit{most: maxWebConnections},
 		usage:          users,
@@ -227,6 +233,7 @@ func (d *Daemon) Run(ctx context.Context) error {
 	serving.Go(func() { d.dispatcher.watchStranded(d.life, d.opts.MachineWait) })
 	serving.Go(func() { d.watchHopes(d.life) })
 	serving.Go(func() { d.groups.watch(d.life, d.regroup) })
+	serving.Go(func() { d.watchHedges(d.life) })
 	serving.Go(func() { watchClock(d.life, time.Now, func(by time.Duration) { d.wake(pool, by) }) })
 	serving.Go(func() { d.watchMachines(d.life, d.opts.ReloadPoll) })
 	serving.Go(func() { d.keepTelling(d.life, d.opts.Watchdog) })

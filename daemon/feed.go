@@ -18,8 +18,9 @@ type feed struct {
 	changed  chan struct{} // closed and replaced at each change
 	events   []*dispatchv1.BuildEvent
 	progress *dispatchv1.BuildEvent
-	version  uint64 // counts progress
-	building time.Time
+	version  uint64    // counts progress
+	builders int       // remote builds that run
+	building time.Time // since when one does; zero if none does
 	copying  time.Time // since when the inputs are brought to a machine
 	handOver []string
 	outcome  *outcome
@@ -150,16 +151,25 @@ func (f *feed) note(line string) {
 }
 
 // startBuilding notes that the remote build has begun: the followers' time
-// limits count from here.
+// limits count from here, unless another one runs.
 func (f *feed) startBuilding(now time.Time) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	f.building = now
+	if f.builders++; f.builders == 1 {
+		f.building = now
+	}
 	f.signalLocked()
 }
 
 // stopBuilding ends what startBuilding began.
-func (f *feed) stopBuilding() { f.startBuilding(time.Time{}) }
+func (f *feed) stopBuilding() {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.builders--; f.builders == 0 {
+		f.building = time.Time{}
+	}
+	f.signalLocked()
+}
 
 // startCopying notes that a machine was chosen and the inputs are brought there:
 // followers' timeouts count from here, apart from those of the build.

@@ -229,8 +229,14 @@ func (m *machine) open(ctx context.Context, fresh bool, local *localStore) (*rem
 	return r, nil
 }
 
-// suspect tells whether the machine is connected to and does not answer.
-func (m *machine) suspect() bool { return m.host != nil && !m.host.Status().SuspectSince.IsZero() }
+// suspectSince tells since when the machine has been connected to without answering;
+// zero if it answers or is not connected.
+func (m *machine) suspectSince() time.Time {
+	if m.host == nil {
+		return time.Time{}
+	}
+	return m.host.Status().SuspectSince
+}
 
 func (m *machine) fault(doing string, err error) error {
 	return &machineError{machine: m.line.StoreURI, doing: doing, err: err}

@@ -41,6 +41,7 @@ type metrics struct {
 	narBytes      *prometheus.CounterVec
 	unplaceable   *prometheus.CounterVec
 	failures      *prometheus.CounterVec
+	hedges        *prometheus.CounterVec
 	builders      *prometheus.GaugeVec
 }
 
@@ -74,6 +75,13 @@ func newMetrics(version string) *metrics {
 		Namespace: metricsPrefix, Name: "attempts_failed_total",
 		Help: "Attempts at builds that failed by the machine's fault, or of the way to it, by what failed; the build is tried anew, three times in all.",
 	}, []string{"machine", "reason"})
+	m.hedges = f.NewCounterVec(prometheus.CounterOpts{
+		Namespace: metricsPrefix, Name: "second_attempts_total",
+		Help: "Builds that were started on a second machine because the first did not answer, by how that ended.",
+	}, []string{"result"})
+	for _, result := range []string{hedgeWon, hedgeOutrun, hedgeFailed} {
+		m.hedges.WithLabelValues(result)
+	}
 	m.builders = f.NewGaugeVec(prometheus.GaugeOpts{
 		Namespace: metricsPrefix, Name: "machine_builds_running",
 		Help: "Remote builds under way. Each has a slot in use; a slot without one is held, or leaked.",

@@ -214,7 +214,8 @@ func TestMetricLabelsAreBounded(t *testing.T) {
 		"machine":   {"ssh://m1": true, "other": true},
 		"direction": {"up": true, "down": true},
 		"result": {"built": true, "substituted": true, "already_valid": true, "timed_out": true, "log_limit_exceeded": true,
-			"cancelled": true, "not_built": true, "failed": true, "ok": true},
+			"cancelled": true, "not_built": true, "failed": true, "ok": true,
+			hedgeWon: true, hedgeOutrun: true},
 	}
 	seen := 0
 	for _, f := range families {

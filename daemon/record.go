@@ -20,6 +20,17 @@ type account struct {
 	sent, received                           uint64
 }
 
+// add adds what a second attempt has cost.
+func (a *account) add(b account) {
+	a.attempts += b.attempts
+	a.queued += b.queued
+	a.uploading += b.uploading
+	a.building += b.building
+	a.downloading += b.downloading
+	a.sent += b.sent
+	a.received += b.received
+}
+
 // A record is what is kept of builds that have ended. Either part may be nil: no
 // build fails because its history cannot be written.
 type record struct {

@@ -220,7 +220,7 @@ func (r *remote) alive() bool {
 func (r *remote) hangUp() bool {
 	_ = r.session.Stdin.Close() // what counts is the end of the process
 	grace := hangUpGrace
-	if r.machine.suspect() {
+	if !r.machine.suspectSince().IsZero() {
 		grace = 0 // it would not be heard of
 	}
 	impatient := time.AfterFunc(grace, func() { _ = r.session.Close() })

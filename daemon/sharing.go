@@ -160,7 +160,7 @@ func (q *dispatcher) read(id scheduler.BuildID, drvPath nix.StorePath) (b *build
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	if id != 0 {
-		b = cmp.Or(q.builds[id], q.ending[id])
+		b = cmp.Or(q.findLocked(id), q.ending[id])
 	} else {
 		b = lastOf(drvPath, q.builds, q.ending)
 	}
@@ -180,7 +180,7 @@ func (q *dispatcher) read(id scheduler.BuildID, drvPath nix.StorePath) (b *build
 func lastOf(drvPath nix.StorePath, sets ...map[scheduler.BuildID]*build) (last *build) {
 	for _, set := range sets {
 		for _, b := range set {
-			if b.drvPath == drvPath && (last == nil || b.id > last.id) {
+			if b.drvPath == drvPath && b.first == nil && (last == nil || b.id > last.id) {
 				last = b
 			}
 		}
@@ -216,7 +216,7 @@ func (d *Daemon) cancel(id scheduler.BuildID, by caller) (*build, error) {
 	q := d.dispatcher
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	b := q.builds[id]
+	b := q.findLocked(id)
 	if b == nil {
 		return nil, errNoSuchBuild
 	}
@@ -242,5 +242,6 @@ func (q *dispatcher) noLocks(f *hookFollower) {
 func (q *dispatcher) pendingHandOver(b *build) (pending bool, changed <-chan struct{}) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
+	b = cmp.Or(b.first, b)
 	return len(b.hooks) > 0, b.handOverChanged
 }

@@ -3,6 +3,7 @@ package daemon
 import (
 	"strings"
 	"testing"
+	"time"
 
 	dispatchv1 "nixdispatch/proto/dispatch/v1"
 )
@@ -41,4 +42,133 @@ func TestBuildLeavesASuspectMachine(t *testing.T) {
 	if len(m1.builds) != 1 {
 		t.Errorf("m1 built %q, want one build once it answers", m1.builds)
 	}
+}
+
+// hedgedSite has a build running on m1 and m2 free. Both build when they are told to.
+func hedgedSite(t *testing.T, hedge bool, cfg drvConfig) (s *site, m1, m2 *fakeMachine, go1, go2 chan struct{}, r *recipe, asked *hookClient) {
+	t.Helper()
+	m1, m2 = oneMachine("ssh"), namedMachine("ssh-ng", "m2")
+	go1, go2 = make(chan struct{}), make(chan struct{})
+	m1.build, m2.build = m1.gated(go1), m2.gated(go2)
+	s = newSiteWith(t, siteConfig{
+		machines: []*fakeMachine{m1, m2},
+		options:  func(o *Options) { o.NoHedge = !hedge },
+		prepare:  func(s *site) { s.d.hedgeAfter = time.Second },
+	})
+	r = s.drv("hello", cfg)
+	asked = s.hook()
+	asked.accepted(r)
+	s.eventually("m1 builds", func() bool { return m1.building() == 1 })
+	m1.ssh.Freeze(true)
+	return s, m1, m2, go1, go2, r, asked
+}
+
+func (s *site) hedges(result string) float64 {
+	return s.metric("nix_dispatch_second_attempts_total", map[string]string{"result": result})
+}
+
+// A build whose machine does not answer is started on another one, whose verdict comes
+// first. The slot on the first machine is held: nobody knows what runs there.
+func TestSecondAttemptWins(t *testing.T) {
+	t.Parallel()
+	s, m1, m2, _, go2, r, asked := hedgedSite(t, true, drvConfig{})
+	s.eventually("m2 builds too", func() bool { return m2.building() == 1 })
+	close(go2)
+	story := asked.finish()
+	story.mustBe(t, dispatchv1.BuildStatus_BUILD_STATUS_BUILT)
+	s.checkOutputs(r)
+	if n := s.hedges("won"); n != 1 {
+		t.Errorf("%v second attempts won, want 1", n)
+	}
+	if got := s.machineStatus(m1); got.GetRunning() != 1 {
+		t.Errorf("the slot on the machine that does not answer is not held: %v", got)
+	}
+	if got := s.machineStatus(m2); got.GetRunning() != 0 {
+		t.Errorf("the second machine has a slot in use: %v", got)
+	}
+	if !strings.Contains(story.log, "ssh://m1 does not answer; the build is started on ssh-ng://m2 as well") {
+		t.Errorf("the log does not tell of the second attempt: %q", story.log)
+	}
+	if n := len(s.status().GetBuilds()); n != 0 {
+		t.Errorf("%d builds in progress after the end", n)
+	}
+	m1.ssh.Freeze(false)
+}
+
+// The first machine answers again and is quicker: the second attempt is ended.
+func TestSecondAttemptIsOutrun(t *testing.T) {
+	t.Parallel()
+	s, m1, m2, go1, _, r, asked := hedgedSite(t, true, drvConfig{})
+	s.eventually("m2 builds too", func() bool { return m2.building() == 1 })
+	m1.ssh.Freeze(false)
+	close(go1)
+	asked.finish().mustBe(t, dispatchv1.BuildStatus_BUILD_STATUS_BUILT)
+	s.checkOutputs(r)
+	if n := s.hedges("outrun"); n != 1 {
+		t.Errorf("%v second attempts were outrun, want 1", n)
+	}
+	s.eventually("no slot is in use", func() bool {
+		return s.machineStatus(m1).GetRunning()+s.machineStatus(m2).GetRunning() == 0
+	})
+	if n := m2.building(); n != 0 {
+		t.Errorf("m2 still runs %d builds", n)
+	}
+}
+
+// A second attempt that fails by its machine's fault leaves the first one alone.
+func TestSecondAttemptFails(t *testing.T) {
+	t.Parallel()
+	s, m1, m2, go1, _, r, asked := hedgedSite(t, true, drvConfig{})
+	s.eventually("m2 builds too", func() bool { return m2.building() == 1 })
+	m2.ssh.Cut()
+	s.eventually("the second attempt has failed", func() bool { return s.hedges("failed") == 1 })
+	m1.ssh.Freeze(false)
+	close(go1)
+	asked.finish().mustBe(t, dispatchv1.BuildStatus_BUILD_STATUS_BUILT)
+	s.checkOutputs(r)
+}
+
+// Nobody is asked twice for what a fixed-output derivation fetches, and nothing is
+// started twice with --hedge=off.
+func TestNoSecondAttempt(t *testing.T) {
+	t.Parallel()
+	for name, c := range map[string]struct {
+		hedge bool
+		cfg   drvConfig
+	}{
+		"fixed outputs": {true, drvConfig{fixed: true}},
+		"off":           {false, drvConfig{}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			s, m1, m2, go1, _, _, asked := hedgedSite(t, c.hedge, c.cfg)
+			s.eventually("m1 is suspect for long", func() bool {
+				since := s.inUse(m1).suspectSince()
+				return !since.IsZero() && time.Since(since) > 4*time.Second
+			})
+			if n := m2.building(); n != 0 {
+				t.Errorf("m2 runs %d builds", n)
+			}
+			m1.ssh.Freeze(false)
+			close(go1)
+			asked.finish()
+		})
+	}
+}
+
+// Who cancels a build that runs twice ends both.
+func TestCancelEndsBothAttempts(t *testing.T) {
+	t.Parallel()
+	s, m1, m2, _, _, _, asked := hedgedSite(t, true, drvConfig{})
+	s.eventually("m2 builds too", func() bool { return m2.building() == 1 })
+	if _, err := s.client.Cancel(t.Context(), &dispatchv1.CancelRequest{BuildId: uint64(s.findBuild("hello").id)}); err != nil {
+		t.Fatal(err)
+	}
+	asked.finish().mustBe(t, dispatchv1.BuildStatus_BUILD_STATUS_CANCELLED)
+	s.eventually("m2 builds no more", func() bool { return m2.building() == 0 && s.machineStatus(m2).GetRunning() == 0 })
+	s.eventually("the build is gone", func() bool { return len(s.status().GetBuilds()) == 0 })
+	if got := s.machineStatus(m1); got.GetRunning() != 1 {
+		t.Errorf("the slot on the machine that does not answer is not held: %v", got)
+	}
+	m1.ssh.Freeze(false)
 }

@@ -135,6 +135,13 @@ func commandLine() (*cli.Command, *settings) {
 	flags.StringVar(&s.MetricsConfig, "metrics-config", "", "TLS and passwords for --metrics-listen: the `FILE` that Prometheus's exporters call a web configuration file; by default neither")
 	flags.BoolVar(&s.PageNames, "page-names", false, "on the page at --metrics-listen, name derivations, users and what machines say also where no password is asked for")
 	flags.StringVar(&s.StateDir, "state-dir", "/var/lib/nix-dispatch", "keep what must not be in memory, and which machines are drained, in `DIR`; with --user by default $XDG_STATE_HOME/nix-dispatch, in ~/.local/state")
+	flags.Func("hedge", "whether a build is started on a second machine as well when its own has not answered for 10 seconds, `on|off`; fixed-output derivations never are (default on)", func(value string) error {
+		if value != "on" && value != "off" {
+			return errors.New("must be on or off")
+		}
+		s.NoHedge = value == "off"
+		return nil
+	})
 	flags.DurationVar(&s.MachineWait, "machine-wait", 5*time.Minute, "how long a build waits while none of its machines is up, a `DURATION`")
 	flags.DurationVar(&s.DrainTimeout, "drain-timeout", 10*time.Minute, "how long builds in progress may go on after a signal to stop, a `DURATION`; what is asked for meanwhile is put off")
 	gateFlags(flags, &s.Options)

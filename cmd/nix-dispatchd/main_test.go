@@ -38,7 +38,7 @@ func TestUsage(t *testing.T) {
 			t.Errorf("--help does not say %q:\n%s", want, out.String())
 		}
 	}
-	for _, args := range [][]string{{"surplus"}, {"probe"}, {"probe", "a", "b"}, {"--machine-wait", "0s"}} {
+	for _, args := range [][]string{{"surplus"}, {"probe"}, {"probe", "a", "b"}, {"--machine-wait", "0s"}, {"--hedge", "maybe"}} {
 		if code := run(t.Context(), args, signals{}, io.Discard, io.Discard); code != 2 {
 			t.Errorf("%q exits with %d, want 2", args, code)
 		}
