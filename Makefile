@@ -95,7 +95,8 @@ nightly: prepare-tests ## The long forms of make test: every Nix version, every 
 	@NIX_DISPATCH_NIGHTLY=1 $(REPORT) \
 		'measuring: $(INTEGRATION_RUN) -json -run "$(MEASURING)" $(INTEGRATION)' \
 		'unit, race: $(RACE_RUN) -json $(UNIT)' \
-		'integration, whole: $(INTEGRATION_RUN) -json -skip "$(MEASURING)" $(INTEGRATION)'
+		'integration, whole: $(INTEGRATION_RUN) -json -skip "$(MEASURING)" $(INTEGRATION)' \
+		'rules: go run ./deploy/rules'
 
 unit: ## The tests that need neither root nor other programs, in seconds.
 	go test $(UNIT)
