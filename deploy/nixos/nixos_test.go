@@ -74,7 +74,7 @@ func TestModule(t *testing.T) {
 		{[]string{"systemd", "services", "nix-daemon"}, map[string]any{"environment": map[string]any{"NIX_CONFIG": setting}}},
 		{[]string{"environment", "etc"}, map[string]any{"nix-dispatch/nix.conf": map[string]any{"text": setting + "\n"}}},
 		{[]string{"systemd", "services", "nix-dispatchd", "serviceConfig"}, map[string]any{"ExecStart": []any{"", "/nix/store/0-nix-dispatch/bin/nix-dispatchd '--machine-wait' '15m'"}}},
-		{[]string{"systemd", "services", "nix-dispatchd", "path"}, []any{"/nix/store/0-nix", "/nix/store/0-openssh"}},
+		{[]string{"systemd", "services", "nix-dispatchd", "path"}, []any{"/nix/store/0-getent", "/nix/store/0-nix", "/nix/store/0-openssh"}},
 		{[]string{"systemd", "sockets", "nix-dispatchd", "wantedBy"}, []any{"sockets.target"}},
 		{[]string{"systemd", "packages"}, []any{"/nix/store/0-nix-dispatch"}},
 		{[]string{"users", "groups"}, map[string]any{"nix-dispatch": map[string]any{}}},
