@@ -19,7 +19,12 @@ var rules = []rule{
 	// Who may do what.
 	{
 		"a stranger may not call",
-		"daemon/peercred.go", "\treturn c.in(g.group)\n", "\treturn true\n",
+		"daemon/peercred.go", "\treturn ok && c.in(gid)\n", "\treturn ok || c.in(gid)\n",
+		"./daemon", "TestGate",
+	},
+	{
+		"a group is the process's, not its user's",
+		"daemon/peercred.go", "return c.gid == gid || slices.Contains(c.groups, gid) }", "return c.gid == gid || c.uid > 0 || slices.Contains(c.groups, gid) }",
 		"./daemon", "TestGate",
 	},
 	{
@@ -29,12 +34,12 @@ var rules = []rule{
 	},
 	{
 		"a log is for those who asked for its build",
-		"daemon/peercred.go", "return c.commands() || uid == c.uid || uid == 0 }", "return c.commands() || uid == c.uid || uid >= 0 }",
+		"daemon/owners.go", "return c.commands() || slices.Contains(of, c.uid) || slices.Contains(of, 0)", "return c.commands() || len(of) > 0",
 		"./daemon", "TestSecurityLogs",
 	},
 	{
 		"only who asked for a build may cancel it",
-		"daemon/sharing.go", "if !by.commands() && !owner {", "if !by.commands() && !owner && false {",
+		"daemon/sharing.go", "if !by.commands() && !b.onlyForLocked(by.uid) {", "if !by.commands() && !b.onlyForLocked(by.uid) && false {",
 		"./daemon", "TestWhoMayCancel",
 	},
 	{
@@ -72,6 +77,11 @@ var rules = []rule{
 		"a changed host key is refused",
 		"sshpool/hostkey.go", "case v.cause == CauseHostKeyChanged && t.Strict == StrictOff:", "case v.cause == CauseHostKeyChanged:",
 		"./sshpool", "TestKnownHosts",
+	},
+	{
+		"a revoked host key is refused, whatever else is waived",
+		"sshpool/hostkey.go", "if e := k.findRevoked(key); e != nil {", "if e := k.findRevoked(key); e != nil && false {",
+		"./sshpool", "TestRevocationIsCheckedFirst",
 	},
 	{
 		"the host key that a machines line gives is the only one",
