@@ -48,8 +48,11 @@ func (a *attached) sendSummary(s *dispatchv1.Summary) error {
 	return a.send(&dispatchv1.BuildResponse{Message: &dispatchv1.BuildResponse_Summary{Summary: s}})
 }
 
-// An attachCursor is how far an attached caller has read.
-type attachCursor struct{ began, finished int }
+// An attachCursor is how far an attached caller has read, and in what.
+type attachCursor struct {
+	news            *detachedNews // what there was at the first reading; nil before that
+	began, finished int
+}
 
 // An attachReading is what there is of a detached build beyond a cursor.
 type attachReading struct {
@@ -67,13 +70,15 @@ type attachReading struct {
 func (j *detachedBuild) read(c *attachCursor) attachReading {
 	j.mu.Lock()
 	defer j.mu.Unlock()
-	r := attachReading{
-		plan: j.plan, summary: j.summary, ended: !j.ended.IsZero(), cut: j.cut, err: j.err, changed: j.changed,
-		// What has ended has lost the details.
-		began:    j.began[min(c.began, len(j.began)):],
-		finished: j.finished[min(c.finished, len(j.finished)):],
+	if c.news == nil {
+		c.news = j.news
 	}
-	c.began, c.finished = len(j.began), len(j.finished)
+	r := attachReading{
+		plan: c.news.plan, summary: j.summary, ended: !j.ended.IsZero(), cut: j.cut, err: j.err, changed: j.changed,
+		began:    c.news.began[c.began:],
+		finished: c.news.finished[c.finished:],
+	}
+	c.began, c.finished = len(c.news.began), len(c.news.finished)
 	return r
 }
 
@@ -148,6 +153,8 @@ func (a *attached) follow(ctx context.Context, of begun, result <-chan *dispatch
 		if ctx.Err() != nil {
 			return err
 		}
+	} else if err := a.sendKeptLog(of); err != nil {
+		return err
 	}
 	select {
 	case e := <-result:
@@ -161,6 +168,30 @@ func (a *attached) follow(ctx context.Context, of begun, result <-chan *dispatch
 		return a.sendEvent(e)
 	default:
 		return nil
+	}
+}
+
+// sendKeptLog tells what a build has printed that ended before the caller had come to it.
+func (a *attached) sendKeptLog(of begun) error {
+	c, _ := callerFrom(a.stream.Context())
+	text, err := a.d.record.openLog(of.id, c)
+	if err != nil {
+		return nil //nolint:nilerr // the result is told in any case
+	}
+	defer text.Close()
+	for {
+		data := make([]byte, logChunk)
+		n, err := text.Read(data)
+		if n > 0 {
+			e := &dispatchv1.BuildEvent{BuildId: of.id, DrvPath: of.drvPath}
+			e.Event = &dispatchv1.BuildEvent_Log{Log: &dispatchv1.Log{Data: data[:n]}}
+			if err := a.sendEvent(e); err != nil {
+				return err
+			}
+		}
+		if err != nil {
+			return nil //nolint:nilerr // io.EOF, or a file that cannot be read: likewise
+		}
 	}
 }
 

@@ -312,12 +312,12 @@ func TestWhatIsWrittenCanBeReadBack(t *testing.T) {
 	}
 	// What an ended build leaves is bounded whatever it said.
 	j = &detachedBuild{
-		id: 1, ended: time.Now(), request: new(dispatchv1.BuildRequest),
+		id: 1, ended: time.Now(), request: new(dispatchv1.BuildRequest), news: new(detachedNews),
 		summary: &dispatchv1.Summary{Failed: make([]string, 10*maxFailed)},
 	}
 	for n := range 2 * maxInfoDerivations {
 		j.request.Derivations = append(j.request.Derivations, strings.Repeat("d", 200))
-		j.finished = append(j.finished, &dispatchv1.BuildEvent{DrvPath: fmt.Sprint(n), Event: &dispatchv1.BuildEvent_Finished{
+		j.news.finished = append(j.news.finished, &dispatchv1.BuildEvent{DrvPath: fmt.Sprint(n), Event: &dispatchv1.BuildEvent_Finished{
 			Finished: &dispatchv1.Finished{Status: dispatchv1.BuildStatus_BUILD_STATUS_PERMANENT_FAILURE, Error: strings.Repeat("e", 1<<20)}}})
 	}
 	j.forgetDetails()

@@ -258,7 +258,9 @@ func (s *site) realise(req *dispatchv1.BuildRequest) *realising {
 	return readBuild(stream)
 }
 
-func readBuild(stream grpc.ServerStreamingClient[dispatchv1.BuildResponse]) *realising {
+func readBuild(stream interface {
+	Recv() (*dispatchv1.BuildResponse, error)
+}) *realising {
 	r := &realising{stories: make(map[nix.StorePath]*story)}
 	for {
 		msg, err := stream.Recv()

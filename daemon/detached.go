@@ -74,19 +74,26 @@ type detachedBuild struct {
 	ctx    context.Context //nolint:containedctx // it is nobody's call
 	cancel context.CancelCauseFunc
 
-	mu       sync.Mutex
-	changed  chan struct{} // closed and replaced at each change below
-	plan     *dispatchv1.Plan
-	planned  int
+	mu      sync.Mutex
+	changed chan struct{} // closed and replaced at each change below
+	news    *detachedNews
+	planned int
+	built   int
+	failed  int
+	summary *dispatchv1.Summary
+	ended   time.Time // zero while it goes on
+	err     string
+	cut     bool // ended by the daemon's own end: the next one goes on with it
+}
+
+// detachedNews is what callers who attach are told. Once the build has ended, its owner
+// keeps less than was told while it went on, in a second one: callers who had attached
+// before go on reading the first, however slowly. Guarded by the mu of its build.
+type detachedNews struct {
+	plan     *dispatchv1.Plan         // nil once the build has ended
 	began    []begun                  // builds followed, in order; none once it has ended
 	seen     map[string]bool          // the derivations of these
-	finished []*dispatchv1.BuildEvent // once it has ended, only the first failures
-	built    int
-	failed   int
-	summary  *dispatchv1.Summary
-	ended    time.Time // zero while it goes on
-	err      string
-	cut      bool // ended by the daemon's own end: the next one goes on with it
+	finished []*dispatchv1.BuildEvent // once the build has ended, only the first failures
 }
 
 // A begun is a derivation that a machine builds.
@@ -99,7 +106,7 @@ type begun struct {
 func (d *Daemon) newDetached(id uint64, req *dispatchv1.BuildRequest, by caller, since time.Time) *detachedBuild {
 	j := &detachedBuild{
 		id: id, request: req, caller: by, since: since,
-		changed: make(chan struct{}), seen: make(map[string]bool),
+		changed: make(chan struct{}), news: &detachedNews{seen: make(map[string]bool)},
 	}
 	j.ctx, j.cancel = context.WithCancelCause(d.life)
 	return j
@@ -253,19 +260,19 @@ func (j *detachedBuild) note(m *dispatchv1.BuildResponse) {
 	e := m.GetEvent()
 	switch {
 	case m.GetPlan() != nil:
-		j.plan, j.planned = m.GetPlan(), len(m.GetPlan().GetWillBuild())
+		j.news.plan, j.planned = m.GetPlan(), len(m.GetPlan().GetWillBuild())
 	case m.GetSummary() != nil:
 		j.summary = m.GetSummary()
 	case e.GetFinished() != nil:
-		j.finished = append(j.finished, e)
+		j.news.finished = append(j.news.finished, e)
 		if e.GetFinished().GetStatus().Succeeded() {
 			j.built++
 		} else {
 			j.failed++
 		}
-	case e.GetBuildId() != 0 && !j.seen[e.GetDrvPath()]:
-		j.seen[e.GetDrvPath()] = true
-		j.began = append(j.began, begun{e.GetBuildId(), e.GetDrvPath()})
+	case e.GetBuildId() != 0 && !j.news.seen[e.GetDrvPath()]:
+		j.news.seen[e.GetDrvPath()] = true
+		j.news.began = append(j.news.began, begun{e.GetBuildId(), e.GetDrvPath()})
 	default:
 		return
 	}
@@ -301,19 +308,21 @@ func (j *detachedBuild) awaitEnd(ctx context.Context) {
 	}
 }
 
-// forgetDetails frees what only serves to follow a build.
+// forgetDetails frees what only serves to follow a build. Who follows it keeps that until
+// they have read it.
 func (j *detachedBuild) forgetDetails() {
 	j.mu.Lock()
 	defer j.mu.Unlock()
-	failures := slices.DeleteFunc(slices.Clone(j.finished), func(e *dispatchv1.BuildEvent) bool {
+	failures := slices.DeleteFunc(slices.Clone(j.news.finished), func(e *dispatchv1.BuildEvent) bool {
 		return e.GetFinished().GetStatus().Succeeded()
 	})
-	j.finished = nil
+	kept := new(detachedNews)
 	for _, e := range failures[:min(len(failures), maxFailures)] {
 		e = proto.CloneOf(e) // others may be reading it
 		e.GetFinished().Error = clipped(e.GetFinished().GetError())
-		j.finished = append(j.finished, e)
+		kept.finished = append(kept.finished, e)
 	}
+	j.news = kept
 	if drvs := j.request.GetDerivations(); len(drvs) > maxInfoDerivations {
 		j.request = proto.CloneOf(j.request)
 		j.request.Derivations = slices.Clone(drvs[:maxInfoDerivations])
@@ -322,7 +331,6 @@ func (j *detachedBuild) forgetDetails() {
 		j.summary = proto.CloneOf(j.summary)
 		j.summary.Failed = failed[:maxFailed]
 	}
-	j.plan, j.began, j.seen = nil, nil, nil
 }
 
 func (j *detachedBuild) signalLocked() {
@@ -357,7 +365,7 @@ func (j *detachedBuild) size() int {
 	j.mu.Lock()
 	defer j.mu.Unlock()
 	n := proto.Size(j.request) + proto.Size(j.summary)
-	for _, e := range j.finished {
+	for _, e := range j.news.finished {
 		n += proto.Size(e)
 	}
 	return n

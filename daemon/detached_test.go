@@ -2,9 +2,11 @@ package daemon
 
 import (
 	"context"
+	"io"
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -14,6 +16,7 @@ import (
 
 	dispatchv1 "nixdispatch/proto/dispatch/v1"
 	"nixdispatch/proto/nix"
+	"nixdispatch/proto/nix/wire/wiretest"
 )
 
 // detach begins a detached build.
@@ -250,6 +253,89 @@ func TestAttachKeepsABuild(t *testing.T) {
 	got.mustSucceed(t)
 	if st := got.stories[r.path]; st.log != strings.Join(r.log, "\n")+"\n" || got.summary.GetOutputs()[0].GetPath() != string(r.outPaths()[0]) {
 		t.Errorf("story %+v, summary %v", st, got.summary)
+	}
+	s.idle()
+}
+
+// A slowStream is an Attach call whose caller reads nothing before it may.
+type slowStream struct {
+	grpc.ServerStream
+	ctx     context.Context //nolint:containedctx // of the call
+	reads   <-chan struct{}
+	blocked chan<- struct{} // closed when there is something to read
+	once    sync.Once
+
+	mu   sync.Mutex
+	said []*dispatchv1.BuildResponse
+}
+
+func (s *slowStream) Context() context.Context { return s.ctx }
+
+func (s *slowStream) Send(m *dispatchv1.BuildResponse) error {
+	s.once.Do(func() { close(s.blocked) })
+	<-s.reads
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.said = append(s.said, m)
+	return nil
+}
+
+// Recv returns what was sent.
+func (s *slowStream) Recv() (*dispatchv1.BuildResponse, error) {
+	if len(s.said) == 0 {
+		return nil, io.EOF
+	}
+	m := s.said[0]
+	s.said = s.said[1:]
+	return m, nil
+}
+
+// TestSlowReaderOfADetachedBuild has a caller attach when the first build has ended, and
+// read nothing until all have: it is told of each, with its log and why it failed.
+func TestSlowReaderOfADetachedBuild(t *testing.T) {
+	t.Parallel()
+	m := oneMachine("ssh-ng")
+	s := newSite(t, m)
+	bottom := s.drv("bottom", drvConfig{})
+	broken := s.drv("broken", drvConfig{inputs: []*recipe{bottom}})
+	broken.fail = &nix.BuildResult{Status: nix.PermanentFailure, ErrorMsg: "exit code 1"}
+	open := make(chan struct{})
+	gated := m.gated(open)
+	m.buildWith(func(ctx context.Context, req wiretest.BuildRequest) nix.BuildResult {
+		if req.DrvPath == bottom.path {
+			return bottom.build(m.store, req)
+		}
+		return gated(ctx, req)
+	})
+	id, _ := s.detach(broken)
+	s.eventually("the first has been built, and the last is", func() bool {
+		return s.detachedInfo(id).GetBuilt() == 1 && m.building() == 1
+	})
+	j := s.d.detached.find(id)
+	reads, blocked := make(chan struct{}), make(chan struct{})
+	stream := &slowStream{ctx: t.Context(), reads: reads, blocked: blocked}
+	watched := make(chan error, 1)
+	go func() { watched <- (&attached{d: s.d, stream: stream}).watch(t.Context(), j) }()
+	if !closed(blocked) {
+		t.Fatal("the caller is told nothing")
+	}
+	close(open)
+	s.eventually("it has ended, and its details are gone", func() bool {
+		return s.detachedInfo(id).GetEnded() != nil && j.read(new(attachCursor)).plan == nil
+	})
+	close(reads)
+	if err := <-watched; err != nil {
+		t.Fatal(err)
+	}
+	got := readBuild(stream)
+	if got.summary == nil || got.summary.GetSuccess() || len(got.order) != 2 {
+		t.Fatalf("summary %v; finished: %v, want both", got.summary, got.order)
+	}
+	if log := got.stories[bottom.path].log; log != strings.Join(bottom.log, "\n")+"\n" {
+		t.Errorf("the log of what was built: %q", log)
+	}
+	if why := got.stories[broken.path].finished.GetError(); !strings.Contains(why, "exit code 1") {
+		t.Errorf("the last failure: %q", why)
 	}
 	s.idle()
 }

@@ -102,7 +102,7 @@ func (j *detachedBuild) marshal() ([]byte, error) {
 		f.Summary, errs[1] = protojson.Marshal(j.summary)
 	}
 	if !j.ended.IsZero() {
-		for _, e := range j.finished {
+		for _, e := range j.news.finished {
 			data, err := protojson.Marshal(e)
 			if err != nil {
 				return nil, err
@@ -188,7 +188,7 @@ func (d *Daemon) parseDetached(data []byte) (*detachedBuild, error) {
 		if err := protojson.Unmarshal(data, proto.Message(e)); err != nil {
 			return nil, err
 		}
-		j.finished = append(j.finished, e)
+		j.news.finished = append(j.news.finished, e)
 	}
 	return j, nil
 }
