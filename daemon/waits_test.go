@@ -281,7 +281,17 @@ func TestImportWaitsForALockOfAStranger(t *testing.T) {
 			b := s.status().GetBuilds()
 			return len(b) == 1 && b[0].GetPhase() == dispatchv1.Phase_PHASE_FETCHING
 		})
-		time.Sleep(2 * lockPoll)
+		s.eventually("the hook has given up its locks", func() bool {
+			s.d.dispatcher.mu.Lock()
+			defer s.d.dispatcher.mu.Unlock()
+			for _, b := range s.d.dispatcher.builds {
+				return len(b.hooks) == 0
+			}
+			return false
+		})
+		// The first may belong to the wait for the hook, the second looks for the
+		// stranger, and before the third that has found it.
+		awaitOpens(t, f.Name(), 3)
 		if got := s.local.imported(); len(got) != 0 {
 			t.Errorf("imported %v under a stranger's lock", got)
 		}
@@ -293,5 +303,36 @@ func TestImportWaitsForALockOfAStranger(t *testing.T) {
 		if got := len(s.local.imported()) == 0; got != builds {
 			t.Errorf("the stranger built it: %v; left out the import: %v", builds, got)
 		}
+	}
+}
+
+// awaitOpens waits until a file has been opened n times more.
+func awaitOpens(t *testing.T, name string, n int) {
+	t.Helper()
+	fd, err := unix.InotifyInit1(unix.IN_CLOEXEC)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(fd)
+	if _, err := unix.InotifyAddWatch(fd, name, unix.IN_OPEN); err != nil {
+		t.Fatal(err)
+	}
+	ready := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
+	buf := make([]byte, 4096)
+	for n > 0 {
+		if got, err := unix.Poll(ready, int(time.Minute.Milliseconds())); got == 0 && err == nil {
+			t.Fatalf("%s was not opened %d times more within a minute", name, n)
+		} else if errors.Is(err, unix.EINTR) {
+			continue
+		} else if err != nil {
+			t.Fatal(err)
+		}
+		// An event of a file that is watched itself has no name. Equal ones that nobody
+		// has read yet are one.
+		got, err := unix.Read(fd, buf)
+		if err != nil {
+			t.Fatal(err)
+		}
+		n -= got / unix.SizeofInotifyEvent
 	}
 }

@@ -111,6 +111,7 @@ func TestMetrics(t *testing.T) {
 			"builds_unplaceable{system=x86_64-linux}": 0, "builds_unplaceable{system=aarch64-linux}": 0,
 			"builds_unplaceable{system=builtin}": 0, "builds_unplaceable{system=other}": 0,
 			"machine_drained" + mac: 0, "machine_drained" + mini: 0,
+			"machine_suspect" + mac: 0, "machine_suspect" + mini: 0,
 			"machine_slots_held" + mac: 0, "machine_slots_held" + mini: 0,
 			"machine_builds_running" + mac: 0, "machine_builds_running" + mini: 0,
 			"machine_builds_staging" + mac: 0, "machine_builds_staging" + mini: 0,
