@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -74,6 +75,13 @@ func dial(socket string) (*daemonConn, error) {
 func (d *daemonConn) connect(ctx context.Context, _ string) (net.Conn, error) {
 	var dialer net.Dialer
 	conn, err := dialer.DialContext(ctx, "unix", d.socket)
+	for errors.Is(err, syscall.EAGAIN) && ctx.Err() == nil { // many connect at this moment
+		select {
+		case <-ctx.Done():
+		case <-time.After(time.Millisecond):
+			conn, err = dialer.DialContext(ctx, "unix", d.socket)
+		}
+	}
 	if err != nil {
 		d.dialErr.Store(&err)
 		return nil, err
