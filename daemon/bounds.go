@@ -20,8 +20,8 @@ const (
 	maxUserConnections = 256
 	maxUserCalls       = 1024
 	maxUserStreams     = 512
-	// maxUserRequests is four of the largest requests.
-	maxUserRequests = 4 * maxMessage
+	// maxUserRequests is two of the largest requests of a user.
+	maxUserRequests = 2 * maxUserArriving
 	// maxUserDerivations bounds the texts of derivations that Build calls have read, for as
 	// long as they go on: 50,000 of Nixpkgs' and more.
 	maxUserDerivations = 256 << 20
@@ -41,6 +41,7 @@ func newUsage(files int64) *usage.Ledger {
 		usage.Calls:           maxUserCalls,
 		usage.Streams:         maxUserStreams,
 		usage.RequestBytes:    maxUserRequests,
+		usage.ArrivingBytes:   maxUserArriving,
 		usage.Builds:          maxUserBuilds,
 		usage.Pings:           maxPings,
 		usage.DetachedBuilds:  maxDetached,
@@ -201,17 +202,17 @@ func (d *Daemon) userUsage() (users []*dispatchv1.UserUsage, bounds *dispatchv1.
 func usageProto(user string, a usage.Amounts) *dispatchv1.UserUsage {
 	return &dispatchv1.UserUsage{
 		User:          user,
-		Connections:   uint64(a[usage.Connections]),    //nolint:gosec // a count
-		Calls:         uint64(a[usage.Calls]),          //nolint:gosec // likewise, to the end
-		Streams:       uint64(a[usage.Streams]),        //nolint:gosec
-		RequestBytes:  uint64(a[usage.RequestBytes]),   //nolint:gosec
-		Hooks:         uint64(a[usage.Hooks]),          //nolint:gosec
-		HookBytes:     uint64(a[usage.HookBytes]),      //nolint:gosec
-		Builds:        uint64(a[usage.Builds]),         //nolint:gosec
-		Pings:         uint64(a[usage.Pings]),          //nolint:gosec
-		Detached:      uint64(a[usage.DetachedBuilds]), //nolint:gosec
-		DetachedBytes: uint64(a[usage.DetachedBytes]),  //nolint:gosec
-		LogBytes:      uint64(a[usage.LogBytes]),       //nolint:gosec
+		Connections:   uint64(a[usage.Connections]),                           //nolint:gosec // a count
+		Calls:         uint64(a[usage.Calls]),                                 //nolint:gosec // likewise, to the end
+		Streams:       uint64(a[usage.Streams]),                               //nolint:gosec
+		RequestBytes:  uint64(a[usage.RequestBytes] + a[usage.ArrivingBytes]), //nolint:gosec
+		Hooks:         uint64(a[usage.Hooks]),                                 //nolint:gosec
+		HookBytes:     uint64(a[usage.HookBytes]),                             //nolint:gosec
+		Builds:        uint64(a[usage.Builds]),                                //nolint:gosec
+		Pings:         uint64(a[usage.Pings]),                                 //nolint:gosec
+		Detached:      uint64(a[usage.DetachedBuilds]),                        //nolint:gosec
+		DetachedBytes: uint64(a[usage.DetachedBytes]),                         //nolint:gosec
+		LogBytes:      uint64(a[usage.LogBytes]),                              //nolint:gosec
 
 		DerivationBytes: uint64(a[usage.DerivationBytes]), //nolint:gosec
 	}

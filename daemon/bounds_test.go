@@ -26,7 +26,7 @@ import (
 func (s *site) guest(bounds usage.Amounts) {
 	s.d.usage = usage.New(bounds)
 	s.d.connections.usage = s.d.usage
-	s.d.bounded = true
+	s.d.bounded, s.d.connections.bounded = true, true
 }
 
 // mustBeRefused checks that a call was refused because of a bound.

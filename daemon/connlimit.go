@@ -3,6 +3,7 @@ package daemon
 import (
 	"errors"
 	"log/slog"
+	"maps"
 	"net"
 	"sync"
 	"time"
@@ -18,9 +19,17 @@ const (
 	maxStreams = 100
 	// refusalsTold is how often it is told that connections are refused.
 	refusalsTold = time.Minute
+	// connectBurst and connectRate bound how fast one user connects: so many at once, and so
+	// many a second from then on. To set up a connection costs the daemon far more than to
+	// connect costs the user; to refuse one costs little.
+	connectBurst = 256
+	connectRate  = 50
 )
 
-var errTooManyConnections = errors.New("too many connections")
+var (
+	errTooManyConnections = errors.New("too many connections")
+	errTooManyConnects    = errors.New("too many connections within a short time")
+)
 
 // A connLimit bounds the connections of callers, so that file descriptors are left
 // for builds and for other callers. Safe for concurrent use.
@@ -31,11 +40,44 @@ type connLimit struct {
 	// daemon. These have half as many again for users who have none: whoever has nothing
 	// in progress gets a connection, whatever others have.
 	all, others int
+	// bounded has all callers bounded, as tests need it.
+	bounded bool
 
 	mu      sync.Mutex
 	total   int
 	strange int // of users who do not command the daemon
 	told    time.Time
+	paces   map[uint32]pace // of users who do not command the daemon and connected lately
+}
+
+// A pace is how many connections a user may make at once.
+type pace struct {
+	left float64
+	at   time.Time // when that was so
+}
+
+// after is the pace at a later time.
+func (p pace) after(now time.Time) pace {
+	return pace{min(p.left+now.Sub(p.at).Seconds()*connectRate, connectBurst), now}
+}
+
+// connectsLocked counts that a user connects, and tells whether that is not too often.
+func (l *connLimit) connectsLocked(uid uint32, now time.Time) bool {
+	p, ok := l.paces[uid]
+	if !ok {
+		p = pace{connectBurst, now}
+		if l.paces == nil {
+			l.paces = make(map[uint32]pace)
+		}
+		maps.DeleteFunc(l.paces, func(_ uint32, p pace) bool { return p.after(now).left == connectBurst })
+	}
+	p = p.after(now)
+	may := p.left >= 1
+	if may {
+		p.left--
+	}
+	l.paces[uid] = p
+	return may
 }
 
 // openFiles is how many files the process may have open.
@@ -62,10 +104,7 @@ func (l *connLimit) admit(c caller) (release func(), err error) {
 	stranger := !c.commands()
 	use, err := l.takeLocked(c, stranger)
 	if err != nil {
-		if now := time.Now(); now.Sub(l.told) > refusalsTold {
-			l.told = now
-			l.log.Warn("connections are refused", "uid", c.uid, "of_the_user", l.usage.Of(c.user(), usage.Connections), "in_all", l.total, "err", err)
-		}
+		l.refusedLocked(c, err)
 		return nil, err
 	}
 	l.countLocked(stranger, 1)
@@ -80,12 +119,29 @@ func (l *connLimit) admit(c caller) (release func(), err error) {
 	}, nil
 }
 
+// refused logs, now and then, that a connection was refused or ended.
+func (l *connLimit) refused(c caller, err error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.refusedLocked(c, err)
+}
+
+func (l *connLimit) refusedLocked(c caller, err error) {
+	if now := time.Now(); now.Sub(l.told) > refusalsTold {
+		l.told = now
+		l.log.Warn("connections are refused", "uid", c.uid, "of_the_user", l.usage.Of(c.user(), usage.Connections), "in_all", l.total, "err", err)
+	}
+}
+
 func (l *connLimit) takeLocked(c caller, stranger bool) (*usage.Use, error) {
 	if l.total >= l.all {
 		return nil, errTooManyConnections
 	}
 	if !stranger {
 		return l.usage.Count(c.user(), usage.Connections, 1), nil
+	}
+	if !l.connectsLocked(c.uid, time.Now()) {
+		return nil, errTooManyConnects
 	}
 	most := l.others
 	if l.usage.Of(c.user(), usage.Connections) == 0 {
@@ -121,7 +177,8 @@ func (l limitedListener) Accept() (net.Conn, error) {
 		if err == nil {
 			var release func()
 			if release, err = l.limit.admit(c); err == nil {
-				return &limitedConn{conn, c, release}, nil
+				a := newArrival(l.limit.usage, c, l.limit.bounded || !c.commands())
+				return &limitedConn{conn, l.limit, c, a, release}, nil
 			}
 		}
 		_ = conn.Close() // nothing was said
@@ -131,12 +188,15 @@ func (l limitedListener) Accept() (net.Conn, error) {
 // A limitedConn is a connection that counts until it is closed.
 type limitedConn struct {
 	net.Conn
+	limit   *connLimit
 	caller  caller
+	arrival *arrival
 	release func()
 }
 
 func (c *limitedConn) Close() error {
 	defer c.release()
+	defer c.arrival.release()
 	return c.Conn.Close()
 }
 

@@ -64,6 +64,41 @@ func TestConnLimit(t *testing.T) {
 	}
 }
 
+// TestConnectsAreBounded has a user connect too often: others do not suffer, and after a
+// while the user may again.
+func TestConnectsAreBounded(t *testing.T) {
+	t.Parallel()
+	l := new(connLimit)
+	now := time.Now()
+	connects := func(uid uint32, n int, now time.Time) (may int) {
+		for range n {
+			if l.connectsLocked(uid, now) {
+				may++
+			}
+		}
+		return may
+	}
+	for _, tt := range []struct {
+		uid   uint32
+		after time.Duration
+		want  int
+	}{
+		{4711, 0, connectBurst},
+		{4711, 0, 0},
+		{4712, 0, connectBurst},
+		{4711, time.Second, connectRate},
+		{4711, time.Hour, connectBurst},
+	} {
+		if got := connects(tt.uid, 1000, now.Add(tt.after)); got != tt.want {
+			t.Errorf("user %d connects %d times after %v, want %d", tt.uid, got, tt.after, tt.want)
+		}
+	}
+	connects(4713, 1, now.Add(2*time.Hour))
+	if len(l.paces) != 1 {
+		t.Errorf("%d users are remembered, want the last one", len(l.paces))
+	}
+}
+
 // TestConnectionsAreCountedUntilTheyEnd has the server itself refuse and forget them.
 func TestConnectionsAreCountedUntilTheyEnd(t *testing.T) {
 	t.Parallel()

@@ -53,7 +53,8 @@ type peerCredentials struct{}
 
 type peerInfo struct {
 	credentials.CommonAuthInfo
-	caller caller
+	caller  caller
+	arrival *arrival // nil where the connection is none of the daemon's listener
 }
 
 func (peerInfo) AuthType() string { return "peercred" }
@@ -62,7 +63,7 @@ func (peerInfo) AuthType() string { return "peercred" }
 func (peerCredentials) ServerHandshake(conn net.Conn) (net.Conn, credentials.AuthInfo, error) {
 	info := peerInfo{CommonAuthInfo: credentials.CommonAuthInfo{SecurityLevel: credentials.PrivacyAndIntegrity}}
 	if l, ok := conn.(*limitedConn); ok {
-		info.caller = l.caller
+		info.caller, info.arrival = l.caller, l.arrival
 		return conn, info, nil
 	}
 	var err error

@@ -49,6 +49,8 @@ func newGRPCServer(d *Daemon, g gate) (*grpc.Server, *health.Server) {
 		grpc.ConnectionTimeout(helloWait),
 		grpc.KeepaliveParams(keepalive.ServerParameters{MaxConnectionIdle: maxConnectionIdle}),
 		grpc.MaxRecvMsgSize(maxMessage),
+		grpc.MaxHeaderListSize(maxHeader),
+		grpc.StatsHandler(arrivals{}),
 		// Set windows keep grpc from measuring the link with pings, one for every
 		// message of a quiet stream.
 		grpc.InitialWindowSize(window),

@@ -42,6 +42,8 @@ const (
 	Streams
 	// RequestBytes are the bytes of the messages that calls in progress have brought.
 	RequestBytes
+	// ArrivingBytes are those of messages that have not come in whole.
+	ArrivingBytes
 	// DerivationBytes are the bytes of the derivations that builds in progress have read.
 	DerivationBytes
 	// Hooks are those calls that nix-daemon's hooks make for a user, and HookBytes what
@@ -78,6 +80,7 @@ var words = [Resources]struct{ name, noun, do string }{
 	Streams:         {"streams", "builds, hooks, logs and other streams open", "wait until some of them have ended"},
 	RequestBytes:    {"request_bytes", "bytes of requests in progress", "wait until some of them have ended, or ask for less at once"},
 	DerivationBytes: {"derivation_bytes", "bytes of derivations that builds in progress consist of", "wait until some of them have ended, or ask for fewer derivations at once"},
+	ArrivingBytes:   {"arriving_bytes", "bytes of requests that are not complete", "ask for less at once"},
 	Hooks:           {"hooks", "builds through nix-daemon in progress", "wait until some of them have ended"},
 	HookBytes:       {"hook_bytes", "bytes of requests through nix-daemon in progress", "wait until some of them have ended"},
 	Builds:          {"builds", "builds in progress", "wait until some of them have ended"},
