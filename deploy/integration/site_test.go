@@ -48,10 +48,10 @@ func buildBinaries() (string, error) {
 	if out, err := cmd.CombinedOutput(); err != nil {
 		return "", fmt.Errorf("build the programs: %w\n%s", err, out)
 	}
-	cmd = exec.Command("go", "build", "-o", dir, "./mallory")
+	cmd = exec.Command("go", "build", "-o", dir, "./mallory", "./hostile")
 	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
 	if out, err := cmd.CombinedOutput(); err != nil {
-		return "", fmt.Errorf("build mallory: %w\n%s", err, out)
+		return "", fmt.Errorf("build mallory and hostile: %w\n%s", err, out)
 	}
 	return dir, nil
 }
