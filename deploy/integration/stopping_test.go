@@ -81,7 +81,7 @@ func TestSigtermEndsWaits(t *testing.T) {
 // beside one that lets a build end, which it waits for.
 func TestSuccessorWaits(t *testing.T) {
 	t.Parallel()
-	s := newSite(t, siteConfig{machines: []machineConfig{{name: "mac"}}})
+	s := newSite(t, siteConfig{machines: []machineConfig{{name: "mac"}}, daemon: []string{"--drain-timeout", "10m"}})
 	daemonArgs := []string{programs + "/nix-dispatchd"}
 	out, err := s.client.Run(t.Context(), daemonArgs...)
 	pid := s.run("pgrep", "-x", "nix-dispatchd")
