@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"io"
+	"net/netip"
 	"strings"
 	"sync"
 	"time"
@@ -298,6 +299,12 @@ func (h *hookConversation) offer(try *dispatchv1.Try, drvPath nix.StorePath, drv
 	if b.local && h.d.leftLocal.has(b.drvKey()) {
 		return reply(dispatchv1.Reply_ACTION_DECLINE, "nix-dispatch build left it to the local Nix"), nil
 	}
+	if uri := h.sentBy(); uri != "" {
+		r := reply(dispatchv1.Reply_ACTION_DECLINE, "the build was sent here by "+uri+
+			", which is also in this host's list of machines; it is built here and not sent on, for it could come back and wait for itself")
+		r.Warn = !b.local
+		return r, nil
+	}
 	f := &hookFollower{follower: &follower{limits: limitsFrom(h.settings.GetLimits())}}
 	settled := h.d.awaitNamed(h.lease)
 	decision := h.d.offerHook(b, f, try.GetAmWilling())
@@ -326,6 +333,25 @@ func (h *hookConversation) offer(try *dispatchv1.Try, drvPath nix.StorePath, drv
 
 // maxExplained bounds how many machines a message tells about.
 const maxExplained = 20
+
+// sentBy is the machine of the list that has sent the build here over SSH; "" if none
+// has. Its Nix holds the locks of the outputs until this host has built them, so that a
+// build which goes back there waits for itself. Hosts that are reached through others
+// are not recognised.
+func (h *hookConversation) sentBy() (uri string) {
+	peer, err := netip.ParseAddr(h.settings.GetClient().GetSshPeer())
+	if err != nil || !h.caller.commands() {
+		return ""
+	}
+	for _, e := range h.d.machines.at(func(e *entry) bool { return e.list == h.lease.key }) {
+		for _, c := range e.m.host.Connections() {
+			if c.Peer() == peer {
+				return e.line.StoreURI
+			}
+		}
+	}
+	return ""
+}
 
 // couldBuildLocally tells whether the asking Nix could build it by itself.
 func (h *hookConversation) couldBuildLocally(drv *nix.Derivation) bool {

@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net"
+	"net/netip"
 	"sync/atomic"
 	"time"
 )
@@ -31,6 +33,15 @@ func (h *Host) Connections() []Connection {
 		}
 	}
 	return open
+}
+
+// Peer is the address that the connection leads to; the zero address if something else
+// than a direct TCP connection leads there.
+func (c Connection) Peer() netip.Addr {
+	if tcp, ok := c.c.net.RemoteAddr().(*net.TCPAddr); ok {
+		return tcp.AddrPort().Addr().Unmap().WithZone("")
+	}
+	return netip.Addr{}
 }
 
 // Ended returns a channel that is closed when the connection has ended, or is

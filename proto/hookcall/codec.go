@@ -93,6 +93,7 @@ func (c *Client) encode() fields {
 		m = binary.AppendUvarint(m, uint64(c.UID))
 	}
 	m.uint(2, uint64(c.PID))
+	m.string(3, c.SSHPeer)
 	return m
 }
 

@@ -23,14 +23,14 @@ func TestRequestsAreThoseOfTheGeneratedCode(t *testing.T) {
 			Builders: "ssh://mac ; ssh://b\n", BuildersUseSubstitutes: true, Store: "auto",
 			LocalSystems: []string{"x86_64-linux", "", "i686-linux"}, LocalFeatures: []string{"kvm"},
 			MaxJobs: 1 << 63, Timeout: 90*time.Second + 5, MaxSilentTime: time.Millisecond, MaxLogSize: 300, KeepFailed: true,
-			Environment: []string{"NIX_STORE_DIR=/x", "NIX_CONF_DIR=/y"}, Client: &Client{UID: 1000, UIDKnown: true, PID: 4711},
+			Environment: []string{"NIX_STORE_DIR=/x", "NIX_CONF_DIR=/y"}, Client: &Client{UID: 1000, UIDKnown: true, PID: 4711, SSHPeer: "10.0.0.7"},
 		}).encode(), &dispatchv1.HookRequest{Message: &dispatchv1.HookRequest_Hello{Hello: &dispatchv1.Hello{
 			Builders: "ssh://mac ; ssh://b\n", BuildersUseSubstitutes: true, Store: "auto",
 			LocalSystems: []string{"x86_64-linux", "", "i686-linux"}, LocalFeatures: []string{"kvm"}, MaxJobs: 1 << 63,
 			Limits: &dispatchv1.Limits{
 				Timeout: durationpb.New(90*time.Second + 5), MaxSilentTime: durationpb.New(time.Millisecond), MaxLogSize: 300,
 			}, KeepFailed: true, Environment: []string{"NIX_STORE_DIR=/x", "NIX_CONF_DIR=/y"},
-			Client: &dispatchv1.Client{Uid: proto.Uint32(1000), Pid: 4711},
+			Client: &dispatchv1.Client{Uid: proto.Uint32(1000), Pid: 4711, SshPeer: "10.0.0.7"},
 		}}}},
 		{"client without a user", (&Hello{Client: &Client{PID: 1}}).encode(), &dispatchv1.HookRequest{Message: &dispatchv1.HookRequest_Hello{
 			Hello: &dispatchv1.Hello{Limits: &dispatchv1.Limits{}, Client: &dispatchv1.Client{Pid: 1}}}}},
@@ -118,7 +118,7 @@ func TestNoFieldIsForgotten(t *testing.T) {
 		"HookRequest":  "hello try start handed_over ",
 		"Hello":        "builders builders_use_substitutes store local_systems local_features max_jobs limits keep_failed environment client ",
 		"Limits":       "timeout max_silent_time max_log_size ",
-		"Client":       "uid pid ",
+		"Client":       "uid pid ssh_peer ",
 		"Try":          "am_willing system drv_path required_features taken ",
 		"Start":        "inputs wanted_outputs ",
 		"HandedOver":   "",

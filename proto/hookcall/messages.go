@@ -25,6 +25,7 @@ type Client struct {
 	UID      uint32
 	UIDKnown bool
 	PID      uint32
+	SSHPeer  string // the address of the host that sent the build here; "" for none
 }
 
 // Try asks whether the daemon will build a derivation.

@@ -1,8 +1,11 @@
 package buildhook
 
 import (
+	"io"
+	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -16,6 +19,14 @@ import (
 // may not be asked, the process is called after its client, as in "nix-daemon 4711"
 // (nix 2.34.8 src/nix/unix/daemon.cc).
 func clientOf(pid int) *hookcall.Client {
+	c := findClient(pid)
+	if c != nil {
+		c.SSHPeer = sshPeer(int(c.PID))
+	}
+	return c
+}
+
+func findClient(pid int) *hookcall.Client {
 	if c := connectedTo(pid); c != nil {
 		return c
 	}
@@ -79,6 +90,38 @@ func peerOf(pidfd, fd int) *hookcall.Client {
 		return nil
 	}
 	return &hookcall.Client{UID: cred.Uid, UIDKnown: true, PID: uint32(cred.Pid)}
+}
+
+// maxEnvironment bounds how much is read of a process's environment, in bytes.
+const maxEnvironment = 256 << 10
+
+// sshPeer is the address from which another host sends builds to a process of its own
+// that serves them: nix-daemon --stdio or nix-store --serve, started over SSH. "" for
+// others: who is logged in by SSH and builds here is no other host.
+func sshPeer(pid int) string {
+	argv := arguments(pid)
+	if !slices.Contains(argv, "--stdio") && !slices.Contains(argv, "--serve") {
+		return ""
+	}
+	f, err := os.Open("/proc/" + strconv.Itoa(pid) + "/environ")
+	if err != nil {
+		return ""
+	}
+	defer f.Close()
+	text, err := io.ReadAll(io.LimitReader(f, maxEnvironment))
+	if err != nil {
+		return ""
+	}
+	for v := range strings.SplitSeq(string(text), "\x00") {
+		if from, ok := strings.CutPrefix(v, "SSH_CONNECTION="); ok {
+			from, _, _ = strings.Cut(from, " ")
+			if addr, err := netip.ParseAddr(from); err == nil {
+				return addr.Unmap().WithZone("").String()
+			}
+			return ""
+		}
+	}
+	return ""
 }
 
 // arguments are a process's command line.

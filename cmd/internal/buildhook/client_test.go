@@ -83,3 +83,47 @@ func TestClientByName(t *testing.T) {
 		_ = cmd.Wait()
 	}
 }
+
+// TestSSHPeer has processes that serve another host, or look like it.
+func TestSSHPeer(t *testing.T) {
+	sh, err := exec.LookPath("sh")
+	if err != nil {
+		t.Skip(err)
+	}
+	const from = "SSH_CONNECTION=10.0.0.7 40000 10.0.0.1 22"
+	for _, tt := range []struct {
+		args []string
+		env  string
+		want string
+	}{
+		{[]string{"nix-daemon", "--stdio"}, from, "10.0.0.7"},
+		{[]string{"nix-store", "--serve", "--write"}, from, "10.0.0.7"},
+		{[]string{"nix-daemon", "--stdio"}, "SSH_CONNECTION=::ffff:10.0.0.7 1 ::1 22", "10.0.0.7"},
+		{[]string{"nix-daemon", "--stdio"}, "SSH_CONNECTION=fe80::1%eth0 1 ::1 22", "fe80::1"},
+		{[]string{"nix-daemon", "--stdio"}, "SSH_CONNECTION=somewhere", ""},
+		{[]string{"nix-daemon", "--stdio"}, "OTHER=1", ""},
+		{[]string{"nix-build", "x.nix"}, from, ""}, // somebody is logged in
+	} {
+		cmd := exec.Command(sh, append([]string{"-c", "echo; read x"}, tt.args...)...)
+		cmd.Env = []string{"A=1", tt.env}
+		in, err := cmd.StdinPipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		out, err := cmd.StdoutPipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := out.Read(make([]byte, 1)); err != nil { // it has started
+			t.Fatal(err)
+		}
+		if got := sshPeer(cmd.Process.Pid); got != tt.want {
+			t.Errorf("%q with %s: %q, want %q", tt.args, tt.env, got, tt.want)
+		}
+		_ = in.Close()
+		_ = cmd.Wait() // it reads nothing
+	}
+}

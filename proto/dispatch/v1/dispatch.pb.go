@@ -1940,7 +1940,10 @@ type Client struct {
 	// Its user; unset if that is not known.
 	Uid *uint32 `protobuf:"varint,1,opt,name=uid,proto3,oneof" json:"uid,omitempty"`
 	// The process, or if that is not known, the one of the Nix daemon that serves it.
-	Pid           uint32 `protobuf:"varint,2,opt,name=pid,proto3" json:"pid,omitempty"`
+	Pid uint32 `protobuf:"varint,2,opt,name=pid,proto3" json:"pid,omitempty"`
+	// The address of the host that sent the build here over SSH; empty if none did, or if
+	// that is not known.
+	SshPeer       string `protobuf:"bytes,3,opt,name=ssh_peer,json=sshPeer,proto3" json:"ssh_peer,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1987,6 +1990,13 @@ func (x *Client) GetPid() uint32 {
 		return x.Pid
 	}
 	return 0
+}
+
+func (x *Client) GetSshPeer() string {
+	if x != nil {
+		return x.SshPeer
+	}
+	return ""
 }
 
 // Nix's question whether the hook will build a derivation.
@@ -4866,10 +4876,11 @@ const file_dispatch_v1_dispatch_proto_rawDesc = "" +
 	"keepFailed\x12 \n" +
 	"\venvironment\x18\t \x03(\tR\venvironment\x12.\n" +
 	"\x06client\x18\n" +
-	" \x01(\v2\x16.nixdispatch.v1.ClientR\x06client\"9\n" +
+	" \x01(\v2\x16.nixdispatch.v1.ClientR\x06client\"T\n" +
 	"\x06Client\x12\x15\n" +
 	"\x03uid\x18\x01 \x01(\rH\x00R\x03uid\x88\x01\x01\x12\x10\n" +
-	"\x03pid\x18\x02 \x01(\rR\x03pidB\x06\n" +
+	"\x03pid\x18\x02 \x01(\rR\x03pid\x12\x19\n" +
+	"\bssh_peer\x18\x03 \x01(\tR\asshPeerB\x06\n" +
 	"\x04_uid\"\x9a\x01\n" +
 	"\x03Try\x12\x1d\n" +
 	"\n" +
