@@ -26,6 +26,9 @@ func TestWhoseFaultAFailureIs(t *testing.T) {
 			cfg.machines = append(cfg.machines, m)
 		}
 	}
+	cfg.machines = append(cfg.machines, machineConfig{name: "boxed", columns: "x86_64-linux - 1 1 boxed", host: fleet.HostConfig{
+		NixConf: "sandbox = true\n", SystemFeatures: []string{"boxed"},
+	}})
 	s := newSite(t, cfg)
 	t.Run("machines", func(t *testing.T) {
 		for _, pair := range pairs {
@@ -37,6 +40,7 @@ func TestWhoseFaultAFailureIs(t *testing.T) {
 			})
 		}
 	})
+	t.Run("words of a derivation", func(t *testing.T) { s.in(t).wordsParkNoMachine(pairs) })
 	s.idle(time.Minute)
 }
 
@@ -71,5 +75,43 @@ func (s *site) killedBuilder(pair string) {
 	}
 	if printed := run.out().Stderr; !strings.Contains(printed, "signal 9") {
 		t.Errorf("the user does not see what happened:\n%s", printed)
+	}
+}
+
+// wordsParkNoMachine has alice build what fails with words that a full disk would cause,
+// which Nix quotes from the derivation, by every machine: none of them is parked, and
+// bob's builds go there.
+func (s *site) wordsParkNoMachine(pairs []string) {
+	t := s.t
+	t.Helper()
+	const words = "/No space left on device"
+	attack := func(name, feature, attr string) {
+		out, err := s.nixBuild("alice", shell(name, "echo > $out", features(feature)+"__structuredAttrs = true; "+attr+` = [ "`+words+`" ];`))
+		if err == nil || !strings.Contains(out.Stderr, words) {
+			t.Errorf("%s: %v; it printed:\n%s", name, err, out.Stderr)
+		}
+		for _, m := range s.status().Machines {
+			if m.State != "up" || m.Parked != "" {
+				t.Errorf("after %s: %s is %s: %s%s", name, m.URI, m.State, m.Reason, m.Parked)
+			}
+		}
+	}
+	for _, pair := range pairs {
+		attack("words-"+pair, "both-"+pair, "exportReferencesGraph.x")
+	}
+	attack("words-boxed", "boxed", "__impureHostDeps")
+	for _, pair := range pairs {
+		for _, kind := range []string{"liar-", "honest-"} {
+			if n := ran(t, s.machines[kind+pair], "words-"+pair); n != 0 {
+				t.Errorf("%s%s has run what it must refuse", kind, pair)
+			}
+		}
+		s.mustBuild("bob", shell("after-words-"+pair, "echo > $out", features("both-"+pair)))
+		if n := ran(t, s.machines["liar-"+pair], "after-words-"+pair) + ran(t, s.machines["honest-"+pair], "after-words-"+pair); n != 1 {
+			t.Errorf("bob's build ran %d times on the machines of %s, want once", n, pair)
+		}
+	}
+	if strings.Contains(s.daemon.log.String(), "msg=\"machine parked\"") {
+		t.Error("a machine was parked")
 	}
 }
