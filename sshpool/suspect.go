@@ -175,7 +175,7 @@ type vigil struct {
 func (c *conn) look(w *vigil, now time.Time) time.Duration {
 	asked, patience := c.question.open()
 	heard := c.net.lastReceived()
-	if !w.doubt.IsZero() && (asked.IsZero() || heard.After(w.doubt)) {
+	if !w.doubt.IsZero() && (asked.IsZero() || !heard.Before(w.doubt)) {
 		w.doubt = time.Time{}
 		c.host.setSuspect(c, w.doubt)
 	}
@@ -200,6 +200,9 @@ func (c *conn) look(w *vigil, now time.Time) time.Duration {
 	if rest <= 0 && w.doubt.IsZero() {
 		w.doubt = now
 		c.host.setSuspect(c, now)
+		if c.net.lastReceived() != heard {
+			signal(c.nudge) // a byte came too early to end the suspicion by itself
+		}
 	}
 	if rest <= 0 {
 		return quiet

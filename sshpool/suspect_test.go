@@ -32,7 +32,8 @@ func TestSilentHostIsSuspect(t *testing.T) {
 				if tt.busy {
 					open()
 				}
-				time.Sleep(10 * time.Minute)
+				// Keepalives are sent at whole intervals: not in the moment of the freeze.
+				time.Sleep(10*time.Minute + time.Second)
 				if st := h.Status(); isSuspect(st) {
 					t.Fatalf("a host that answers is suspect: %+v", st)
 				}
@@ -69,7 +70,7 @@ func TestSilentHostIsSuspect(t *testing.T) {
 func TestIdleHostIsSuspectAfterAKeepalive(t *testing.T) {
 	inMemory(t, sshtest.ServerOptions{}, func(t *testing.T, s *sshtest.Server, opts Options, cfg Config) {
 		h := upHost(t, opts, cfg)
-		time.Sleep(time.Minute)
+		time.Sleep(time.Minute + time.Second) // not in the moment of a keepalive
 		s.Freeze(true)
 		start := time.Now()
 		st := awaitStatus(t, h, "suspect", isSuspect)
