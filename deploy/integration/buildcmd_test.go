@@ -337,6 +337,14 @@ func rendered(t *testing.T, text string) (lines []string) {
 func (s *site) outlivesCollectors() {
 	t := s.t
 	const on = "/srv/collect"
+	expr := shell("link-0", "echo 0 > $out", "")
+	for n := 1; n <= 5; n++ {
+		expr = shell(fmt.Sprintf("link-%d", n), fmt.Sprintf("sleep 0.5; echo %d $dep > $out", n), "dep = "+expr+";")
+	}
+	// Nothing but the evaluator's root keeps the derivations until the call begins. It
+	// is made before there are collectors: one that begins while Nix makes a root may
+	// look for roots before and for temporary ones after that.
+	drv := s.instantiateRooted(expr, "/root/link.drv")
 	hosts := []*fleet.Host{s.client, s.machines["mac"]}
 	var collectors []*exec.Cmd
 	for _, h := range hosts {
@@ -349,12 +357,6 @@ func (s *site) outlivesCollectors() {
 		}
 		collectors = append(collectors, cmd)
 	}
-	expr := shell("link-0", "echo 0 > $out", "")
-	for n := 1; n <= 5; n++ {
-		expr = shell(fmt.Sprintf("link-%d", n), fmt.Sprintf("sleep 0.5; echo %d $dep > $out", n), "dep = "+expr+";")
-	}
-	// Nothing but the evaluator's root keeps the derivations until the call begins.
-	drv := s.instantiateRooted(expr, "/root/link.drv")
 	out := s.dispatchBuild(0, "--out-link", "/root/link", drv)
 	for _, h := range hosts {
 		if _, err := h.Run(t.Context(), "rm", on); err != nil {
