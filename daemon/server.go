@@ -9,9 +9,11 @@ import (
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/experimental"
 	"google.golang.org/grpc/health"
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/keepalive"
+	"google.golang.org/grpc/mem"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
@@ -38,6 +40,14 @@ const (
 type server struct {
 	dispatchv1.UnimplementedDispatchServiceServer
 	d *Daemon
+}
+
+// gRPC's own pool takes 1 MiB for whatever is larger than 32 KiB, such as most answers
+// of Status, and holds it until the caller has read it. The pool can be set for the
+// whole program only, before there is a server.
+func init() {
+	experimental.SetDefaultBufferPool(mem.NewTieredBufferPool(
+		256, 4<<10, 16<<10, 32<<10, 64<<10, 128<<10, 256<<10, 512<<10, 1<<20))
 }
 
 // newGRPCServer makes the server with its gate and the health service.
