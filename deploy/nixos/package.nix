@@ -11,7 +11,7 @@ buildGoModule {
   src = lib.cleanSource ../..;
 
   # The hash of what 'go mod vendor' makes; a test compares it.
-  vendorHash = "sha256-cn/oDrIoViGOsVo+f/k2+i5nRq+t/zFzk0i3f3poIDw=";
+  vendorHash = "sha256-gnLP4AzKlbCMGW1wJqMAw21xl0qQSko37NMAWs50+eA=";
 
   subPackages = [
     "cmd/nix-dispatch"
