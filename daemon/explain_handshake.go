@@ -99,7 +99,7 @@ func explainWords(words string) *nixFault {
 
 // explain says why something failed that the machine's Nix was asked for.
 func explain(stderr *stderrReader, err error) error {
-	words := stderr.last()
+	words := stderr.lastAfter(err)
 	if remote, ok := errors.AsType[*worker.RemoteError](err); ok {
 		words = remote.Message
 	}
@@ -111,7 +111,7 @@ func explain(stderr *stderrReader, err error) error {
 
 // withStderr adds the remote process's last words to an error.
 func withStderr(err error, stderr *stderrReader) error {
-	if words := stderr.last(); words != "" {
+	if words := stderr.lastAfter(err); words != "" {
 		return fmt.Errorf("%w; the remote side said: %q", err, words)
 	}
 	return err

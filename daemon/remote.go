@@ -293,3 +293,18 @@ func (s *stderrReader) last() string {
 	defer s.mu.Unlock()
 	return strings.TrimSpace(string(s.tail))
 }
+
+// lastAfter is last after err. If that is the end of the process's output, what the
+// process printed before may still be on its way: lastAfter waits for it, for endWait
+// at most.
+func (s *stderrReader) lastAfter(err error) string {
+	if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
+		timer := time.NewTimer(endWait)
+		defer timer.Stop()
+		select {
+		case <-s.ended:
+		case <-timer.C:
+		}
+	}
+	return s.last()
+}
