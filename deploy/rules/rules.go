@@ -64,7 +64,7 @@ var rules = []rule{
 	},
 	{
 		"the hook passes on an allow-list of settings",
-		"proto/nix/hook/settings.go", "\tset, ok := setters[name]\n\tif !ok {\n\t\treturn nil\n", "\tset, ok := setters[name]\n\tif !ok {\n\t\ts.Builders += value\n\t\treturn nil\n",
+		"proto/nix/hook/settings.go", "\tset, ok := setters[name]\n\tif !ok {\n\t\treturn nil\n", "\tset, ok := setters[name]\n\tif !ok {\n\t\ts.Systems = append(s.Systems, value)\n\t\treturn nil\n",
 		"./proto/nix/hook", "TestReaderKeepsOnlySettingsOfUse",
 	},
 	// What is trusted.
@@ -142,7 +142,7 @@ var rules = []rule{
 	{
 		"users take turns",
 		"scheduler/class.go", "\tcase a.caller.placed != b.caller.placed:\n\t\treturn a.caller.placed < b.caller.placed\n", "",
-		"./scheduler", "TestTurnsAreEven",
+		"./scheduler", "TestScenarios",
 	},
 	{
 		"a caller with builds in line gets no reserved place for priority 0",
