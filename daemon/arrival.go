@@ -14,7 +14,7 @@ import (
 )
 
 const (
-	// maxUserArriving bounds what of one user's requests has come and is not complete, and so
+	// maxUserArriving bounds one user's requests that have not arrived in full, and so
 	// each request: a list of many short strings takes eight times as much memory as it has
 	// bytes. Larger ones are only nix-daemon's.
 	maxUserArriving = maxMessage / 2
@@ -91,7 +91,7 @@ func (a *arrival) handle(s stats.RPCStats) {
 	}
 }
 
-// arrivals is the handler that gRPC tells of each call of each connection.
+// arrivals is the handler that gRPC calls for each call of each connection.
 type arrivals struct{}
 
 type arrivalKey struct{}
@@ -106,7 +106,7 @@ func (arrivals) TagRPC(ctx context.Context, _ *stats.RPCTagInfo) context.Context
 	return ctx
 }
 
-// HandleRPC is told of each step of a call.
+// HandleRPC counts each step of a call.
 func (arrivals) HandleRPC(ctx context.Context, s stats.RPCStats) {
 	if a, ok := ctx.Value(arrivalKey{}).(*arrival); ok {
 		a.handle(s)

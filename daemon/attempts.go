@@ -195,7 +195,7 @@ func (a *absences) note(s sshpool.Status) {
 	}
 }
 
-// booted notes what the machine tells of its boot.
+// booted notes the boot ID that the machine reports.
 func (a *absences) booted(boot string) {
 	a.mu.Lock()
 	defer a.mu.Unlock()

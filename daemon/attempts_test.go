@@ -209,7 +209,7 @@ func TestConnectionLostManyTimes(t *testing.T) {
 		return m.site.recipe(req.DrvPath).build(m.store, req)
 	}
 	s := newSiteWith(t, siteConfig{machines: []*fakeMachine{m}, options: func(o *Options) { o.LoadInterval = time.Minute }})
-	s.eventually("the machine has told of itself", func() bool { return s.machineStatus(m).GetLoad() != nil })
+	s.eventually("the machine has reported its load", func() bool { return s.machineStatus(m).GetLoad() != nil })
 	stories := make(chan *story, builds)
 	for n := range builds {
 		h := s.hook()

@@ -202,18 +202,18 @@ func (d *Daemon) userUsage() (users []*dispatchv1.UserUsage, bounds *dispatchv1.
 func usageProto(user string, a usage.Amounts) *dispatchv1.UserUsage {
 	return &dispatchv1.UserUsage{
 		User:          user,
-		Connections:   uint64(a[usage.Connections]),                           //nolint:gosec // a count
-		Calls:         uint64(a[usage.Calls]),                                 //nolint:gosec // likewise, to the end
-		Streams:       uint64(a[usage.Streams]),                               //nolint:gosec
-		RequestBytes:  uint64(a[usage.RequestBytes] + a[usage.ArrivingBytes]), //nolint:gosec
-		Hooks:         uint64(a[usage.Hooks]),                                 //nolint:gosec
-		HookBytes:     uint64(a[usage.HookBytes]),                             //nolint:gosec
-		Builds:        uint64(a[usage.Builds]),                                //nolint:gosec
-		Pings:         uint64(a[usage.Pings]),                                 //nolint:gosec
-		Detached:      uint64(a[usage.DetachedBuilds]),                        //nolint:gosec
-		DetachedBytes: uint64(a[usage.DetachedBytes]),                         //nolint:gosec
-		LogBytes:      uint64(a[usage.LogBytes]),                              //nolint:gosec
+		Connections:   uint64(a[usage.Connections]), //nolint:gosec // a count
+		Calls:         uint64(a[usage.Calls]),       //nolint:gosec // likewise, to the end
+		Streams:       uint64(a[usage.Streams]),
+		RequestBytes:  uint64(a[usage.RequestBytes] + a[usage.ArrivingBytes]),
+		Hooks:         uint64(a[usage.Hooks]),
+		HookBytes:     uint64(a[usage.HookBytes]),
+		Builds:        uint64(a[usage.Builds]),
+		Pings:         uint64(a[usage.Pings]),
+		Detached:      uint64(a[usage.DetachedBuilds]),
+		DetachedBytes: uint64(a[usage.DetachedBytes]),
+		LogBytes:      uint64(a[usage.LogBytes]),
 
-		DerivationBytes: uint64(a[usage.DerivationBytes]), //nolint:gosec
+		DerivationBytes: uint64(a[usage.DerivationBytes]),
 	}
 }

@@ -83,7 +83,7 @@ func TestSecurityManyCalls(t *testing.T) {
 		t.Fatal(err)
 	}
 	if len(r.GetUsers()) != 1 || r.GetUsers()[0].GetStreams() != 3 || r.GetUsers()[0].GetCalls() != 4 || r.GetUserBounds().GetStreams() != 4 {
-		t.Errorf("Status tells of %v, bounds %v; want 3 streams and 4 calls", r.GetUsers(), r.GetUserBounds())
+		t.Errorf("Status reports %v, bounds %v; want 3 streams and 4 calls", r.GetUsers(), r.GetUserBounds())
 	}
 	if got := s.metric("nix_dispatch_user_refusals_total", map[string]string{"bound": "streams"}); got != 1 {
 		t.Errorf("%v refused streams are counted, want 1", got)

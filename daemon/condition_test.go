@@ -167,7 +167,7 @@ func TestOnlyMachineWithoutSpaceIsTriedAgain(t *testing.T) {
 	s := newSiteWith(t, siteConfig{machines: []*fakeMachine{m}, options: func(o *Options) {
 		o.LoadInterval, o.Gates = time.Second, Gates{MinFree: 1 << 30}
 	}})
-	s.eventually("the machine has told of itself", func() bool { return s.machineStatus(m).GetLoad() != nil })
+	s.eventually("the machine has reported its load", func() bool { return s.machineStatus(m).GetLoad() != nil })
 	h := s.hook()
 	h.accepted(s.drv("big", drvConfig{}))
 	s.eventually("the machine is parked", func() bool {
@@ -199,7 +199,7 @@ func TestWordsParkNoMachine(t *testing.T) {
 	s := newSiteWith(t, siteConfig{machines: []*fakeMachine{told, silent}, options: func(o *Options) {
 		o.LoadInterval, o.Gates = time.Hour, Gates{MinFree: 1 << 30}
 	}})
-	s.eventually("the machine has told of itself", func() bool { return s.machineStatus(told).GetLoad() != nil })
+	s.eventually("the machine has reported its load", func() bool { return s.machineStatus(told).GetLoad() != nil })
 	before := asked.Load()
 	s.build(s.drv("full", drvConfig{})).mustBe(t, dispatchv1.BuildStatus_BUILD_STATUS_MISC_FAILURE)
 	for _, m := range []*fakeMachine{told, silent} {
@@ -235,7 +235,7 @@ func TestLeftoverIsEndedBeforeItsSlotIsFree(t *testing.T) {
 	m.shell = shellOf(m, &ended, func() string { return gone.Load().(string) })
 	m.build = untilGone
 	s := newSiteWith(t, siteConfig{machines: []*fakeMachine{m, m2}, options: func(o *Options) { o.LoadInterval = time.Minute }})
-	s.eventually("the machine has told of itself", func() bool { return s.machineStatus(m).GetLoad().GetStoreFreeBytes() == 2<<20 })
+	s.eventually("the machine has reported its load", func() bool { return s.machineStatus(m).GetLoad().GetStoreFreeBytes() == 2<<20 })
 	if got := s.machineStatus(m2); got.GetLoad() != nil || !strings.Contains(got.GetLoadUnknown(), "runs no other commands") {
 		t.Errorf("the other machine: %v", got)
 	}
@@ -267,7 +267,7 @@ func TestLostConnectionIsTidiedUp(t *testing.T) {
 	var ended atomic.Int32
 	m.shell = shellOf(m, &ended, func() string { return "gone" })
 	s := newSiteWith(t, siteConfig{machines: []*fakeMachine{m}, options: func(o *Options) { o.LoadInterval = time.Minute }})
-	s.eventually("the machine has told of itself", func() bool { return s.machineStatus(m).GetLoad() != nil })
+	s.eventually("the machine has reported its load", func() bool { return s.machineStatus(m).GetLoad() != nil })
 	if n := ended.Load(); n != 0 {
 		t.Errorf("something was ended %d times before", n)
 	}

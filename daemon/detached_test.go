@@ -291,7 +291,7 @@ func (s *slowStream) Recv() (*dispatchv1.BuildResponse, error) {
 }
 
 // TestSlowReaderOfADetachedBuild has a caller attach when the first build has ended, and
-// read nothing until all have: it is told of each, with its log and why it failed.
+// read nothing until all have: it receives each, with its log and why it failed.
 func TestSlowReaderOfADetachedBuild(t *testing.T) {
 	t.Parallel()
 	m := oneMachine("ssh-ng")

@@ -84,7 +84,7 @@ func (g *goal) run(ctx context.Context) {
 		f.b.feed.awaitNews(ctx) // thousands may wait: here, where each needs little stack
 		o, err = f.follow(ctx, r.sendEvent, nil)
 		f.leave(errCancelled)
-		if f.last { // the call tells of its end when nothing of it is in progress
+		if f.last { // the call reports its end when nothing of it is in progress
 			f.b.feed.awaitEnd(context.WithoutCancel(ctx))
 		}
 		b = f.b

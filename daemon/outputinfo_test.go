@@ -9,7 +9,7 @@ import (
 	"nixdispatch/proto/nix/wire/wiretest"
 )
 
-// A talkativeStore tells of a path that it was not asked for. In the serve protocol the
+// A talkativeStore reports a path that it was not asked for. In the serve protocol the
 // machine says which paths its answer is about.
 type talkativeStore struct {
 	remoteStore
